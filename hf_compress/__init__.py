@@ -1,0 +1,42 @@
+"""Compress Transformers inside a plain Hugging Face Trainer."""
+
+from hf_compress.config import DistillationConfig, PruningConfig, QuantizationConfig, Recipe
+from hf_compress.errors import (
+    CompressionError,
+    ConfigError,
+    ExportError,
+    GraphError,
+    ShrinkError,
+    TargetError,
+    TrainingError,
+)
+from hf_compress.graph.groups import DimensionGroup, ParameterSlice, dimension_groups
+from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.op_rules import op_rule
+from hf_compress.pruning import allocate, criteria  # noqa: F401 - imported for what they register
+from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
+from hf_compress.shrinking.shrink import shrink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionError",
+    "ConfigError",
+    "DimensionGroup",
+    "DistillationConfig",
+    "ExportError",
+    "GraphError",
+    "ParameterSlice",
+    "PruningConfig",
+    "QuantizationConfig",
+    "Recipe",
+    "ShrinkError",
+    "ShrinkPlan",
+    "TargetError",
+    "TrainingError",
+    "dimension_groups",
+    "make_example_inputs",
+    "op_rule",
+    "plan_shrink",
+    "shrink",
+]

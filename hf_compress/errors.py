@@ -1,0 +1,44 @@
+"""Errors of the package: every message says where, what was given, what is allowed and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CompressionError(Exception):
+    """Base class of every error that hf_compress raises on purpose."""
+
+
+class ConfigError(CompressionError, ValueError):
+    """A setting that is unknown, out of range, contradictory or without effect."""
+
+
+class TargetError(CompressionError):
+    """A requested structure, module or budget that the model cannot provide or that was not reached."""
+
+
+class GraphError(CompressionError):
+    """The model's forward pass could not be captured or analyzed."""
+
+
+class ShrinkError(CompressionError):
+    """A plan that cannot be applied, or a shrunk model that differs from the masked one."""
+
+
+class ExportError(CompressionError):
+    """A model that cannot be saved in, or loaded from, the requested format."""
+
+
+class TrainingError(CompressionError):
+    """A Trainer setup in which a callback would silently do nothing or do it wrongly."""
+
+
+def choices(given: object, allowed: Iterable[str]) -> str:
+    """Describe allowed names, the closest match to ``given`` first if there is one.
+
+    Returns:
+        Text such as ``"closest match: 'taylor'; allowed: 'l2', 'taylor'"``.
+    """
+    names = sorted(allowed)
+    listed = "allowed: " + (", ".join(repr(name) for name in names) or "none")
+    close = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    return f"closest match: {close[0]!r}; {listed}" if close else listed

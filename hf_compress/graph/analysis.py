@@ -1,0 +1,158 @@
+"""One pass over the recorded graph that gives every tensor dimension its term."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from hf_compress.graph import rules
+from hf_compress.graph.capture import Capture
+from hf_compress.graph.dims import ConflictError, Dim
+from hf_compress.graph.op_rules import Consumer, Mark, OpCall, Operand, Result, Rule
+from hf_compress.graph.rules.layout import pointwise
+from hf_compress.registry import op_rules
+
+assert rules.__all__  # imported for the rules it registers
+
+
+@dataclass
+class Analysis:
+    """What the recorded operators say about the dimensions of the model's parameters."""
+
+    parameters: dict[str, list[Dim]]
+    """Per parameter or buffer that the forward pass read: one term per dimension."""
+
+    marks: list[Mark]
+    """Roles given to dimensions, in program order."""
+
+    consumers: list[Consumer]
+    """Parameter dimensions contracted with activations."""
+
+
+def analyze(recorded: Capture) -> Analysis:
+    """Apply the operators' rules in program order."""
+    return _Interpreter(recorded).run()
+
+
+class _Interpreter:
+    def __init__(self, recorded: Capture) -> None:
+        self.recorded = recorded
+        self.live = _live_nodes(recorded)
+        self.values: dict[fx.Node, Operand | list[Operand | None]] = {}
+        self.marks: list[Mark] = []
+        self.consumers: list[Consumer] = []
+
+    def run(self) -> Analysis:
+        for node in self.recorded.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.values[node] = self._source(node)
+            elif node.op == "call_function" and node.target is operator.getitem:
+                self.values[node] = self._item(node)
+            elif node.op == "call_function":
+                self.values[node] = self._call(node)
+        for node in self.recorded.outputs:
+            self._mark_all(self._operand(node), "output", "the model's output", node.meta["module"])
+        parameters = {name: self._operand(node).dims for name, node in self.recorded.parameters.items()}
+        return Analysis(parameters, self.marks, self.consumers)
+
+    def _source(self, node: fx.Node) -> Operand:
+        operand = Operand([Dim(size) for size in node.meta["shape"]])
+        if node.op == "placeholder":
+            self._mark_all(operand, "input", f"input {node.name}", "")
+        elif node.target in self.recorded.parameters:
+            operand.source = (str(node.target), tuple(range(len(operand.dims))))
+        return operand
+
+    def _mark_all(self, operand: Operand, role: str, op: str, module: str) -> None:
+        self.marks += [Mark(dim, role, op, module) for dim in operand.dims]
+
+    def _item(self, node: fx.Node) -> Operand:
+        value = self.values[node.args[0]]  # type: ignore[index]
+        item = value[node.args[1]] if isinstance(value, list) else value  # type: ignore[index]
+        return item if item is not None else Operand([Dim(size) for size in node.meta["shape"]])
+
+    def _operand(self, node: fx.Node) -> Operand:
+        value = self.values[node]
+        assert isinstance(value, Operand), node
+        return value
+
+    def _call(self, node: fx.Node) -> Operand | list[Operand | None]:
+        several = isinstance(node.meta["shape"], list)
+        call = OpCall(
+            name=_qualified_name(node.target),
+            module=node.meta["module"],
+            arguments=self._arguments(node),
+            shapes=node.meta["shape"] if several else [node.meta["shape"]],
+            live=node in self.live,
+        )
+        result = self._apply(node, call)
+        self.marks += call.marks
+        self.consumers += call.consumers if call.live else []
+        if several:
+            return [None if dims is None else Operand(dims) for dims in result]  # type: ignore[arg-type]
+        return Operand(result, call.source)  # type: ignore[arg-type]
+
+    def _apply(self, node: fx.Node, call: OpCall) -> Result:
+        rule = _rule_for(call.name, node.target)
+        try:
+            result = call.freeze("no_rule") if rule is None else rule(call)
+        except ConflictError:
+            result = call.freeze("conflict")
+        results = result if isinstance(result, tuple) else (result,)
+        for dims, shape in zip(results, call.shapes, strict=True):
+            given = None if dims is None else tuple(dim.size for dim in dims)
+            if given != shape:
+                # A rule that does not know its operator must never lead to a wrong slice.
+                call.marks.clear()
+                return call.freeze("wrong_rule")
+        return result
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        schema: Any = node.target._schema  # type: ignore[union-attr]
+        arguments: dict[str, Any] = {}
+        for position, argument in enumerate(schema.arguments):
+            if position < len(node.args):
+                value: Any = node.args[position]
+            else:
+                value = node.kwargs.get(argument.name, argument.default_value)
+            arguments[argument.name] = self._value(value)
+        return arguments
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self._operand(value)
+        if isinstance(value, list | tuple):
+            return [self._value(item) for item in value]
+        return value
+
+
+def _qualified_name(target: Any) -> str:
+    namespace, _, name = target._schema.name.partition("::")
+    if name.endswith("_") and f"{namespace}::{name}" not in op_rules:
+        name = name.removesuffix("_")
+    return f"{namespace}::{name}"
+
+
+def _rule_for(name: str, target: Any) -> Rule | None:
+    if name in op_rules:
+        rule: Rule = op_rules.get(name)
+        return rule
+    return pointwise if torch.Tag.pointwise in target.tags else None
+
+
+def _live_nodes(recorded: Capture) -> set[fx.Node]:
+    """Return the nodes on which the output depends; a write to a live storage is live."""
+    live: set[fx.Node] = set(recorded.outputs)
+    storages = {node.meta["storage"] for node in live}
+    for node in reversed(recorded.graph.nodes):
+        if node.op != "call_function":
+            continue
+        mutates = node.target is not operator.getitem and node.target._schema.is_mutable
+        if mutates and any(arg.meta.get("storage") in storages for arg in node.all_input_nodes):
+            live.add(node)
+        if node in live:
+            live.update(node.all_input_nodes)
+            storages.update(arg.meta["storage"] for arg in node.all_input_nodes if "storage" in arg.meta)
+    return live

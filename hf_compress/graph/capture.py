@@ -1,0 +1,177 @@
+"""Record one real forward pass as a ``torch.fx.Graph`` of ATen operators.
+
+The model's own Python runs eagerly, so nothing restricts what it may do; what the dispatcher sees is written
+down with shapes, the parameter behind each ``get_attr`` and the module that made the call.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from hf_compress.errors import GraphError
+
+MAX_INPUT_NAMES = 12
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A recorded forward pass.
+
+    Every node carries ``meta["shape"]`` (a tuple, or a list of tuples for several outputs) and ``meta["module"]``
+    (the module that made the call); ``get_attr`` nodes are named parameters and buffers.
+    """
+
+    graph: fx.Graph
+    parameters: dict[str, fx.Node]
+    """Parameters and buffers that the forward pass read, by full name."""
+
+    outputs: tuple[fx.Node, ...]
+    """The model's results; caches are left out."""
+
+
+def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+    """Run ``model(**inputs)`` once in eval mode and record it. The model and the random state stay as they were.
+
+    Raises:
+        GraphError: If the forward pass fails on these inputs.
+    """
+    recorder = _Recorder(model, inputs)
+    devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(recorder.module_stack())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(recorder)
+        try:
+            result = model(**inputs)
+        except Exception as error:
+            given = {
+                k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in list(inputs.items())[:MAX_INPUT_NAMES]
+            }
+            raise GraphError(
+                f"{type(model).__name__}.forward failed on the example inputs {given}: "
+                f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on."
+            ) from error
+    return recorder.finish(main_outputs(result))
+
+
+def main_outputs(result: Any) -> list[Tensor]:
+    """Return the tensors that count as the model's result: logits and loss if it has them, else plain tensors.
+
+    Caches, hidden states and attention maps are by-products: no one reads them after the model is smaller.
+    """
+    if isinstance(result, Mapping):
+        named = {key: value for key, value in result.items() if isinstance(value, Tensor)}
+        chosen = [value for key, value in named.items() if "logits" in key or key == "loss"]
+        return chosen or [value for key, value in named.items() if not key.startswith("encoder_")]
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes each dispatched operator into an fx graph."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.graph = fx.Graph()
+        self.parameters: dict[str, fx.Node] = {}
+        self._names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._nodes: dict[int, fx.Node] = {}
+        # Tensors are kept until the end, else Python could reuse their ids. Example inputs are small.
+        self._alive: list[Tensor] = []
+        self._stack: list[str] = [""]
+        for key, value in inputs.items():
+            if isinstance(value, Tensor):
+                self._bind(value, self.graph.placeholder(key))
+
+    @contextmanager
+    def module_stack(self) -> Iterator[None]:
+        """Track which module is running, while the context is open."""
+        handles: list[Any] = []
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        for name, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return result
+        node_args, node_kwargs = tree_map_only(Tensor, self._node_of, (args, kwargs))
+        node = self.graph.create_node("call_function", func, tuple(node_args), node_kwargs)
+        node.meta["module"] = self._stack[-1]
+        if isinstance(result, Tensor):
+            self._bind(result, node)
+        else:
+            leaves, _ = tree_flatten(result)
+            node.meta["shape"] = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
+            for position, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    item = self.graph.create_node("call_function", operator.getitem, (node, position))
+                    item.meta["module"] = self._stack[-1]
+                    self._bind(leaf, item)
+        return result
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta["shape"] = tuple(tensor.shape)
+        node.meta["dtype"] = tensor.dtype
+        node.meta["storage"] = tensor.untyped_storage()._cdata
+        node.meta.setdefault("module", self._stack[-1])
+        self._alive.append(tensor)
+        self._nodes[id(tensor)] = node
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        node = self._nodes.get(id(tensor))
+        if node is not None:
+            return node
+        name = self._names.get(id(tensor))
+        # create_node, not get_attr: the graph has no owning module that could hold constants.
+        node = self.graph.create_node("get_attr", name or "constant")
+        if name is not None:
+            self.parameters[name] = node
+        self._bind(tensor, node)
+        return node
+
+    def finish(self, outputs: list[Tensor]) -> Capture:
+        """Close the graph with the nodes of ``outputs``.
+
+        Raises:
+            GraphError: If there is none.
+        """
+        nodes = tuple(dict.fromkeys(self._nodes[id(t)] for t in outputs if id(t) in self._nodes))
+        if not nodes:
+            raise GraphError(f"{type(self.model).__name__}.forward returned no tensor; nothing can be analyzed.")
+        self.graph.output(nodes)
+        self._alive.clear()
+        self._nodes.clear()
+        return Capture(self.graph, self.parameters, nodes)

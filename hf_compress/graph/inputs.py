@@ -1,0 +1,142 @@
+"""Example inputs for any model, made from its signature and config."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.errors import GraphError
+
+DEFAULT_LENGTH = 11
+"""Tokens per example: small, and no size that models use, so that nothing fits by accident."""
+
+PADDED_TOKENS = 3
+"""How many tokens of the last example are padding."""
+
+
+def make_example_inputs(
+    model: nn.Module, batch_size: int = 2, length: int = DEFAULT_LENGTH, seed: int = 0
+) -> dict[str, Any]:
+    """Return keyword arguments on which ``model.forward`` runs.
+
+    Args:
+        model: A transformers model.
+        batch_size: Number of examples.
+        length: Tokens per example, for text; cut to what the model's positions allow.
+        seed: Seed of a private generator: the global random state stays as it was.
+
+    Returns:
+        Tensors on the model's device by forward argument; the last text example ends in padding.
+
+    Raises:
+        GraphError: If the forward signature has no input that the config describes.
+    """
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta":
+        raise GraphError(f"{type(model).__name__} is on the meta device and cannot be run; load its weights first.")
+    maker = _Maker(model.config, batch_size, length, seed)
+    inputs: dict[str, Any] = {}
+    for name in _forward_names(model):
+        make = _MAKERS.get(name)
+        value = make(maker) if make is not None else None
+        if value is not None:
+            dtype = parameter.dtype if value.is_floating_point() else value.dtype
+            inputs[name] = value.to(parameter.device, dtype)
+    if not inputs:
+        raise GraphError(
+            f"{type(model).__name__}.forward takes none of {', '.join(sorted(_MAKERS))}; pass example_inputs, a dict "
+            "of keyword arguments that the model runs on."
+        )
+    if "use_cache" in _forward_names(model) or "input_ids" in inputs:
+        inputs["use_cache"] = False
+    if not _accepts(model, "use_cache"):
+        inputs.pop("use_cache", None)
+    return inputs
+
+
+def _forward_names(model: nn.Module) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in _forward_names(model)
+
+
+class _Maker:
+    """Knows the sizes; one method for each kind of input."""
+
+    def __init__(self, config: Any, batch_size: int, length: int, seed: int) -> None:
+        self.config = config
+        self.text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.batch_size = batch_size
+        limit = getattr(self.text, "max_position_embeddings", None)
+        # RoBERTa-like models start counting positions after the padding id.
+        self.length = min(length, limit - 2) if isinstance(limit, int) and limit > 4 else length
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def tokens(self) -> Tensor | None:
+        vocabulary = getattr(self.text, "vocab_size", None)
+        if not isinstance(vocabulary, int):
+            return None
+        special = {getattr(self.text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "cls", "sep", "mask")}
+        allowed = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special])
+        picks = torch.randint(len(allowed), (self.batch_size, self.length), generator=self.generator)
+        tokens = allowed[picks]
+        padding, end = getattr(self.text, "pad_token_id", None), getattr(self.text, "eos_token_id", None)
+        if isinstance(padding, int) and padding < vocabulary:
+            tokens[-1, self.length - self._num_padded() :] = padding
+        if isinstance(end, int) and end < vocabulary:  # some heads read the state at the end-of-sequence token
+            tokens[:-1, -1] = end
+            tokens[-1, self.length - self._num_padded() - 1] = end
+        return tokens
+
+    def attention_mask(self) -> Tensor | None:
+        if not isinstance(getattr(self.text, "vocab_size", None), int):
+            return None
+        mask = torch.ones(self.batch_size, self.length, dtype=torch.long)
+        mask[-1, self.length - self._num_padded() :] = 0
+        return mask
+
+    def _num_padded(self) -> int:
+        return min(PADDED_TOKENS, self.length - 2) if self.batch_size > 1 and self.length > 2 else 0
+
+    def token_types(self) -> Tensor | None:
+        if getattr(self.config, "type_vocab_size", 0) < 2:
+            return None
+        types = torch.zeros(self.batch_size, self.length, dtype=torch.long)
+        types[:, self.length // 2 :] = 1
+        return types
+
+    def decoder_tokens(self) -> Tensor | None:
+        return self.tokens() if getattr(self.config, "is_encoder_decoder", False) else None
+
+    def pixels(self) -> Tensor | None:
+        vision = getattr(self.config, "vision_config", self.config)
+        size = getattr(vision, "image_size", None)
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return self._noise(getattr(vision, "num_channels", 3), height, width)
+
+    def audio_features(self) -> Tensor | None:
+        bins, length = getattr(self.config, "num_mel_bins", None), getattr(self.config, "max_source_positions", None)
+        return None if bins is None or length is None else self._noise(bins, 2 * length)
+
+    def waveform(self) -> Tensor | None:
+        return self._noise(4000) if hasattr(self.config, "conv_stride") else None
+
+    def _noise(self, *shape: int) -> Tensor:
+        return torch.randn(self.batch_size, *shape, generator=self.generator)
+
+
+_MAKERS: dict[str, Callable[[_Maker], Tensor | None]] = {
+    "input_ids": _Maker.tokens,
+    "attention_mask": _Maker.attention_mask,
+    "token_type_ids": _Maker.token_types,
+    "decoder_input_ids": _Maker.decoder_tokens,
+    "pixel_values": _Maker.pixels,
+    "input_features": _Maker.audio_features,
+    "input_values": _Maker.waveform,
+}

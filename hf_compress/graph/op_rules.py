@@ -1,0 +1,157 @@
+"""What an operator says about dimensions: the contract of a rule, and how to add one.
+
+A rule gets the call and returns the dimensions of its result. On the way it may ``unify`` dimensions that must be
+the same, ``contract`` an input with a weight, and ``mark`` roles that decide later what may be pruned::
+
+    @op_rule("mylib::scale_rows")            # scale_rows(Tensor x, Tensor scale) -> Tensor
+    def scale_rows(op: OpCall) -> list[Dim]:
+        x, scale = op.tensor("x"), op.tensor("scale")
+        op.unify(x.dims[0], scale.dims[0])
+        return x.dims
+
+Operators without a rule freeze every dimension they touch, with themselves as the reason: never a guess.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_compress.graph.dims import ConflictError, Dim, unify
+from hf_compress.registry import op_rules
+
+
+@dataclass(eq=False)
+class Operand:
+    """A tensor as the analysis sees it."""
+
+    dims: list[Dim]
+    """One per tensor dimension, outermost first."""
+
+    source: tuple[str, tuple[int, ...]] | None = None
+    """If the tensor is a parameter, perhaps transposed: its name and, per dimension, the parameter's dimension."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+        return tuple(dim.size for dim in self.dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A role that an operator gives to a dimension."""
+
+    dim: Dim
+    role: str
+    op: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A parameter dimension that is contracted with activations: where a unit's effect enters the rest."""
+
+    parameter: str
+    dim: int
+
+
+Result = list[Dim] | tuple[list[Dim] | None, ...]
+"""Dimensions of one result, or a tuple of them for operators with several."""
+
+Rule = Callable[["OpCall"], Result]
+
+
+def op_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators given as ``"namespace::name"`` (all overloads and the in-place form)."""
+    add: Callable[[Rule], Rule] = op_rules.register(*names)
+    return add
+
+
+@dataclass(eq=False)
+class OpCall:
+    """One recorded operator call."""
+
+    name: str
+    """``namespace::name`` of the operator."""
+
+    module: str
+    """Name of the module that made the call."""
+
+    arguments: dict[str, Any]
+    """By schema name, defaults filled in; tensors are ``Operand`` objects."""
+
+    shapes: list[tuple[int, ...] | None]
+    """Shapes of the results; None for results that are no tensors."""
+
+    live: bool = True
+    """Whether the model's output depends on the call. Dead calls still run, so they unify, but give no roles."""
+
+    marks: list[Mark] = field(default_factory=list)
+    consumers: list[Consumer] = field(default_factory=list)
+    source: tuple[str, tuple[int, ...]] | None = None
+
+    def tensor(self, name: str) -> Operand:
+        """Return the argument ``name``, which must be a tensor."""
+        operand = self.arguments[name]
+        assert isinstance(operand, Operand), (self.name, name)
+        return operand
+
+    def optional(self, name: str) -> Operand | None:
+        """Return the argument ``name`` if it is a tensor, else None."""
+        operand = self.arguments.get(name)
+        return operand if isinstance(operand, Operand) else None
+
+    def operands(self) -> list[Operand]:
+        """Return every tensor argument in order, those in lists too."""
+        found: list[Operand] = []
+        for value in self.arguments.values():
+            items = value if isinstance(value, list | tuple) else [value]
+            found += [item for item in items if isinstance(item, Operand)]
+        return found
+
+    def unify(self, a: Dim, b: Dim) -> None:
+        """Say that two dimensions are the same; what cannot be made the same is frozen."""
+        try:
+            unify(a, b)
+        except ConflictError:
+            self.mark(a, "conflict")
+            self.mark(b, "conflict")
+
+    def unify_trailing(self, operand: Operand, dims: Sequence[Dim]) -> None:
+        """Unify an operand that broadcasts against ``dims``, aligned at the end."""
+        for own, other in zip(reversed(operand.dims), reversed(dims), strict=False):
+            if own.size == other.size:
+                self.unify(own, other)
+
+    def mark(self, dim: Dim, role: str) -> None:
+        """Give ``dim`` a role; see ``hf_compress.graph.groups`` for those that freeze."""
+        if self.live or role == "conflict":
+            self.marks.append(Mark(dim, role, self.name, self.module))
+
+    def contract(self, a: Operand, i: int, b: Operand, j: int) -> None:
+        """Say that dimension ``i`` of ``a`` is summed over together with dimension ``j`` of ``b``."""
+        self.unify(a.dims[i], b.dims[j])
+        weights = [(x, d) for x, d in ((b, j), (a, i)) if x.source is not None]
+        if len(weights) == 1:
+            (weight, dim), *_ = weights
+            assert weight.source is not None
+            self.consumers.append(Consumer(weight.source[0], weight.source[1][dim]))
+            self.mark(b.dims[j], "contracted")
+        else:
+            self.mark(b.dims[j], "contracted_activations")
+
+    def freeze(self, role: str = "opaque") -> Result:
+        """Freeze everything the call touches and return fresh, frozen result dimensions."""
+        for operand in self.operands():
+            for dim in operand.dims:
+                self.mark(dim, role)
+        results: list[list[Dim] | None] = []
+        for shape in self.shapes:
+            dims = None if shape is None else [Dim(size) for size in shape]
+            for dim in dims or []:
+                self.mark(dim, role)
+            results.append(dims)
+        return results[0] or [] if len(results) == 1 else tuple(results)
+
+    def axis(self, name: str, num_dims: int) -> int:
+        """Return the integer argument ``name`` as a non-negative dimension."""
+        return int(self.arguments[name]) % max(num_dims, 1)

@@ -1,0 +1,96 @@
+"""Operators that read or write by integer index."""
+
+from hf_compress.graph.dims import Dim
+from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule
+from hf_compress.graph.rules.layout import broadcast
+
+
+@op_rule("aten::embedding")
+def embedding(op: OpCall) -> Result:
+    """Rows of a table."""
+    weight, indices = op.tensor("weight"), op.tensor("indices")
+    op.mark(weight.dims[0], "indexed")
+    return [*indices.dims, weight.dims[1]]
+
+
+@op_rule("aten::index")
+def index(op: OpCall) -> Result:
+    """x[i, :, j]: indexed dimensions give way to the broadcast shape of the indices."""
+    x = op.tensor("self")
+    used = {i: item for i, item in enumerate(op.arguments["indices"]) if isinstance(item, Operand)}
+    shape = op.shapes[0] or ()
+    rest = [dim for i, dim in enumerate(x.dims) if i not in used]
+    num_new = len(shape) - len(rest)
+    if num_new != max((len(item.dims) for item in used.values()), default=0):  # boolean masks
+        return op.freeze()
+    for i in used:
+        op.mark(x.dims[i], "indexed")
+    places = sorted(used)
+    together = places == list(range(places[0], places[-1] + 1))
+    at = places[0] if together else 0
+    picked: list[Dim] = []
+    for position in range(num_new):
+        dim = Dim(shape[at + position])
+        for item in used.values():
+            own = position - (num_new - len(item.dims))
+            if own >= 0 and item.dims[own].size == dim.size:
+                op.unify(dim, item.dims[own])
+        picked.append(dim)
+    return rest[:at] + picked + rest[at:]
+
+
+@op_rule("aten::index_select")
+def index_select(op: OpCall) -> Result:
+    """Pick positions along one dimension."""
+    dims = list(op.tensor("self").dims)
+    axis = op.axis("dim", len(dims))
+    op.mark(dims[axis], "indexed")
+    dims[axis] = op.tensor("index").dims[0] if op.tensor("index").dims else Dim(1)
+    return dims
+
+
+@op_rule("aten::gather")
+def gather(op: OpCall) -> Result:
+    """Pick one position per entry along one dimension."""
+    x, where = op.tensor("self"), op.tensor("index")
+    axis = op.axis("dim", len(x.dims))
+    op.mark(x.dims[axis], "indexed")
+    for i, (a, b) in enumerate(zip(x.dims, where.dims, strict=True)):
+        if i != axis and a.size == b.size:
+            op.unify(a, b)
+    return list(where.dims)
+
+
+@op_rule("aten::index_put")
+def index_put(op: OpCall) -> Result:
+    """x[indices] = values."""
+    x, indices = op.tensor("self"), op.arguments["indices"]
+    for i, item in enumerate(indices):
+        if isinstance(item, Operand):
+            op.mark(x.dims[i], "indexed")
+    op.unify_trailing(op.tensor("values"), x.dims[len(indices) :])
+    return list(x.dims)
+
+
+@op_rule("aten::index_add", "aten::index_copy")
+def index_add(op: OpCall) -> Result:
+    """Write slices at positions of one dimension."""
+    x, source = op.tensor("self"), op.tensor("source")
+    axis = op.axis("dim", len(x.dims))
+    op.mark(x.dims[axis], "indexed")
+    for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
+        if i != axis:
+            op.unify(a, b)
+    return list(x.dims)
+
+
+@op_rule("aten::masked_fill", "aten::where")
+def masked(op: OpCall) -> Result:
+    """Pointwise choice."""
+    return broadcast(op, op.operands())
+
+
+@op_rule("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::item")
+def to_python(op: OpCall) -> Result:
+    """A value that Python reads; control flow is fixed by the recorded run."""
+    return tuple([Dim(size) for size in shape] if shape is not None else None for shape in op.shapes)

@@ -1,0 +1,182 @@
+"""The one place that changes how a module computes: swap its class for a subclass of its exact class.
+
+A class swap leaves the module tree, parameter names, weight tying and state dicts as they were, and works
+under autocast, activation checkpointing, DDP, FSDP2 and torch.compile; parametrizations, wrapper modules and
+``.data`` swaps each break at least one of these.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.errors import TargetError
+
+
+class InputGate(Protocol):
+    """Returns one factor per input channel, [in_features]; differentiable with respect to the gate."""
+
+    def __call__(self) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What is attached to one leaf module, in the order in which it acts.
+
+    The gate comes first, so that quantizers see what a physically smaller layer would see: removed channels
+    are zeros in the input and are hidden from the weight's scale.
+    """
+
+    input_gates: list[InputGate] = field(default_factory=list)
+    """Each gives factors [in_features]; the input is multiplied by all of them."""
+
+    input_transform: Callable[[Tensor], Tensor] | None = None
+    """Applied to the gated input, [..., in_features]; a fake quantizer."""
+
+    weight_transform: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    """Called with the weight and the detached input factors broadcast against it (or None); a fake quantizer."""
+
+    def is_empty(self) -> bool:
+        """Return whether nothing is attached any more."""
+        return not self.input_gates and self.input_transform is None and self.weight_transform is None
+
+    def factors(self) -> Tensor | None:
+        """Return the product of all input gates, [in_features], or None without gates."""
+        product: Tensor | None = None
+        for gate in self.input_gates:
+            product = gate() if product is None else product * gate()
+        return product
+
+
+@dataclass(frozen=True)
+class LeafKind:
+    """How one class of leaf module uses its input and its weight."""
+
+    compute: Callable[[Any, Tensor, Tensor], Tensor]
+    """(module, input, weight) -> output: what the class's own forward does."""
+
+    channel_dim: int
+    """The input's channel dimension, counted from the end for linear layers and from the front for convolutions."""
+
+    weight_in_dim: int
+    """The weight dimension that is contracted with the input's channels."""
+
+
+def _linear(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight, module.bias)
+
+
+def _conv1d(module: Conv1D, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(module.bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], module.nf)
+
+
+def _convolution(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    output: Tensor = module._conv_forward(x, weight, module.bias)
+    return output
+
+
+LEAF_KINDS: dict[type[nn.Module], LeafKind] = {
+    nn.Linear: LeafKind(_linear, channel_dim=-1, weight_in_dim=1),
+    Conv1D: LeafKind(_conv1d, channel_dim=-1, weight_in_dim=0),
+    nn.Conv1d: LeafKind(_convolution, channel_dim=1, weight_in_dim=1),
+    nn.Conv2d: LeafKind(_convolution, channel_dim=1, weight_in_dim=1),
+}
+
+_ATTRIBUTE = "_hf_compress_attachment"
+_swapped: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def attach(name: str, module: nn.Module) -> Attachment:
+    """Return the module's attachment, swapping its class first if it has none.
+
+    Args:
+        name: The module's name, for messages.
+        module: A Linear, Conv1D, Conv1d or Conv2d.
+
+    Raises:
+        TargetError: If the module's forward is not the one of a known leaf class.
+    """
+    current = attachment_of(module)
+    if current is not None:
+        return current
+    leaf_kind(name, module)
+    module.__dict__[_ATTRIBUTE] = Attachment()
+    module.__class__ = _subclass(type(module))
+    attachment: Attachment = module.__dict__[_ATTRIBUTE]
+    return attachment
+
+
+def attachment_of(module: nn.Module) -> Attachment | None:
+    """Return what is attached to the module, or None."""
+    return module.__dict__.get(_ATTRIBUTE)
+
+
+def detach_if_empty(module: nn.Module) -> None:
+    """Give the module its own class back once nothing is attached to it."""
+    attachment = attachment_of(module)
+    if attachment is not None and attachment.is_empty():
+        del module.__dict__[_ATTRIBUTE]
+        module.__class__ = type(module).__mro__[1]
+
+
+def leaf_kind(name: str, module: nn.Module) -> LeafKind:
+    """Return how the module computes.
+
+    Raises:
+        TargetError: If the class is unknown, overrides the known forward, or was patched on the instance.
+    """
+    if "forward" in module.__dict__:
+        raise TargetError(
+            f"module {name!r}: its forward was replaced on the instance (device_map hooks do this), so nothing can "
+            "be attached to it. Load the model without device_map, or remove the hooks first."
+        )
+    for base, kind in LEAF_KINDS.items():
+        if isinstance(module, base) and (attachment_of(module) is not None or type(module).forward is base.forward):
+            return kind
+    known = ", ".join(base.__name__ for base in LEAF_KINDS)
+    raise TargetError(
+        f"module {name!r}: cannot attach to {type(module).__name__}; allowed: {known} with their own forward."
+    )
+
+
+def _forward(self: nn.Module, x: Tensor) -> Tensor:
+    attachment: Attachment = self.__dict__[_ATTRIBUTE]
+    kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(self, base))
+    weight: Any = self.weight
+    factors = attachment.factors()
+    if factors is not None:
+        x = x * _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
+    if attachment.input_transform is not None:
+        x = attachment.input_transform(x)
+    if attachment.weight_transform is not None:
+        mask = None if factors is None else _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
+        weight = attachment.weight_transform(weight, mask)
+    return kind.compute(self, x, weight)
+
+
+def _broadcast(factors: Tensor, num_dims: int, dim: int) -> Tensor:
+    shape = [1] * num_dims
+    shape[dim] = -1
+    return factors.view(shape)
+
+
+def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _swapped:
+        name = f"Instrumented{base.__name__}"
+        # A module-level name keeps instances picklable.
+        globals()[name] = _swapped[base] = type(name, (base,), {"forward": _forward, "__module__": __name__})
+    return _swapped[base]
+
+
+def detach_all(model: nn.Module) -> None:
+    """Take everything off every module of ``model``."""
+    for module in model.modules():
+        attachment = attachment_of(module)
+        if attachment is not None:
+            attachment.input_gates.clear()
+            attachment.input_transform = attachment.weight_transform = None
+            detach_if_empty(module)

@@ -1,0 +1,111 @@
+"""Execute a plan on a copy of the model: silence consumers, slice parameters, describe the new sizes."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ShrinkError
+from hf_compress.instruments.attach import detach_all
+from hf_compress.shrinking.plan import Positions, ShrinkPlan
+from hf_compress.shrinking.sizes import find_stock_config, parameter_shapes, refresh_sizes
+
+FORMAT_VERSION = 1
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a deep copy without gradients and without anything attached to it."""
+    for parameter in model.parameters():
+        parameter.grad = None  # would be copied, and would keep the old shape
+    duplicate = copy.deepcopy(model)
+    detach_all(duplicate)
+    return duplicate
+
+
+@torch.no_grad()
+def silence(model: nn.Module, zero: Positions) -> None:
+    """Zero the weights that consume pruned units, in place: exactly what a gate of 0 at their input does.
+
+    Args:
+        model: A model of the original sizes.
+        zero: Parameter name -> dimension -> positions.
+    """
+    parameters = dict(model.named_parameters())
+    for name, dims in zero.items():
+        for dim, positions in dims.items():
+            where = torch.tensor(positions, device=parameters[name].device)
+            parameters[name].index_fill_(dim, where, 0.0)
+
+
+@torch.no_grad()
+def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
+    """Cut every parameter and buffer of ``model`` to the positions that stay; identity and tying are kept.
+
+    Raises:
+        ShrinkError: If the plan was made for a model of other shapes.
+    """
+    tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    check_fits(tensors, plan)
+    for name, dims in plan.keep.items():
+        tensor = tensors[name]
+        data = tensor.data
+        for dim, positions in dims.items():
+            data = data.index_select(dim, torch.tensor(positions, device=data.device))
+        tensor.data = data.contiguous()
+    refresh_sizes(model)
+
+
+def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
+    """Check that every position of the plan exists.
+
+    Raises:
+        ShrinkError: If a parameter is missing or too small.
+    """
+    for part in (plan.keep, plan.zero):
+        for name, dims in part.items():
+            if name not in tensors:
+                raise ShrinkError(f"plan: the model has no parameter {name!r}; the plan is for {plan.model_class}.")
+            shape = tuple(tensors[name].shape)
+            for dim, positions in dims.items():
+                if dim >= len(shape) or not positions or min(positions) < 0 or max(positions) >= shape[dim]:
+                    raise ShrinkError(
+                        f"plan: positions of {name!r} along dimension {dim} do not fit its shape {shape}; the plan was "
+                        f"made for a {plan.model_class} of other sizes."
+                    )
+
+
+def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan) -> None:
+    """Make the config say the new sizes: with stock fields if the architecture can, else for the loader.
+
+    Args:
+        model: The sliced model; its config still has the old sizes.
+        plan: The plan that was applied.
+    """
+    shapes = parameter_shapes(model)
+    stock = find_stock_config(model, shapes, _size_changes(model, plan))
+    if stock is not None:
+        for name, value in stock.items():
+            setattr(model.config, name, value)
+        return
+    changed = {name for name in plan.keep if name in shapes}
+    by_identity = {id(p): name for name, p in model.named_parameters()}
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if by_identity[id(p)] in changed]
+    facts = {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()}
+    uneven: dict[str, Any] = {
+        "quant_method": "hf_compress",
+        "version": FORMAT_VERSION,
+        "units": facts,
+        "shapes": {name: shapes[name] for name in names},
+    }
+    model.config.quantization_config = uneven
+
+
+def _size_changes(model: PreTrainedModel, plan: ShrinkPlan) -> dict[int, set[int]]:
+    """Old number of units -> new numbers, over the groups of each kind, those that lost nothing included."""
+    changes: dict[int, set[int]] = {}
+    for group in plan.groups.values():
+        changes.setdefault(group.num_units, set()).add(len(group.kept))
+    return changes

@@ -1,0 +1,285 @@
+"""A shrink plan: pure data that says which positions of which parameters stay."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ShrinkError, TargetError, choices
+from hf_compress.graph.groups import DimensionGroup, ParameterSlice, dimension_groups
+
+Positions = dict[str, dict[int, list[int]]]
+"""Parameter or buffer name -> dimension -> positions along it, ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """What becomes of one dimension group."""
+
+    kind: str
+    """Kind of the group."""
+
+    num_units: int
+    """Units before."""
+
+    kept: tuple[int, ...]
+    """Units that stay, ascending."""
+
+    silenced: tuple[int, ...] = ()
+    """Masked units that stay to make sizes even; their consumers' weights become zero."""
+
+    parameters_per_unit: int = 0
+    """Weights that go with one unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkPlan:
+    """Everything ``shrink`` will do; nothing in it refers to a live model."""
+
+    model_class: str
+    """Class of the model that the plan was made for."""
+
+    groups: dict[str, GroupPlan]
+    """The groups that lose units, by name."""
+
+    keep: Positions
+    """Positions that stay, for every parameter and buffer that shrinks."""
+
+    zero: Positions
+    """Positions of consumer weights that the masks silence, in the original numbering."""
+
+    num_parameters: tuple[int, int]
+    """Parameters before and after."""
+
+    def summary(self) -> str:
+        """Say what goes and what it saves, one line a group."""
+        before, after = self.num_parameters
+        lines = [f"{self.model_class}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} removed)"]
+        for name, group in self.groups.items():
+            removed = group.num_units - len(group.kept)
+            padded = f", {len(group.silenced)} silenced" if group.silenced else ""
+            lines.append(f"  {name}: keeps {len(group.kept)} of {group.num_units} (removes {removed}{padded})")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Build a plan from ``to_json()`` output.
+
+        Raises:
+            ShrinkError: If the text is no plan.
+        """
+        try:
+            data = json.loads(text)
+            groups = {
+                name: GroupPlan(**{**group, "kept": tuple(group["kept"]), "silenced": tuple(group["silenced"])})
+                for name, group in data["groups"].items()
+            }
+            keep, zero = (
+                {name: {int(dim): list(where) for dim, where in dims.items()} for name, dims in data[key].items()}
+                for key in ("keep", "zero")
+            )
+            before, after = data["num_parameters"]
+            return cls(
+                model_class=data["model_class"], groups=groups, keep=keep, zero=zero, num_parameters=(before, after)
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ShrinkError(f"ShrinkPlan.from_json: not a plan written by to_json(): {error!r}") from error
+
+
+def plan_shrink(
+    model: PreTrainedModel,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    uniform: bool = False,
+    multiple_of: int = 1,
+) -> ShrinkPlan:
+    """Turn masks into a plan. The model is analyzed, not changed.
+
+    Args:
+        model: The model to shrink later.
+        masks: By group name, a bool tensor [num_units], True = keep; or by parameter name, a bool tensor of the
+            parameter's shape: a unit goes if one of its slices in such a parameter is masked entirely.
+        example_inputs: Keyword arguments for the forward pass that is recorded; made from the config by default.
+        uniform: Keep the same number of units in every group of a kind, so that a stock config can describe the
+            result. Layers that would keep fewer also keep silenced units.
+        multiple_of: Keep multiples of this many units in groups of single rows (FFN widths), for fast kernels.
+
+    Raises:
+        ShrinkError: If masks are missing, malformed, remove nothing or remove everything of a group.
+        TargetError: If a mask names no group or parameter, or asks for units of a frozen group.
+    """
+    refuse_compressed(model)
+    if not masks:
+        raise ShrinkError(
+            "plan_shrink: no masks given, so there is nothing to remove. Train with a PruningCallback and pass the "
+            "trainer to shrink(), or pass masks={group name: bool tensor}; dimension_groups(model) lists the groups."
+        )
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ShrinkError(f"plan_shrink: multiple_of={multiple_of!r}; allowed: an int >= 1.")
+    groups = {group.name: group for group in dimension_groups(model, example_inputs)}
+    wanted = _unit_masks(model, groups, masks)
+    sizes = _kept_counts(groups, wanted, uniform, multiple_of)
+    plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
+    if all(len(plan.kept) == plan.num_units for plan in plans.values()):
+        raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
+    return _build(model, groups, plans)
+
+
+def refuse_compressed(model: PreTrainedModel) -> None:
+    """Refuse models whose sizes or weights are compressed already.
+
+    Raises:
+        ShrinkError: If the model carries a ``quantization_config``.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None and not getattr(model, "is_quantized", False):
+        return
+    data = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
+    method = data.get("quant_method", "unknown")
+    if method == "hf_compress":
+        raise ShrinkError(
+            f"{type(model).__name__} is compressed already (config.quantization_config of hf_compress). Start again "
+            "from the dense checkpoint with the higher sparsity."
+        )
+    raise ShrinkError(
+        f"{type(model).__name__} is quantized already (quant_method {method}); shrinking needs floating-point weights. "
+        "Shrink the original checkpoint first and quantize the result."
+    )
+
+
+def _unit_masks(
+    model: nn.Module, groups: Mapping[str, DimensionGroup], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        if name in groups:
+            found = {name: _check_mask(name, mask, (groups[name].num_units,))}
+        elif name in parameters:
+            found = _from_parameter_mask(groups, name, _check_mask(name, mask, tuple(parameters[name].shape)))
+        else:
+            known = [*groups, *parameters]
+            raise TargetError(f"masks[{name!r}]: no such dimension group or parameter; {_closest(name, known)}.")
+        for group_name, keep in found.items():
+            wanted[group_name] = wanted[group_name] & keep if group_name in wanted else keep
+    for name, keep in wanted.items():
+        group = groups[name]
+        if not keep.all() and group.frozen is not None:
+            raise TargetError(f"masks: group {name!r} cannot lose units: {group.frozen}.")
+        if not keep.any():
+            raise ShrinkError(f"masks[{name!r}]: removes all {group.num_units} units; keep at least one.")
+    return wanted
+
+
+def _closest(name: str, known: list[str]) -> str:
+    text = choices(name, known)
+    return text.split("; allowed")[0] if text.startswith("closest") else "dimension_groups(model) lists the groups"
+
+
+def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ShrinkError(f"masks[{name!r}]: got {given}; allowed: torch.bool {shape}, True = keep.")
+    return mask.detach().cpu()
+
+
+def _from_parameter_mask(groups: Mapping[str, DimensionGroup], name: str, mask: Tensor) -> dict[str, Tensor]:
+    """A unit goes if all that it owns of the masked parameter is masked."""
+    found: dict[str, Tensor] = {}
+    for group in groups.values():
+        for part in group.slices:
+            if part.parameter != name or group.frozen is not None:
+                continue
+            rows = mask.movedim(part.dim, 0).reshape(mask.shape[part.dim], -1).any(dim=1)
+            keep = rows[part.index].any(dim=1)
+            if not keep.all():
+                found[group.name] = keep & found.get(group.name, torch.tensor(True))
+    if not found and not mask.all():
+        raise ShrinkError(
+            f"masks[{name!r}]: masks {int((~mask).sum())} weights but no whole unit of a prunable group, so nothing "
+            "can be removed. Mask whole rows, columns or heads, or pass masks by group name."
+        )
+    return found
+
+
+def _kept_counts(
+    groups: Mapping[str, DimensionGroup], wanted: Mapping[str, Tensor], uniform: bool, multiple_of: int
+) -> dict[str, int]:
+    sizes = {}
+    for name, keep in wanted.items():
+        size = int(keep.sum())
+        single_rows = all(part.index.shape[1] == 1 for part in groups[name].gates)
+        if single_rows and multiple_of > 1:
+            size = min(-(-size // multiple_of) * multiple_of, groups[name].num_units)
+        sizes[name] = size
+    if uniform:
+        largest: dict[str, int] = {}
+        for group in groups.values():
+            size = sizes.get(group.name, group.num_units)
+            if any(groups[name].kind == group.kind for name in wanted):
+                largest[group.kind] = max(largest.get(group.kind, 0), size)
+        sizes = {name: min(largest[groups[name].kind], groups[name].num_units) for name in sizes}
+    return sizes
+
+
+def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
+    kept = keep.nonzero().flatten().tolist()
+    silenced = (~keep).nonzero().flatten().tolist()[: size - len(kept)]
+    return GroupPlan(
+        kind=group.kind,
+        num_units=group.num_units,
+        kept=tuple(sorted(kept + silenced)),
+        silenced=tuple(silenced),
+        parameters_per_unit=group.parameters_per_unit,
+    )
+
+
+def _build(model: PreTrainedModel, groups: Mapping[str, DimensionGroup], plans: dict[str, GroupPlan]) -> ShrinkPlan:
+    tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    dropped: dict[tuple[str, int], set[int]] = {}
+    zero: Positions = {}
+    for name, plan in plans.items():
+        group = groups[name]
+        gone = sorted(set(range(group.num_units)) - set(plan.kept))
+        for part in (*group.slices, *group.buffers):
+            if gone:
+                dropped.setdefault((part.parameter, part.dim), set()).update(_positions(part, gone))
+        for part in group.gates:
+            silent = _positions(part, sorted({*gone, *plan.silenced}))
+            if silent:
+                where = zero.setdefault(part.parameter, {}).setdefault(part.dim, [])
+                where.extend(silent)
+    keep: Positions = {}
+    for (name, dim), positions in dropped.items():
+        size = tensors[name].shape[dim]
+        keep.setdefault(name, {})[dim] = [i for i in range(size) if i not in positions]
+    before = sum(p.numel() for p in model.parameters())
+    after = sum(_kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters())
+    return ShrinkPlan(
+        model_class=type(model).__name__,
+        groups={name: plan for name, plan in plans.items() if len(plan.kept) < plan.num_units or plan.silenced},
+        keep=keep,
+        zero=zero,
+        num_parameters=(before, after),
+    )
+
+
+def _positions(part: ParameterSlice, units: list[int]) -> list[int]:
+    return sorted(part.index[units].flatten().tolist()) if units else []
+
+
+def _kept_numel(parameter: Tensor, keep: Mapping[int, list[int]]) -> int:
+    numel = 1
+    for dim, size in enumerate(parameter.shape):
+        numel *= len(keep[dim]) if dim in keep else size
+    return numel

@@ -1,0 +1,106 @@
+"""``shrink``: from a trained model and masks to a physically smaller model."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ShrinkError
+from hf_compress.shrinking import verify as verification
+from hf_compress.shrinking.apply import describe_sizes, plain_copy, silence, slice_in_place
+from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink, refuse_compressed
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """A callback that holds masks."""
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return a bool tensor [num_units] per group name, True = keep."""
+        ...
+
+
+def shrink(
+    model_or_trainer: Any,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    uniform: bool = False,
+    multiple_of: int = 1,
+    verify: bool = True,
+) -> PreTrainedModel:
+    """Return a smaller copy of the model that computes what the masked model computes.
+
+    Args:
+        model_or_trainer: A model, or a Trainer that trained with a ``PruningCallback``.
+        masks: See ``plan_shrink``; taken from the trainer's callbacks by default.
+        example_inputs: See ``plan_shrink``.
+        uniform: See ``plan_shrink``.
+        multiple_of: See ``plan_shrink``.
+        verify: Compare the outputs of the masked and the shrunk model before returning.
+
+    Returns:
+        A plain ``PreTrainedModel`` of the same class; save, push or train it like any other. The original is
+        untouched.
+
+    Raises:
+        ShrinkError: If there are no masks, training is still running, the model is compressed already, or the
+            shrunk model differs from the masked one.
+        TargetError: If the masks ask for what the model does not have or must not lose.
+    """
+    model = _model_of(model_or_trainer)
+    refuse_compressed(model)
+    chosen = masks if masks is not None else _masks_of(model_or_trainer)
+    duplicate = plain_copy(model)
+    plan = plan_shrink(duplicate, chosen, example_inputs=example_inputs, uniform=uniform, multiple_of=multiple_of)
+    return _execute(duplicate, model, plan, example_inputs, verify)
+
+
+def _execute(
+    duplicate: PreTrainedModel,
+    model: PreTrainedModel,
+    plan: ShrinkPlan,
+    example_inputs: Mapping[str, Any] | None,
+    check: bool,
+) -> PreTrainedModel:
+    """Turn ``duplicate`` into the masked model, record it, then slice it: one copy in memory."""
+    silence(duplicate, plan.zero)
+    reference = verification.record_reference(duplicate, example_inputs) if check else None
+    slice_in_place(duplicate, plan)
+    if reference is not None:
+
+        def masked_again() -> PreTrainedModel:
+            masked = plain_copy(model)
+            silence(masked, plan.zero)
+            return masked
+
+        verification.verify(duplicate, reference, masked_again)
+    describe_sizes(duplicate, plan)
+    return duplicate
+
+
+def _model_of(model_or_trainer: Any) -> PreTrainedModel:
+    model = model_or_trainer
+    if not isinstance(model, nn.Module) and hasattr(model, "accelerator"):
+        model = model.accelerator.unwrap_model(model.model, keep_fp32_wrapper=False)
+    if not isinstance(model, PreTrainedModel):
+        raise ShrinkError(
+            f"shrink: got {type(model).__name__}; allowed: a transformers PreTrainedModel or a Trainer. Merge and "
+            "unload PEFT adapters first."
+        )
+    return model
+
+
+def _masks_of(source: Any) -> dict[str, Tensor]:
+    if isinstance(source, nn.Module):
+        return {}
+    callbacks = source.callback_handler.callbacks
+    found = [callback.masks() for callback in callbacks if isinstance(callback, MaskSource)]
+    if not found:
+        names = ", ".join(type(callback).__name__ for callback in callbacks)
+        raise ShrinkError(
+            f"shrink: none of the trainer's callbacks ({names}) holds masks. Add a PruningCallback and train, or pass "
+            "masks={group name: bool tensor}."
+        )
+    return {name: mask for masks in found for name, mask in masks.items()}

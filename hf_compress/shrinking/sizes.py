@@ -1,0 +1,81 @@
+"""Sizes that modules remember beside their parameters, and the stock config that says the same."""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+MAX_CONFIG_TRIALS = 64
+
+
+def refresh_sizes(model: nn.Module) -> None:
+    """Set the size attributes of standard layers from the shapes of their parameters."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, Conv1D):
+            module.nx, module.nf = module.weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            module.normalized_shape = tuple(module.weight.shape)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d) and not module.transposed:
+            module.out_channels, inner = module.weight.shape[:2]
+            module.in_channels = inner * module.groups
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Return every parameter's shape by name, tied parameters under each of their names."""
+    return {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def find_stock_config(
+    model: PreTrainedModel, shapes: Mapping[str, list[int]], changes: Mapping[int, set[int]]
+) -> dict[str, int] | None:
+    """Look for config values with which the architecture itself builds the given shapes.
+
+    No table of architectures: integer config fields that hold an old size are set to the new one and the model is
+    built on the meta device; only an exact match of every parameter's shape counts.
+
+    Args:
+        model: The shrunk model; its config still describes the old sizes.
+        shapes: The shapes to reach, by parameter name.
+        changes: Old number of units -> the new numbers it became; more than one means uneven layers.
+
+    Returns:
+        Config fields to set, or None if no stock config gives these shapes.
+    """
+    if any(len(new) > 1 for new in changes.values()):
+        return None
+    fields = [(name, old, next(iter(changes[old]))) for name, old in _integer_fields(model.config) if old in changes]
+    for chosen in itertools.islice(_subsets(fields), MAX_CONFIG_TRIALS):
+        config = copy.deepcopy(model.config)
+        for name, _, new in chosen:
+            setattr(config, name, new)
+        if _built_shapes(type(model), config) == dict(shapes):
+            return {name: new for name, _, new in chosen}
+    return None
+
+
+def _integer_fields(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    for name, value in vars(config).items():
+        if type(value) is int and not name.startswith("_") and not name.endswith("_id"):
+            yield name, value
+
+
+def _subsets(fields: list[tuple[str, int, int]]) -> Iterator[tuple[tuple[str, int, int], ...]]:
+    for size in range(1, len(fields) + 1):
+        yield from itertools.combinations(fields, size)
+
+
+def _built_shapes(model_class: type[PreTrainedModel], config: Any) -> dict[str, list[int]] | None:
+    try:
+        with torch.device("meta"):
+            return parameter_shapes(model_class(config))
+    except Exception:  # noqa: BLE001 - a config that the architecture refuses, in whatever way, is no candidate
+        return None

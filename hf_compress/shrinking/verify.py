@@ -1,0 +1,117 @@
+"""Check that the shrunk model computes what the masked one computes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ShrinkError
+from hf_compress.graph.capture import main_outputs
+from hf_compress.graph.inputs import make_example_inputs
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Largest allowed max|a - b| / max|a|, by dtype of the outputs: rounding differs because sums are shorter."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Outputs of the masked model on several inputs."""
+
+    inputs: list[Mapping[str, Any]]
+    outputs: list[list[Tensor]]
+
+
+def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] | None) -> Reference:
+    """Run the masked model on the example inputs, and on inputs of another batch size and length."""
+    inputs: list[Mapping[str, Any]] = [dict(example_inputs or make_example_inputs(masked))]
+    if example_inputs is None:
+        inputs.append(make_example_inputs(masked, batch_size=3, length=8, seed=1))
+    return Reference(inputs, [run(masked, each) for each in inputs])
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the main floating-point outputs of ``model`` in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        return [t for t in main_outputs(model(**inputs)) if t.is_floating_point()]
+    finally:
+        model.train(training)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Return max|a - b| / max|a|; infinite when shapes differ or ``b`` has non-finite values that ``a`` lacks."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.double(), b.double()
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp_min(1e-30))
+
+
+def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> None:
+    """Compare the shrunk model with the reference.
+
+    Args:
+        shrunk: The sliced model.
+        reference: What the masked model of the original sizes gave.
+        masked_again: Called without arguments for the masked model, only to name the first module that differs.
+
+    Raises:
+        ShrinkError: If the shrunk model fails to run or gives other numbers.
+    """
+    for inputs, expected in zip(reference.inputs, reference.outputs, strict=True):
+        try:
+            actual = run(shrunk, inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            raise ShrinkError(
+                f"{type(shrunk).__name__} does not run after shrinking ({type(error).__name__}: {error}). Its forward "
+                "reads a size that slicing parameters does not change; exclude that kind of structure. The original "
+                "model is untouched."
+            ) from error
+        errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]
+        allowed = [TOLERANCES.get(t.dtype, 1e-5) for t in expected]
+        if any(error > limit for error, limit in zip(errors, allowed, strict=True)):
+            where = first_difference(masked_again(), shrunk, inputs, max(allowed))
+            raise ShrinkError(
+                f"{type(shrunk).__name__}: the shrunk model differs from the masked one by {max(errors):.1e} (allowed: "
+                f"{max(allowed):.0e}); first module that differs: {where}. The result was discarded and the original "
+                "model is untouched; exclude that structure."
+            )
+
+
+def first_difference(masked: nn.Module, shrunk: nn.Module, inputs: Mapping[str, Any], limit: float) -> str:
+    """Name the first module, in execution order, whose output has the same shape in both models but other values."""
+    reference, actual = _module_outputs(masked, inputs), _module_outputs(shrunk, inputs)
+    for name, expected in reference.items():
+        other = actual.get(name)
+        if other is not None and expected.shape == other.shape and relative_error(expected, other) > limit:
+            return repr(name or type(masked).__name__)
+    return "none with comparable output"
+
+
+def _module_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, result: Any) -> None:
+        value = result[0] if isinstance(result, tuple) and result else result
+        if isinstance(value, Tensor) and value.is_floating_point():
+            outputs.setdefault(name, value)
+
+    handles = [
+        module.register_forward_hook(lambda _m, _i, result, name=name: keep(name, result))
+        for name, module in model.named_modules()
+    ]
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
