@@ -47,7 +47,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     """Return max|a - b| / max|a|; infinite when shapes differ or ``b`` has non-finite values that ``a`` lacks."""
     if a.shape != b.shape:
         return float("inf")
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
         return float("inf")

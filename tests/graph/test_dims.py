@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from hf_compress.graph.dims import (
+    ConflictError,
+    Dim,
+    atoms,
+    concat,
+    expand,
+    factors,
+    find,
+    product,
+    segments,
+    split_concat,
+    split_product,
+    take_factors,
+    unify,
+)
+
+
+def positions(dim: Dim) -> dict[int, list[list[int]]]:
+    """Sizes of atoms -> index; the test's atoms all have different sizes."""
+    return {part.atom.size: part.index.tolist() for part in expand(dim)}
+
+
+def test_expand_of_a_product_is_row_major() -> None:
+    heads, inner = Dim(2), Dim(3)
+    assert positions(product([heads, inner])) == {
+        2: [[0, 1, 2], [3, 4, 5]],
+        3: [[0, 3], [1, 4], [2, 5]],
+    }
+
+
+def test_expand_of_a_concatenation_offsets_each_part() -> None:
+    assert positions(concat([Dim(2), Dim(3)])) == {2: [[0], [1]], 3: [[2], [3], [4]]}
+
+
+def test_an_atom_in_several_segments_owns_a_position_in_each() -> None:
+    """Fused query-key-value: three times the same heads."""
+    heads, inner = Dim(2), Dim(4)
+    fused = concat([product([heads, inner]) for _ in range(3)])
+    assert positions(fused)[2][1] == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]
+
+
+def test_unify_refines_both_sides_until_they_agree() -> None:
+    coarse, fine = Dim(24), product([Dim(4), Dim(6)])
+    split_product(coarse, 2)
+    unify(coarse, fine)
+    assert [d.size for d in factors(coarse)] == [2, 2, 6]
+    assert [find(d) for d in factors(coarse)] == [find(d) for d in factors(fine)]
+
+
+def test_unify_of_concatenations_cuts_at_common_borders() -> None:
+    a, b = concat([Dim(5), Dim(3)]), concat([Dim(2), Dim(6)])
+    unify(a, b)
+    assert [d.size for d in segments(a)] == [2, 3, 3]
+    assert [find(d) for d in segments(a)] == [find(d) for d in segments(b)]
+
+
+def test_rotating_half_of_a_dimension_makes_its_halves_one() -> None:
+    """Rotary embeddings: x + rotate_half(x) with x = (a, b) and rotate_half(x) = (-b, a)."""
+    x = Dim(8)
+    left, right = split_concat(x, [4, 4])
+    unify(x, concat([right, left]))
+    assert find(left) is find(right)
+    assert positions(x) == {4: [[0, 4], [1, 5], [2, 6], [3, 7]]}
+
+
+def test_repetition_of_key_heads_is_a_factor_of_query_heads() -> None:
+    query, key = Dim(6), Dim(2)
+    shared, repeated = split_product(query, 2)
+    unify(shared, key)
+    assert find(shared) is find(key)
+    assert repeated.size == 3
+
+
+def test_splitting_a_concatenation_of_equal_blocks_by_its_inner_size_unifies_the_blocks() -> None:
+    dim = concat([Dim(3), Dim(5), Dim(3), Dim(5)])
+    outer, inner = split_product(dim, 2)
+    assert (outer.size, inner.size) == (2, 8)
+    assert [d.size for d in segments(inner)] == [3, 5]
+
+
+def test_take_factors_cuts_a_factor_where_the_border_falls_inside() -> None:
+    outer, inner = take_factors([Dim(6), Dim(5)], 3)
+    assert ([d.size for d in outer], [d.size for d in inner]) == ([3], [2, 5])
+
+
+@pytest.mark.parametrize(
+    "contradiction",
+    [
+        lambda: unify(Dim(3), Dim(4)),
+        lambda: split_product(Dim(7), 2),
+        lambda: split_concat(Dim(5), [2, 2]),
+        lambda: split_concat(product([Dim(2), Dim(3)]), [1, 5]),
+        lambda: take_factors([Dim(3)], 2),
+    ],
+)
+def test_contradictions_are_conflicts(contradiction) -> None:
+    with pytest.raises(ConflictError):
+        contradiction()
+
+
+def test_expand_covers_every_position_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        sizes = torch.randint(1, 5, (4,), generator=generator).tolist()
+        dim = concat([product([Dim(sizes[0]), Dim(sizes[1])]), Dim(sizes[2]), product([Dim(sizes[3]), Dim(2)])])
+        for part in atoms(dim):
+            assert part.form == "atom"
+        covered = {}
+        for part in expand(dim):
+            assert part.index.shape[0] == part.atom.size
+            for position in part.index.flatten().tolist():
+                covered[position] = covered.get(position, 0) + 1
+        # Positions of a product belong to one unit of each factor.
+        assert set(covered) == set(range(dim.size)) or dim.size == 1
