@@ -1,5 +1,8 @@
 """Compress Transformers inside a plain Hugging Face Trainer."""
 
+from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.config import DistillationConfig, PruningConfig, QuantizationConfig, Recipe
 from hf_compress.errors import (
     CompressionError,
@@ -10,10 +13,14 @@ from hf_compress.errors import (
     TargetError,
     TrainingError,
 )
+from hf_compress.export import pretrained  # noqa: F401 - imported for the loader it registers
+from hf_compress.export.quantized import export_quantized
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice, dimension_groups
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.op_rules import op_rule
 from hf_compress.pruning import allocate, criteria  # noqa: F401 - imported for what they register
+from hf_compress.report.compare import compare
+from hf_compress.report.profile import ModelProfile, profile
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
 from hf_compress.shrinking.shrink import shrink
 
@@ -23,20 +30,27 @@ __all__ = [
     "CompressionError",
     "ConfigError",
     "DimensionGroup",
+    "DistillationCallback",
     "DistillationConfig",
     "ExportError",
     "GraphError",
+    "ModelProfile",
     "ParameterSlice",
+    "PruningCallback",
     "PruningConfig",
+    "QuantizationCallback",
     "QuantizationConfig",
     "Recipe",
     "ShrinkError",
     "ShrinkPlan",
     "TargetError",
     "TrainingError",
+    "compare",
     "dimension_groups",
+    "export_quantized",
     "make_example_inputs",
     "op_rule",
     "plan_shrink",
+    "profile",
     "shrink",
 ]

@@ -5,7 +5,8 @@ under autocast, activation checkpointing, DDP, FSDP2 and torch.compile; parametr
 ``.data`` swaps each break at least one of these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -170,6 +171,20 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
         # A module-level name keeps instances picklable.
         globals()[name] = _swapped[base] = type(name, (base,), {"forward": _forward, "__module__": __name__})
     return _swapped[base]
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Let every module compute as if nothing were attached, while the context is open."""
+    swapped = [module for module in model.modules() if attachment_of(module) is not None]
+    classes = [type(module) for module in swapped]
+    for module, own in zip(swapped, classes, strict=True):
+        module.__class__ = own.__mro__[1]
+    try:
+        yield
+    finally:
+        for module, own in zip(swapped, classes, strict=True):
+            module.__class__ = own
 
 
 def detach_all(model: nn.Module) -> None:

@@ -41,8 +41,8 @@ def shrink(
         verify: Compare the outputs of the masked and the shrunk model before returning.
 
     Returns:
-        A plain ``PreTrainedModel`` of the same class; save, push or train it like any other. The original is
-        untouched.
+        A plain ``PreTrainedModel`` of the same class, in eval mode; save, push or train it like any other. The
+        original is untouched.
 
     Raises:
         ShrinkError: If there are no masks, training is still running, the model is compressed already, or the
@@ -77,6 +77,7 @@ def _execute(
 
         verification.verify(duplicate, reference, masked_again)
     describe_sizes(duplicate, plan)
+    duplicate.train(False)
     return duplicate
 
 

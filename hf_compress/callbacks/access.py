@@ -1,0 +1,87 @@
+"""What a callback has to know about its Trainer and is not told by the events.
+
+Transformers passes neither the Trainer nor the checkpoint being resumed from to callbacks, but both are local
+variables of the functions that call them.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from peft import PeftMixedModel, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_compress.errors import TrainingError
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """Return the Trainer that is calling this callback right now, or None."""
+    for frame in _frames():
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and any(each is callback for each in owner.callback_handler.callbacks):
+            return owner
+    return None
+
+
+def run_directory(trainer: Trainer) -> Path:
+    """Return the folder that the run's checkpoints go to; hyperparameter searches have one per trial."""
+    return Path(trainer._get_output_dir(_trainer_local(trainer, "trial")))
+
+
+def resumed_checkpoint(trainer: Trainer) -> Path:
+    """Return the checkpoint folder that training resumes from; called while ``train()`` begins.
+
+    Raises:
+        TrainingError: If there is no such folder.
+    """
+    default = run_directory(trainer) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    given = (_trainer_local(trainer, "resume_from_checkpoint"), trainer.args.resume_from_checkpoint, default)
+    folders = [Path(path) for path in given if isinstance(path, str | os.PathLike)]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    looked = ", ".join(str(folder) for folder in folders)
+    raise TrainingError(
+        f"training resumes at step {trainer.state.global_step}, but its checkpoint folder was not found (looked for "
+        f"{looked}). Call trainer.train(resume_from_checkpoint=<folder>)."
+    )
+
+
+def pushed_checkpoint(trainer: Trainer) -> Path | None:
+    """Return the checkpoint folder being uploaded, or None where the final model is."""
+    folder = _trainer_local(trainer, "checkpoint_folder")
+    return Path(folder) if folder is not None and Path(folder).is_dir() else None
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """Return the Transformers model itself: the base model, adapters included, where PEFT wraps it.
+
+    Raises:
+        TrainingError: If it is anything but a PreTrainedModel.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TrainingError(
+            f"the Trainer's model is a {type(base).__name__}; allowed: a transformers PreTrainedModel."
+        )
+    return base
+
+
+def _trainer_local(trainer: Trainer, name: str) -> Any:
+    """Return the innermost non-None local variable of that name in the Trainer's methods under way, or None."""
+    for frame in _frames():
+        if frame.f_locals.get("self") is trainer and frame.f_locals.get(name) is not None:
+            return frame.f_locals[name]
+    return None
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

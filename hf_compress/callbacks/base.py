@@ -1,0 +1,341 @@
+"""The life of a compression callback: find the Trainer, check it, install, save, resume, take off.
+
+A subclass says what to install and what to store; when, is decided here.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_compress.callbacks.access import (
+    calling_trainer,
+    plain_model,
+    pushed_checkpoint,
+    resumed_checkpoint,
+    run_directory,
+)
+from hf_compress.callbacks.state import Section, check_config, read_state, write_state
+from hf_compress.config import Config
+from hf_compress.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a callback knows once training begins."""
+
+    model: PreTrainedModel
+    """The model itself: never a DDP, compiled or PEFT wrapper."""
+
+    args: TrainingArguments
+    trainer: Trainer
+
+    total_steps: int
+    """Optimizer steps of the whole run, those before a resume included."""
+
+    device: torch.device
+
+
+class CompressionCallback(TrainerCallback):  # type: ignore[misc]
+    """Base of the pruning, quantization and distillation callbacks.
+
+    Nothing is installed before ``on_train_begin``, which may come several times (a second ``train()``, a smaller
+    batch size after running out of memory, a new model from ``model_init``): what an earlier begin left is taken off
+    first. If anything fails while training begins or ends, all compression callbacks of the Trainer are taken off.
+    """
+
+    section: ClassVar[str]
+    """Key in the state files: ``"pruning"``, ``"quantization"`` or ``"distillation"``."""
+
+    config: Config
+    """Stored in checkpoints, and compared when training resumes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._run: Run | None = None
+        self._run_directory = Path()
+        self._trainer: weakref.ref[Trainer] | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Name the Trainer; needed only where it is not found by itself (see the error that says so)."""
+        self._trainer = weakref.ref(trainer)
+
+    def _start(self, run: Run) -> None:
+        """Check the config against the model, then install. May run again after ``_remove``."""
+        raise NotImplementedError
+
+    def _stop(self, run: Run) -> None:
+        """Finish: check that the target was met, fold what is to stay, take off what must not."""
+        self._remove()
+
+    def _remove(self) -> None:
+        """Take every instrument off, leaving the model plain.
+
+        Called before every ``_start``, after a ``_start`` that failed halfway, and twice in a row.
+        """
+        raise NotImplementedError
+
+    def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return the tensors and the JSON facts that a checkpoint needs; called on one rank only."""
+        return {}, {}
+
+    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take over what ``_state`` returned; tensors are on the CPU."""
+
+    def _metrics(self) -> Mapping[str, float]:
+        """Return what to add to the Trainer's training log; called on every rank, once per log."""
+        return {}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the Trainer."""
+        trainer = calling_trainer(self)
+        if trainer is not None:
+            self.attach(trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the setup, install, and restore if training resumes.
+
+        Raises:
+            TrainingError: If the setup is one in which the callback would not do its work, or if the checkpoint
+                cannot be resumed from.
+        """
+        self._run = None
+        self._remove()
+        trainer = self._find_trainer()
+        try:
+            self._check_alone(trainer)
+            check_setup(trainer)
+            self._run_directory = run_directory(trainer)
+            run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
+            self._run = run
+            extend_log(trainer)
+            self._start(run)
+            if state.global_step > 0:
+                self._read(resumed_checkpoint(trainer), state.global_step)
+        except BaseException:
+            _take_all_off(trainer)
+            raise
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the state of all compression callbacks to the checkpoint just written."""
+        self._write(args, state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do what ``on_save`` does, before the checkpoint is uploaded."""
+        if self._run is not None and pushed_checkpoint(self._run.trainer) is not None:
+            self._write(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go back to the best checkpoint's state if the model did, then finish.
+
+        Raises:
+            TrainingError: If training began without this callback, or if the best checkpoint cannot be read.
+        """
+        run = self._run
+        if run is None:
+            raise TrainingError(
+                f"{type(self).__name__} was added after training had begun, so it did nothing. Pass it in "
+                "Trainer(callbacks=[...]) or call trainer.add_callback before trainer.train()."
+            )
+        try:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._read(Path(state.best_model_checkpoint), None)
+            self._stop(run)
+        except BaseException:
+            _take_all_off(run.trainer)
+            raise
+        self._run = None
+        restore_log(run.trainer)
+
+    def _take_off(self) -> None:
+        """Leave a run that failed."""
+        run, self._run = self._run, None
+        if run is not None:
+            self._remove()
+            restore_log(run.trainer)
+
+    def _find_trainer(self) -> Trainer:
+        known = self._trainer() if self._trainer is not None else None
+        trainer = calling_trainer(self) or known
+        if trainer is None:
+            raise TrainingError(
+                f"{type(self).__name__} did not find the Trainer that runs it. Call callback.attach(trainer) before "
+                "trainer.train()."
+            )
+        self.attach(trainer)
+        return trainer
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        if sum(other.section == self.section for other in _compression_callbacks(trainer)) > 1:
+            raise TrainingError(
+                f"the Trainer has two callbacks for {self.section}; allowed: one {type(self).__name__} per Trainer. "
+                f"Remove one with trainer.remove_callback({type(self).__name__})."
+            )
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Write the state of all running compression callbacks, if this is the first of them."""
+        if self._run is None or not args.should_save:
+            return
+        running = _running(self._run.trainer)
+        if running[0] is not self:
+            return
+        folder = self._run_directory / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not folder.is_dir():
+            raise TrainingError(
+                f"{folder}: the Trainer saved a checkpoint elsewhere, so the compression state cannot be added to it. "
+                "Do not override Trainer._save_checkpoint to use another folder."
+            )
+        write_state(folder, state.global_step, {other.section: other._stored() for other in running})
+
+    def _stored(self) -> Section:
+        tensors, facts = self._state()
+        return Section(self.config.to_dict(), tensors, facts)
+
+    def _read(self, folder: Path, global_step: int | None) -> None:
+        sections = read_state(folder, global_step)
+        assert self._run is not None
+        present = {other.section for other in _compression_callbacks(self._run.trainer)}
+        if set(sections) != present:
+            raise TrainingError(
+                f"{folder}: saved with callbacks for {sorted(sections)}, but the Trainer has callbacks for "
+                f"{sorted(present)}. Resume with the same callbacks, or start a new run from the checkpoint's weights."
+            )
+        stored = sections[self.section]
+        check_config(folder, self.section, stored.config, self.config.to_dict())
+        self._restore(stored.tensors, stored.facts)
+
+
+def check_setup(trainer: Trainer) -> None:
+    """Check that the Trainer runs the model in a way that compression callbacks can work with.
+
+    Raises:
+        TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, a quantized model, or trainable parameters
+            that the optimizer does not have.
+    """
+    if trainer.args.n_gpu > 1:
+        raise TrainingError(
+            f"one process drives {trainer.args.n_gpu} GPUs (nn.DataParallel), whose replicas would not share what the "
+            "callbacks install. Start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise TrainingError("DeepSpeed hides gradients from callbacks. Use DDP or FSDP version 2.")
+    if _fsdp_version(trainer) == 1:
+        raise TrainingError("FSDP version 1 flattens parameters. Set fsdp_config={'version': 2}, or use DDP.")
+    model = _model(trainer)
+    if getattr(model, "is_quantized", False):
+        raise TrainingError(
+            f"the {type(model).__name__} is quantized already (is_quantized is set); compress the floating-point model."
+        )
+    _check_optimizer(trainer)
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks; the tensor itself in a single process.
+
+    Every rank must call it, with the same shape.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _fsdp_version(trainer: Trainer) -> int | None:
+    if trainer.is_fsdp_xla_enabled:
+        return 1
+    return trainer.accelerator.state.fsdp_plugin.fsdp_version if trainer.is_fsdp_enabled else None
+
+
+def _check_optimizer(trainer: Trainer) -> None:
+    optimizer: Any = trainer.optimizer
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [(name, each) for name, each in _model(trainer).named_parameters() if each.requires_grad]
+    orphans = [name for name, parameter in trained if id(parameter) not in owned]
+    if orphans:
+        raise TrainingError(
+            f"the optimizer lacks {len(orphans)} of the model's trainable parameters (first: {orphans[0]!r}), so they "
+            "would never change. If the model changed since the last train(), set trainer.optimizer = "
+            "trainer.lr_scheduler = None; if the optimizer is your own, give it all parameters or freeze these."
+        )
+
+
+def extend_log(trainer: Trainer) -> None:
+    """Let the callbacks' metrics into the Trainer's training log.
+
+    Not in ``on_log``: by then the log history and the reporting callbacks have their copies.
+    """
+    if not isinstance(vars(trainer).get("log"), _TrainingLog):
+        setattr(trainer, "log", _TrainingLog(trainer))  # noqa: B010 (mypy refuses to assign to a method)
+
+
+def restore_log(trainer: Trainer) -> None:
+    """Undo ``extend_log`` once no callback is running any more."""
+    log = vars(trainer).get("log")
+    if isinstance(log, _TrainingLog) and not _running(trainer):
+        if log.was_on_instance:
+            setattr(trainer, "log", log.original)  # noqa: B010
+        else:
+            del vars(trainer)["log"]
+
+
+class _TrainingLog:
+    """Stands in for ``trainer.log``."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.was_on_instance = "log" in vars(trainer)
+        self.original = trainer.log
+
+    def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Only the Trainer's own training log has both, and every rank makes it, so metrics may be reduced over ranks.
+        if "loss" in logs and "learning_rate" in logs:
+            for callback in _running(self.trainer):
+                logs.update(callback._metrics())
+        self.original(logs, *args, **kwargs)
+
+
+def _model(trainer: Trainer) -> PreTrainedModel:
+    model: Any = trainer.model
+    return plain_model(model)
+
+
+def _compression_callbacks(trainer: Trainer) -> list[CompressionCallback]:
+    return [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, CompressionCallback)
+    ]
+
+
+def _running(trainer: Trainer) -> list[CompressionCallback]:
+    return [callback for callback in _compression_callbacks(trainer) if callback._run is not None]
+
+
+def _take_all_off(trainer: Trainer) -> None:
+    for callback in _compression_callbacks(trainer):
+        callback._take_off()

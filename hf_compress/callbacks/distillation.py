@@ -1,0 +1,304 @@
+"""Distillation inside a plain Trainer: the student's loss becomes (1 - alpha) * task + alpha * distillation.
+
+A callback cannot change the loss, so it is mixed where it arises: in the model's outputs (a forward hook), or,
+where the Trainer computes it from the outputs, in ``label_smoother`` or ``compute_loss_func``. Whatever the Trainer
+does to the loss afterwards (accumulation, ranks, loss scaling) then applies to both terms alike.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_compress.callbacks.access import plain_model
+from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
+from hf_compress.callbacks.teacher import check_teacher, frozen, load_teacher, logits_of, teacher_logits
+from hf_compress.config import DistillationConfig
+from hf_compress.distillation.losses import DistillationLoss
+from hf_compress.distillation.positions import select_positions
+from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.registry import distillation_losses
+
+
+class DistillationCallback(CompressionCallback):
+    """Teaches the Trainer's model the outputs of a teacher.
+
+    Evaluation is left alone: only forward passes in training mode with gradients are taught. The Trainer's logs gain
+    ``task_loss`` and ``distillation_loss`` on the scale of ``loss``.
+
+    Args:
+        config: Weight, temperature and kind of the loss.
+        teacher: A model, or the Hub name or folder of one, loaded when training begins. A model is moved to the
+            training device and frozen while training runs.
+
+    Raises:
+        ConfigError: If either argument is of another type.
+    """
+
+    section = "distillation"
+    config: DistillationConfig
+
+    def __init__(self, config: DistillationConfig, teacher: PreTrainedModel | str | os.PathLike[str]) -> None:
+        if not isinstance(config, DistillationConfig):
+            raise ConfigError(
+                f"DistillationCallback: config is a {type(config).__name__}; pass a DistillationConfig."
+            )
+        if not isinstance(teacher, nn.Module | str | os.PathLike):
+            raise ConfigError(
+                f"DistillationCallback: teacher is a {type(teacher).__name__}; allowed: a PreTrainedModel, or the Hub "
+                "name or folder of one."
+            )
+        super().__init__(config)
+        self.teacher = teacher
+        self._installed = ExitStack()
+        self._mixer: _Mixer | None = None
+
+    def _start(self, run: Run) -> None:
+        teacher = self._ready_teacher(run)
+        trainer, undo = run.trainer, self._installed
+        undo.enter_context(frozen(teacher))
+        mixer = self._mixer = _Mixer(self.config, teacher, run)
+        # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
+        model: Any = trainer.model
+        names = [
+            name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None
+        ]
+        if names:
+            hooks = [model.register_forward_hook(_eager(mixer.capture), with_kwargs=True)]
+        else:
+            hooks = [
+                model.register_forward_pre_hook(_eager(mixer.place_probe), with_kwargs=True),
+                model.register_forward_hook(_eager(mixer.mix_outputs), with_kwargs=True),
+            ]
+        for hook in hooks:
+            undo.callback(hook.remove)
+        for name in names:
+            _replace(trainer, name, mixer.mixed(getattr(trainer, name)), undo)
+
+    def _remove(self) -> None:
+        self._mixer = None
+        self._installed.close()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the distillation loss took part in the step.
+
+        Raises:
+            TrainingError: If it was not computed, or if no gradient came back through it.
+        """
+        if self._mixer is not None:
+            self._mixer.end_step()
+
+    def _metrics(self) -> Mapping[str, float]:
+        return self._mixer.averages() if self._mixer is not None else {}
+
+    def _ready_teacher(self, run: Run) -> nn.Module:
+        """Return the teacher, checked, on the training device."""
+        teacher: Any = self.teacher
+        if isinstance(teacher, nn.Module):
+            folder = plain_model(teacher).config._name_or_path or ""
+            source = folder if os.path.isdir(folder) else ""
+        else:
+            source = os.fspath(teacher)
+            teacher = load_teacher(source, run.model)
+        plain = plain_model(teacher)
+        check_teacher(plain, run.model, run.trainer.processing_class, source)
+        # Quantized and dispatched models are where they have to be, and refuse to be moved.
+        if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
+            teacher.to(run.device)
+        module: nn.Module = teacher
+        return module
+
+
+class _Mixer:
+    """Mixes the distillation loss into the task loss, and knows whether it was used."""
+
+    def __init__(self, config: DistillationConfig, teacher: nn.Module, run: Run) -> None:
+        self.config = config
+        self.teacher = teacher
+        self.run = run
+        self.loss: DistillationLoss = distillation_losses.get(config.loss)
+        self.shift = _shifts_labels(run.model)
+        self.per_item: bool | None = None
+        """Whether the task loss is a sum divided by num_items_in_batch; None until a forward pass has shown it."""
+        self.teacher_checked = False
+        self.inputs: Mapping[str, Any] | None = None
+        self.num_computed = self.num_used = self.num_steps = 0
+        self.sums = torch.zeros(2, device=run.device)
+        """Task and distillation loss since the last log, scaled as the Trainer scales the loss."""
+
+    def place_probe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Let the first forward pass show whether its loss depends on num_items_in_batch."""
+        if not _is_training(module) or kwargs.get("num_items_in_batch") is None:
+            return None
+        return args, {**kwargs, "num_items_in_batch": self._probe(kwargs["num_items_in_batch"])}
+
+    def capture(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+        """Keep the inputs for a loss that is computed outside the model."""
+        if _is_training(module):
+            self.inputs = _keywords(args, kwargs)
+
+    def mix_outputs(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        """Replace ``outputs.loss``."""
+        if not _is_training(module):
+            return None
+        inputs = _keywords(args, kwargs)
+        task_loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if not isinstance(task_loss, Tensor):
+            raise TrainingError(
+                f"distillation: {type(module).__name__} returned no loss to mix with (got a {type(outputs).__name__}). "
+                "The data needs labels, return_dict must not be False, and an overridden Trainer.compute_loss must "
+                "pass labels to the model and use outputs.loss; for your own loss use Trainer(compute_loss_func=...)."
+            )
+        labels, shift = kwargs.get("labels"), self.shift
+        if kwargs.get("shift_labels") is not None:
+            labels, shift = kwargs["shift_labels"], False
+        outputs["loss"] = self._mix(
+            task_loss, outputs, inputs, labels, shift, kwargs.get("num_items_in_batch")
+        )
+        return outputs
+
+    def mixed(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a ``label_smoother`` or ``compute_loss_func`` that distills as well."""
+
+        def compute_mixed(outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
+            inputs, self.inputs = self.inputs, None
+            if inputs is None:
+                return compute(outputs, labels, *args, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None:
+                num_items = kwargs["num_items_in_batch"] = self._probe(num_items)
+            task_loss = compute(outputs, labels, *args, **kwargs)
+            return self._mix(task_loss, outputs, inputs, labels, self.shift, num_items)
+
+        return compute_mixed
+
+    def averages(self) -> dict[str, float]:
+        """Return both losses per optimizer step since the last call, over all ranks."""
+        task, distillation = (all_reduce_mean(self.sums) / max(self.num_steps, 1)).tolist()
+        self.sums.zero_()
+        self.num_steps = 0
+        return {"task_loss": task, "distillation_loss": distillation}
+
+    def end_step(self) -> None:
+        """Check that distillation took part in this optimizer step."""
+        if self.num_used == 0:
+            reason = (
+                "the loss that was differentiated does not contain it"
+                if self.num_computed
+                else "the model's forward was not called in training mode with gradients"
+            )
+            raise TrainingError(
+                f"distillation has no effect: {reason}. Trainer.compute_loss is probably overridden; make it call the "
+                "model with labels and use outputs.loss, or use Trainer(compute_loss_func=...) instead."
+            )
+        self.num_computed = self.num_used = 0
+        self.num_steps += 1
+
+    def _probe(self, num_items: Any) -> Any:
+        if self.per_item is not None:
+            return num_items
+        return torch.as_tensor(num_items, device=self.run.device).float().clone().requires_grad_()
+
+    def _mix(
+        self,
+        task_loss: Tensor,
+        outputs: Any,
+        inputs: Mapping[str, Any],
+        labels: Any,
+        shift: bool,
+        num_items: Any,
+    ) -> Tensor:
+        if self.per_item is None and num_items is not None:
+            self.per_item = _depends(task_loss, num_items)
+            num_items = num_items.detach()
+        own = logits_of(outputs, "student")
+        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+        student, teacher = select_positions(
+            own, self._teach(inputs).to(own.device), labels=labels, attention_mask=mask, shift=shift
+        )
+        per_position = self.loss(student, teacher, self.config.temperature)
+        count = num_items if self.per_item and num_items is not None else max(len(per_position), 1)
+        distillation_loss = per_position.sum() / count
+        self._watch(task_loss.detach(), distillation_loss)
+        alpha = self.config.alpha
+        return (1 - alpha) * task_loss + alpha * distillation_loss
+
+    def _teach(self, inputs: Mapping[str, Any]) -> Tensor:
+        with self.run.trainer.accelerator.autocast():
+            logits = teacher_logits(self.teacher, self.run.model, inputs)
+        if not self.teacher_checked:
+            self.teacher_checked = True
+            if bool(logits.isnan().any()):
+                raise TrainingError(
+                    "distillation: the teacher's logits are not numbers (NaN) on the first batch. Check its weights, "
+                    "or load it with dtype=torch.float32."
+                )
+        return logits
+
+    def _watch(self, task_loss: Tensor, distillation_loss: Tensor) -> None:
+        """Count the use of the distillation loss when its gradient arrives, which shows the loss scale in force."""
+        self.num_computed += 1
+        losses = torch.stack([task_loss.float(), distillation_loss.detach().float()])
+
+        def used(gradient: Tensor | None) -> None:
+            # DDP passes None instead of not calling the hook.
+            if gradient is None:
+                return
+            self.num_used += 1
+            scaler = self.run.trainer.accelerator.scaler
+            loss_scale = scaler.get_scale() if scaler is not None else 1.0
+            self.sums += losses * (gradient.detach().float() / (self.config.alpha * loss_scale))
+
+        distillation_loss.register_hook(used)  # type: ignore[no-untyped-call]
+
+
+def _is_training(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled()
+
+
+def _keywords(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if args:
+        raise TrainingError(
+            "distillation: the model was called with positional arguments, which the teacher may order differently. "
+            "Call model(**inputs) in your compute_loss."
+        )
+    return kwargs
+
+
+def _depends(loss: Tensor, probe: Tensor) -> bool:
+    if not loss.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(loss, probe, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _shifts_labels(model: PreTrainedModel) -> bool:
+    """Whether position i predicts the label at i + 1, by the rules the Trainer counts and smooths labels with."""
+    if model.config.is_encoder_decoder:
+        return False
+    named = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return named or LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a hook out of torch.compile's graphs, which it would break into pieces."""
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def _replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
+    """Set an instance attribute; ``undo`` brings back what was there."""
+    had, old = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    if had:
+        undo.callback(setattr, owner, name, old)
+    else:
+        undo.callback(delattr, owner, name)

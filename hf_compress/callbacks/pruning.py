@@ -1,0 +1,212 @@
+"""``PruningCallback``: structured pruning driven by Trainer events."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
+from hf_compress.config import PruningConfig
+from hf_compress.errors import ShrinkError, TargetError, TrainingError, choices
+from hf_compress.graph.groups import DimensionGroup, DimensionGroups, dimension_groups
+from hf_compress.instruments.attach import suspended
+from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
+from hf_compress.pruning.allocate import Allocator, Limits, achieved_sparsity, check_reachable, tolerance
+from hf_compress.pruning.criteria import Criterion
+from hf_compress.registry import allocators, criteria
+from hf_compress.schedule import progress_at, schedules
+from hf_compress.shrinking.plan import refuse_compressed
+
+
+class PruningCallback(CompressionCallback):
+    """Prunes heads and FFN units while the Trainer trains.
+
+    Gates at the consumers' inputs switch units off; after training the masks are folded into the consumers'
+    weights (zeros), so that ``trainer.evaluate()`` and ``trainer.save_model()`` see the pruned model, and
+    ``shrink(trainer)`` removes the units for good.
+
+    Args:
+        config: What to prune, how much, when.
+        example_inputs: Keyword arguments for one forward pass, only to analyze the model; made from its config by
+            default.
+    """
+
+    section = "pruning"
+
+    def __init__(self, config: PruningConfig, example_inputs: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config)
+        self.config: PruningConfig = config
+        self.example_inputs = example_inputs
+        self._criterion: Criterion = criteria.get(config.criterion)
+        self._allocate: Allocator = allocators.get(config.allocation)
+        self._gates: dict[str, Gate] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._kinds: dict[str, list[str]] = {}
+        self._window = (0, 1)
+        self._finished = False
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the final masks: bool [num_units] by group name, True = keep.
+
+        Raises:
+            ShrinkError: If training has not finished.
+        """
+        if not self._finished:
+            raise ShrinkError(
+                "PruningCallback.masks: training has not finished, so there are no final masks. Call "
+                "trainer.train() to its end first."
+            )
+        return {name: mask.clone() for name, mask in self._masks.items()}
+
+    def _start(self, run: Run) -> None:
+        refuse_compressed(run.model)
+        self._finished = False
+        with suspended(run.model):  # fake quantizers may be there already; they would only blur the analysis
+            groups = self._select(dimension_groups(run.model, self.example_inputs))
+        check_gateable(run.model, groups)
+        self._window = self.config.window(run.total_steps)
+        needs_gradient = self._criterion.needs == "gate_gradients"
+        self._gates = {group.name: Gate(group, run.model, needs_gradient=needs_gradient) for group in groups}
+        self._masks = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in groups}
+        self._scores = {
+            name: torch.zeros_like(gate.value, requires_grad=False) for name, gate in self._gates.items()
+        }
+
+    def _select(self, groups: DimensionGroups) -> list[DimensionGroup]:
+        """Return the groups that the config asks for.
+
+        Raises:
+            TargetError: If the model lacks a structure, a group that was asked for is frozen, a pattern matches
+                nothing, or the limits forbid the sparsity.
+        """
+        unused = [p for p in self.config.exclude if not any(re.search(p, g.name) for g in groups)]
+        if unused:
+            known = ", ".join(repr(g.name) for g in groups if g.kind in self.config.structures)
+            raise TargetError(
+                f"PruningConfig.exclude: {unused[0]!r} matches no dimension group; groups here: {known}."
+            )
+        wanted = [g for g in groups if not any(re.search(p, g.name) for p in self.config.exclude)]
+        self._kinds = {}
+        for kind, sparsity in self.config.structures.items():
+            found = [group for group in wanted if group.kind == kind]
+            if not found:
+                has = choices(kind, {group.kind for group in wanted if group.frozen is None})
+                raise TargetError(f"PruningConfig.structures: the model has no {kind!r} to prune; {has}.")
+            for group in found:
+                if group.frozen is not None:
+                    raise TargetError(
+                        f"PruningConfig.structures[{kind!r}]: group {group.name!r} cannot be pruned: {group.frozen}. "
+                        "Leave it out with exclude=(...)."
+                    )
+            check_reachable(kind, {g.name: g.num_units for g in found}, sparsity, self._limits(kind))
+            self._kinds[kind] = [group.name for group in found]
+        return [group for group in wanted if group.kind in self._kinds]
+
+    def _limits(self, kind: str) -> Limits:
+        return Limits(
+            min_units=self.config.min_units,
+            max_sparsity=self.config.max_layer_sparsity,
+            multiple_of=self.config.multiple_of if kind == "ffn" else 1,
+        )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the gates' gradients: already summed over accumulation steps, not yet averaged over ranks."""
+        if self._criterion.needs != "gate_gradients":
+            return
+        decay = self.config.score_decay
+        scale = _loss_scale(kwargs.get("optimizer"))
+        for name, gate in self._gates.items():
+            gradient = gate.take_gradient()
+            if gradient is None:
+                raise TrainingError(
+                    f"PruningCallback: the gates of {name!r} got no gradient in step {state.global_step + 1}, so "
+                    f"criterion {self.config.criterion!r} has nothing to go by. Is that part of the model frozen or "
+                    "skipped in training?"
+                )
+            evidence = all_reduce_mean(gradient) / scale
+            if torch.isfinite(evidence).all():  # a step with overflow is skipped by the optimizer too
+                self._scores[name].mul_(decay).add_(self._criterion.score(evidence), alpha=1 - decay)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tighten the masks when the schedule says so."""
+        begin, end = self._window
+        step = state.global_step
+        due = step == end or (begin < step < end and (step - begin) % self.config.update_every == 0)
+        if due and self._gates:
+            progress = schedules.get(self.config.schedule)(progress_at(step, begin, end))
+            for kind, final in self.config.structures.items():
+                self._prune(kind, final * progress)
+
+    def _prune(self, kind: str, sparsity: float) -> None:
+        names = self._kinds[kind]
+        scores = {name: self._score(name) for name in names}
+        for name, mask in self._allocate(scores, sparsity, self._limits(kind)).items():
+            self._masks[name] = mask
+            self._gates[name].set_mask(mask)
+
+    def _score(self, name: str) -> Tensor:
+        """Return the scores of a group; what is pruned stays pruned."""
+        if self._criterion.needs == "weights":
+            gate = self._gates[name]
+            score = self._criterion.score(unit_weights(gate.model, gate.group))
+        else:
+            score = self._scores[name]
+        return score.cpu().masked_fill(~self._masks[name], -1.0)
+
+    def _metrics(self) -> Mapping[str, float]:
+        by_kind = {kind: {name: self._masks[name] for name in names} for kind, names in self._kinds.items()}
+        return {f"{kind}_sparsity": round(achieved_sparsity(masks), 4) for kind, masks in by_kind.items()}
+
+    def _stop(self, run: Run) -> None:
+        for kind, asked in self.config.structures.items():
+            masks = {name: self._masks[name] for name in self._kinds[kind]}
+            got = achieved_sparsity(masks)
+            allowed = tolerance({name: mask.numel() for name, mask in masks.items()}, self._limits(kind))
+            if abs(got - asked) > allowed + 1e-9:
+                raise TargetError(
+                    f"PruningConfig.structures[{kind!r}]: asked for sparsity {asked}, reached {got:.4f} (tolerance "
+                    f"{allowed:.4f}) after {run.trainer.state.global_step} steps of a schedule that ends at step "
+                    f"{self._window[1]}. Did training stop early, or was an early checkpoint the best one? Set end "
+                    "earlier, or train longer."
+                )
+        for name, gate in self._gates.items():
+            gate.fold(self._masks[name])
+        self._remove()
+        self._finished = True
+
+    def _remove(self) -> None:
+        for gate in self._gates.values():
+            gate.remove()
+        self._gates = {}
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"mask.{name}": mask for name, mask in self._masks.items()}
+        tensors |= {f"score.{name}": score for name, score in self._scores.items()}
+        return tensors, {}
+
+    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        expected = {f"{kind}.{name}" for name in self._masks for kind in ("mask", "score")}
+        if expected != set(tensors):
+            different = sorted(expected ^ set(tensors))
+            raise TrainingError(
+                f"PruningCallback: the checkpoint's masks belong to other groups (first difference: {different[0]!r}); "
+                "resume with the model that the checkpoint was written for."
+            )
+        for name, gate in self._gates.items():
+            self._masks[name] = tensors[f"mask.{name}"].cpu().bool()
+            self._scores[name] = tensors[f"score.{name}"].to(gate.value.device)
+            gate.set_mask(self._masks[name].to(gate.value.device))
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """Return the fp16 loss scale: the Trainer unscales its own parameters' gradients only."""
+    scaler = getattr(optimizer, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0

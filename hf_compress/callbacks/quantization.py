@@ -1,0 +1,103 @@
+"""Quantization-aware training from Trainer events."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.config import QuantizationConfig
+from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.instruments.fake_quantize import (
+    check_fake_quantizable,
+    install_fake_quantizers,
+    quantizable_linears,
+    remove_fake_quantizers,
+)
+from hf_compress.quantization.quantizers import Scheme
+from hf_compress.registry import schemes
+from hf_compress.schedule import to_steps
+
+
+class QuantizationCallback(CompressionCallback):
+    """Trains the model with the rounding errors that the exported integer model will have.
+
+    The weights stay in floating point, in the model and in every checkpoint; ``export_quantized`` makes integers
+    of them.
+
+    Args:
+        config: Which numbers, which layers, from when on.
+    """
+
+    section = "quantization"
+
+    def __init__(self, config: QuantizationConfig) -> None:
+        super().__init__(config)
+        self.config: QuantizationConfig = config
+        self._scheme: Scheme = schemes.get(config.scheme)()
+        self._linears: dict[str, nn.Linear] = {}
+        self._begin = 0
+        self._installed = False
+        self._trained = False
+
+    def detach(self) -> None:
+        """Take the fake quantizers off: from now on the model computes in floating point again."""
+        self._remove()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start to quantize when its time has come."""
+        if self._run is not None and state.global_step >= self._begin:
+            self._install()
+            self._trained = True
+
+    def _start(self, run: Run) -> None:
+        self._remove()  # what the last run left on, see _stop
+        self._begin = to_steps(self.config.begin, run.total_steps)
+        if self._begin >= run.total_steps:
+            raise ConfigError(
+                f"QuantizationConfig.begin: {self.config.begin!r} is step {self._begin}, but the run has "
+                f"{run.total_steps} optimizer steps, so nothing would be trained with quantization; allowed: less than "
+                f"{run.total_steps} (int) or 1.0 (float)."
+            )
+        self._linears = quantizable_linears(run.model, self.config.exclude)
+        check_fake_quantizable(self._linears)
+        self._trained = False
+        if run.trainer.state.global_step >= self._begin:
+            self._install()
+
+    def _stop(self, run: Run) -> None:
+        # The fake quantizers stay on, so that trainer.evaluate() and trainer.predict() after training measure the
+        # quantized model, the one that will be deployed, and not a floating-point model that nobody trained.
+        # Saving and shrinking do not see them: they change no parameter and no key.
+        if not self._trained:
+            raise TrainingError(
+                f"QuantizationCallback: the final weights were never trained with quantization, which begins at step "
+                f"{self._begin} of {run.total_steps}. Training stopped before it, or load_best_model_at_end went back "
+                "to a checkpoint before it. Set begin earlier."
+            )
+
+    def _install(self) -> None:
+        if not self._installed:
+            install_fake_quantizers(self._scheme, self._linears)
+            self._installed = True
+
+    def _remove(self) -> None:
+        if self._installed:
+            for module in self._linears.values():
+                remove_fake_quantizers(module)
+            self._installed = False
+
+    def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        return {}, {"trained": self._trained, "modules": list(self._linears)}
+
+    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        if facts["modules"] != list(self._linears):
+            different = sorted({*facts["modules"]} ^ {*self._linears})
+            raise TrainingError(
+                "QuantizationCallback: the checkpoint was written with other layers quantized "
+                f"(first difference: {different[:1]}); resume with the model that it was written for."
+            )
+        self._trained = facts["trained"]

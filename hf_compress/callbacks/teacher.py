@@ -1,0 +1,198 @@
+"""Where a teacher comes from, whether it can teach this student, and how it is called."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+from transformers.utils.hub import cached_file
+
+from hf_compress.callbacks.access import plain_model
+from hf_compress.errors import TrainingError
+
+
+def load_teacher(name: str, student: PreTrainedModel) -> PreTrainedModel:
+    """Load a teacher with the same kind of head as the student.
+
+    Args:
+        name: Hub name or folder.
+        student: The model to be taught.
+
+    Raises:
+        TrainingError: If it cannot be loaded, has no such head, or its checkpoint lacks weights, which would
+            leave it with random ones.
+    """
+    try:
+        loader = _loader(AutoConfig.from_pretrained(name), student)
+        teacher, report = loader.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"teacher {name!r} cannot be loaded as {type(student).__name__}'s kind of model: {error} "
+            "Check the name, or pass a loaded model as teacher."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise TrainingError(
+            f"teacher {name!r}: its checkpoint has no weights for {', '.join(missing)}, which would be random. "
+            "Use a checkpoint that was fine-tuned for the student's task."
+        )
+    model: PreTrainedModel = teacher
+    return model
+
+
+def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    """Check that what the teacher says means the same to the student.
+
+    Args:
+        teacher: The teacher, without wrappers.
+        student: The student, without wrappers.
+        tokenizer: The Trainer's tokenizer; anything else is ignored.
+        source: Hub name or folder of the teacher's tokenizer, which is compared with the student's; "" if unknown.
+
+    Raises:
+        TrainingError: If inputs, labels or vocabulary differ, or if both share parameters.
+    """
+    _check_apart(teacher, student)
+    if teacher.main_input_name != student.main_input_name:
+        raise TrainingError(
+            f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
+            "use a teacher that reads the same inputs."
+        )
+    head: Any = student.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        _check_labels(teacher, student)
+    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (teacher, student)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise TrainingError(
+            f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; token ids must mean the same "
+            "to both. Use a teacher with the student's tokenizer."
+        )
+    if source and isinstance(tokenizer, PreTrainedTokenizerBase):
+        _check_tokenizer(source, tokenizer)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode without gradients; on leaving, give back the modes and flags it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def teacher_logits(teacher: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the teacher's logits for the inputs of the student.
+
+    Args:
+        teacher: The teacher, wrappers included.
+        student: The student.
+        inputs: Keyword arguments that the student was called with; those the teacher does not know are left out.
+
+    Raises:
+        TrainingError: If it returns no logits.
+    """
+    plain = plain_model(teacher)
+    known = inspect.signature(type(plain).forward).parameters
+    taken = {name: value for name, value in inputs.items() if name in known or type(plain) is type(student)}
+    taken.pop("num_items_in_batch", None)
+    if not plain.config.is_encoder_decoder:
+        taken.pop("labels", None)
+    if "use_cache" in known:
+        taken["use_cache"] = False
+    with torch.no_grad():
+        return logits_of(teacher(**taken), "teacher")
+
+
+def logits_of(outputs: Any, who: str) -> Tensor:
+    """Return ``outputs["logits"]``.
+
+    Raises:
+        TrainingError: If there are none.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if not isinstance(logits, Tensor):
+        raise TrainingError(
+            f"distillation: the {who} returned {_describe(outputs)} instead of a ModelOutput with logits. Do not set "
+            "return_dict=False; turn use_liger_kernel off, whose fused loss keeps the logits back; heads with other "
+            "outputs cannot be distilled."
+        )
+    return logits
+
+
+def _describe(outputs: Any) -> str:
+    return f"only {list(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+
+
+def _loader(teacher_config: Any, student: PreTrainedModel) -> Any:
+    """Return the Auto class whose models have the student's kind of head, or the student's own class."""
+    own = type(student)
+    for name, auto in vars(modeling_auto).items():
+        # AutoModelForPreTraining mixes heads of all kinds.
+        if not name.startswith("AutoModelFor") or name == "AutoModelForPreTraining":
+            continue
+        heads = auto._model_mapping
+        if own in _classes(heads, own.config_class) and _classes(heads, type(teacher_config)):
+            return auto
+    return own
+
+
+def _classes(heads: Any, config_class: Any) -> tuple[type, ...]:
+    found = heads.get(config_class, ())
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+def _check_apart(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    own = {id(parameter) for parameter in student.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+    if shared:
+        raise TrainingError(
+            f"the teacher shares {len(shared)} parameters with the student (first: {shared[0]}); it must be another "
+            "model. Pass a copy made before training: copy.deepcopy(model)."
+        )
+
+
+def _check_labels(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    theirs: Any = teacher.config
+    own: Any = student.config
+    if theirs.num_labels != own.num_labels:
+        raise TrainingError(
+            f"the teacher has {theirs.num_labels} labels, the student {own.num_labels}; they must have the same. "
+            "Use a teacher that was fine-tuned for the student's task."
+        )
+    names = [[config.id2label[index] for index in sorted(config.id2label)] for config in (theirs, own)]
+    default = [f"LABEL_{index}" for index in range(own.num_labels)]
+    if default not in names and names[0] != names[1]:
+        raise TrainingError(
+            f"the teacher's labels are {names[0]}, the student's {names[1]}; names and order must be equal. Set "
+            "config.id2label and config.label2id of the student, and its data, as the teacher has them."
+        )
+    if own.num_labels < 2 or own.problem_type in ("regression", "multi_label_classification"):
+        raise TrainingError(
+            f"the student's task has num_labels={own.num_labels} and problem_type={own.problem_type!r}; distillation "
+            "of probabilities needs one of two or more labels per example."
+        )
+
+
+def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare vocabularies where the teacher's can be had; two of the same size may still differ."""
+    try:
+        cached_file(source, "tokenizer_config.json")
+        theirs, own = AutoTokenizer.from_pretrained(source).get_vocab(), tokenizer.get_vocab()
+    except (OSError, ValueError):
+        return
+    if theirs != own:
+        differing = sorted(token for token in {*theirs, *own} if theirs.get(token) != own.get(token))
+        raise TrainingError(
+            f"the teacher's tokenizer ({source}) gives other ids than the student's to {len(differing)} tokens, "
+            f"such as {differing[:3]}. Use a teacher with the student's tokenizer."
+        )

@@ -1,0 +1,292 @@
+"""Save and reload models whose layers differ in size, through ``from_pretrained`` as it is.
+
+Transformers asks the ``quantization_config`` of a checkpoint which quantizer prepares the empty model before the
+weights are loaded. The one registered here, ``"hf_compress"``, resizes parameters; ``model_type`` stays what it
+was, and with it Auto classes, pipelines and widgets. If the weights are integers too, the quantizer of their own
+format does the rest.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_compress.errors import ExportError, choices
+from hf_compress.shrinking.apply import FORMAT_VERSION
+from hf_compress.shrinking.sizes import parameter_shapes, refresh_sizes
+
+METHOD = "hf_compress"
+
+
+@register_quantization_config(METHOD)
+class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a model with uneven layers, as stored in its ``config.json``.
+
+    Args:
+        shapes: Parameter name -> shape, for every parameter whose shape is not what the config alone gives.
+        units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before}``.
+        inner: The ``quantization_config`` of the weights' own format, or None for floating point.
+        version: Version of this form.
+        quant_method: Always ``"hf_compress"``.
+        unknown: Keys that this version does not know.
+
+    Raises:
+        ExportError: If the form is not understood.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, list[int]] | None = None,
+        units: Mapping[str, Any] | None = None,
+        inner: Mapping[str, Any] | None = None,
+        version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if version != FORMAT_VERSION or unknown:
+            what = f"version {version!r}" if version != FORMAT_VERSION else f"unknown keys {sorted(unknown)}"
+            raise ExportError(
+                f"config.json, quantization_config: {what}; this hf-compress reads version {FORMAT_VERSION}. Upgrade "
+                "hf-compress (pip install -U hf-compress), or load with the version that wrote the model."
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum has no entry for it
+        self.version = version
+        self.units = dict(units or {})
+        self.shapes = _checked_shapes(shapes)
+        self.inner = dict(inner) if inner is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the stored form."""
+        stored: dict[str, Any] = super().to_dict()
+        if self.inner is None:
+            del stored["inner"]
+        return stored
+
+    def inner_method(self) -> str:
+        """Return the name of the weights' own format.
+
+        Raises:
+            ExportError: If it cannot be combined with uneven sizes.
+        """
+        method = (self.inner or {}).get("quant_method")
+        if not isinstance(method, str) or method not in _COMBINED:
+            known = choices(method, _COMBINED)
+            raise ExportError(f"config.json, quantization_config.inner: unknown format {method!r}; {known}.")
+        return str(getattr(method, "value", method))
+
+    def inner_config(self) -> Any:
+        """Return the transformers config object of the weights' own format.
+
+        Raises:
+            ExportError: If the format is unknown or its library is missing.
+        """
+        method = self.inner_method()
+        try:
+            return AutoQuantizationConfig.from_dict(dict(self.inner or {}))
+        except ImportError as error:
+            raise ExportError(
+                f"the model's weights are in {method} format, which needs the {method} package: {error}. Install it "
+                "with: pip install 'hf-compress[int8]'"
+            ) from error
+
+
+class _Resizing(HfQuantizer):  # type: ignore[misc]
+    """Mixin: resize the empty model, then let the next class prepare it."""
+
+    def __init__(self, quantization_config: CompressedConfig, **kwargs: Any) -> None:
+        self.outer = quantization_config
+        inner = quantization_config if quantization_config.inner is None else quantization_config.inner_config()
+        super().__init__(inner, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.outer.shapes = resize_parameters(model, self.outer.shapes)
+        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        model.config.quantization_config = self.outer
+        _check_loaded(model, self.outer.shapes)
+        # Saving applies the conversions of loading in reverse, and transformers has no reverse for making integer
+        # tensors. None is needed: get_state_dict_and_metadata takes them apart again.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        remaining: Any = [c for c in conversions if not _belongs_to(c, self)]
+        model._weight_conversions = remaining
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class CompressedTorchAoHfQuantizer(_Resizing, TorchAoHfQuantizer):  # type: ignore[misc]
+    """Loads models with uneven layers and integer weights in torchao's format; they stay quantized models."""
+
+
+@register_quantizer(METHOD)
+class CompressedHfQuantizer(_Resizing):
+    """Loads models with uneven layers; afterwards they are ordinary models, not quantized ones."""
+
+    def __new__(cls, quantization_config: CompressedConfig, **kwargs: Any) -> Any:
+        """Return a quantizer for the config, of another class if the weights have a format of their own."""
+        if quantization_config.inner is None:
+            return super().__new__(cls)
+        return _COMBINED[quantization_config.inner_method()](quantization_config, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        # The weights are plain floats. With these flags left on, half(), float(), gathering for FSDP and Trainer
+        # would treat the model as quantized.
+        del model.hf_quantizer, model.is_quantized, model.quantization_method
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Return whether the model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained."""
+        return True
+
+
+_COMBINED: dict[str, type[_Resizing]] = {"torchao": CompressedTorchAoHfQuantizer}
+"""Formats of the weights themselves that can be combined with uneven sizes."""
+
+
+def mark_uneven(model: PreTrainedModel, original_shapes: Mapping[str, list[int]], facts: Mapping[str, Any]) -> None:
+    """Make ``model.save_pretrained`` write what the loader needs to rebuild the sizes.
+
+    Args:
+        model: A model with smaller parameters than its config says.
+        original_shapes: Every parameter's shape as the config gives it, see ``parameter_shapes``.
+        facts: Group name -> ``{"kept": units left, "of": units before}``.
+
+    Raises:
+        ExportError: If no shape differs, or the parameters are not those of the original.
+    """
+    shapes = parameter_shapes(model)
+    if shapes.keys() != dict(original_shapes).keys():
+        different = sorted(shapes.keys() ^ original_shapes.keys())
+        raise ExportError(f"mark_uneven: original_shapes are of another model; first difference: {different[0]!r}.")
+    changed = {name: shape for name, shape in shapes.items() if shape != list(original_shapes[name])}
+    if not changed:
+        raise ExportError(f"mark_uneven: every parameter of the {type(model).__name__} has its original shape.")
+    model.config.quantization_config = CompressedConfig(shapes=changed, units=facts).to_dict()
+
+
+def is_uneven(model: PreTrainedModel) -> bool:
+    """Return whether the model's sizes need this loader."""
+    return stored_method(model) == METHOD
+
+
+def stored_method(model: PreTrainedModel) -> str | None:
+    """Return ``quant_method`` of the model's config, or None without one."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    method = config["quant_method"] if isinstance(config, Mapping) else config.quant_method
+    return str(getattr(method, "value", method))
+
+
+@torch.no_grad()
+def resize_parameters(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Give parameters (and persistent buffers) of a model other shapes, their values lost.
+
+    Args:
+        model: A model without weights yet.
+        shapes: Name -> shape; names may be those of the model with or without its head.
+
+    Returns:
+        The shapes under the model's own names, without the head's if the model lacks it.
+
+    Raises:
+        ExportError: If the model has no such parameter or the shape does not fit it.
+    """
+    found = _resolve_names(model, shapes)
+    tensors: dict[str, Tensor] = dict(model.named_buffers())
+    tensors.update(model.named_parameters(remove_duplicate=False))
+    resized: dict[int, Tensor] = {}  # tied parameters stay one
+    for name, shape in found.items():
+        old = tensors[name]
+        if len(shape) != old.dim() or any(new > size for new, size in zip(shape, old.shape, strict=True)):
+            raise ExportError(
+                f"config.json, quantization_config.shapes: {name!r} has shape {shape}, but the architecture gives "
+                f"{list(old.shape)}, which can only become smaller. Were other fields of config.json changed?"
+            )
+        new = resized.setdefault(id(old), _empty(old, shape))
+        if list(new.shape) != shape:
+            raise ExportError(
+                f"config.json, quantization_config.shapes: {name!r} is tied, but its names differ in shape."
+            )
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, new)
+    refresh_sizes(model)
+    return found
+
+
+def _empty(old: Tensor, shape: list[int]) -> Tensor:
+    new = torch.empty(shape, dtype=old.dtype, device=old.device)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _resolve_names(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Translate between the names in a model with a head and in the base model alone."""
+    known = model.state_dict().keys()
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, list[int]] = {}
+    lost = []
+    for name, shape in shapes.items():
+        candidates = [c for c in (name, name.removeprefix(prefix), prefix + name) if c in known]
+        if candidates:
+            found[candidates[0]] = shape
+        else:
+            lost.append(name)
+    in_head = not any(name.startswith(prefix) for name in lost) and type(model).__name__ not in _written_for(model)
+    if lost and not (in_head and found):
+        raise ExportError(
+            f"config.json, quantization_config.shapes: the {type(model).__name__} has no parameter {lost[0]!r} "
+            f"({len(lost)} of {len(shapes)} names are unknown). The checkpoint is of another architecture, or of a "
+            "version of transformers that names parameters differently."
+        )
+    return found
+
+
+def _written_for(model: PreTrainedModel) -> list[str]:
+    return list(getattr(model.config, "architectures", None) or [])
+
+
+def _belongs_to(conversion: Any, quantizer: HfQuantizer) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(getattr(operation, "hf_quantizer", None) is quantizer for operation in operations)
+
+
+def _checked_shapes(shapes: Any) -> dict[str, list[int]]:
+    valid = isinstance(shapes, Mapping) and all(
+        isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
+        for shape in shapes.values()
+    )
+    if not valid or not shapes:
+        raise ExportError(
+            "config.json, quantization_config.shapes: expected a non-empty mapping of parameter names to lists of "
+            f"sizes, got {str(shapes)[:80]}. The file is damaged or was edited."
+        )
+    return {name: list(shape) for name, shape in shapes.items()}
+
+
+def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> None:
+    """Integer weights replace whole parameters, so the loader itself does not compare their shapes."""
+    tensors = model.state_dict()
+    for name, shape in shapes.items():
+        if list(tensors[name].shape) != shape:
+            raise ExportError(
+                f"{name!r}: the checkpoint has shape {list(tensors[name].shape)}, but its config.json says {shape}. "
+                "The files are of different models."
+            )

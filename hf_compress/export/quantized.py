@@ -1,0 +1,167 @@
+"""Write a model with integer weights, or with weights on the integer grid, as a checkpoint for ``from_pretrained``."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from hf_compress.errors import ExportError, choices
+from hf_compress.export.pretrained import CompressedConfig, is_uneven, stored_method
+from hf_compress.instruments.attach import attachment_of, detach_all
+from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_linears
+from hf_compress.quantization.numerics import dequantize, quantize
+from hf_compress.quantization.quantizers import Int8Dynamic
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+def export_quantized(
+    model: PreTrainedModel, directory: str | Path, format: str = "torchao", exclude: Iterable[str] | None = None
+) -> Path:
+    """Quantize the Linear layers of a model and save it; the model itself is not changed.
+
+    The numbers are those of scheme ``"int8_dynamic"``: int8 weights per output channel, int8 inputs per token.
+
+    Args:
+        model: A floating-point model: trained with a ``QuantizationCallback``, shrunk, or neither.
+        directory: Where to save. A folder that holds a model is overwritten, its other files stay.
+        format: ``"torchao"``: integer weights and, when loaded, integer arithmetic; loads with
+            ``from_pretrained`` where torchao is installed (and hf_compress imported, if layers differ in size).
+            ``"dense"``: floating-point weights on the integer grid; loads everywhere, inputs are not quantized.
+        exclude: Regular expressions of Linear layers to leave in floating point, see ``quantizable_linears``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: If the format is unknown, its library is missing, the model is quantized already or has gates
+            attached, other layers are chosen than the model was trained with, or the folder holds something else.
+        TargetError: If there is nothing to quantize or a pattern matches nothing.
+    """
+    if format not in _FORMATS:
+        raise ExportError(f"export_quantized: unknown format {format!r}; {choices(format, _FORMATS)}.")
+    directory = Path(directory)
+    _check_target(directory)
+    names = list(_check_model(model, exclude))
+    duplicate = copy.deepcopy(model)
+    detach_all(duplicate)
+    _FORMATS[format](duplicate, names)
+    _save(duplicate, directory)
+    return directory
+
+
+def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[str, nn.Linear]:
+    if getattr(model, "is_quantized", False) or stored_method(model) not in (None, "hf_compress"):
+        raise ExportError(
+            f"export_quantized: the {type(model).__name__} is quantized already; pass the floating-point model."
+        )
+    linears = quantizable_linears(model, exclude)
+    if any(attachment.input_gates for m in model.modules() if (attachment := attachment_of(m)) is not None):
+        raise ExportError("export_quantized: pruning gates are attached to the model; call shrink() first.")
+    trained = set(fake_quantized_modules(model))
+    if trained and trained != set(linears):
+        first = min(trained ^ set(linears))
+        raise ExportError(
+            f"export_quantized: the model was trained with other layers quantized than exclude={exclude!r} gives "
+            f"(first difference: {first!r}). Use the exclude of its QuantizationConfig."
+        )
+    for name, module in linears.items():
+        if module.weight.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ExportError(f"export_quantized: {name!r} is {module.weight.dtype}; allowed: {allowed}.")
+    return linears
+
+
+@torch.no_grad()
+def _to_dense(model: PreTrainedModel, names: list[str]) -> None:
+    scheme = Int8Dynamic()
+    for name in names:
+        weight = model.get_submodule(name).get_parameter("weight")
+        scale = scheme.weight_scale(weight)
+        weight.copy_(dequantize(quantize(weight, scale), scale, weight.dtype))
+
+
+@torch.no_grad()
+def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, PerRow
+        from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+        from transformers import TorchAoConfig
+    except ImportError as error:
+        raise ExportError(
+            f"export_quantized: format 'torchao' needs the torchao package ({error}). Install it with: pip install "
+            "'hf-compress[int8]'; or use format='dense'."
+        ) from error
+    scheme = Int8Dynamic()
+    inputs = QuantizeTensorToInt8Kwargs(PerRow())
+    for name in names:
+        module: Any = model.get_submodule(name)
+        scale = scheme.weight_scale(module.weight)
+        weight = Int8Tensor.from_hp(module.weight.detach(), PerRow(), scale=scale, act_quant_kwargs=inputs)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept = [name for name in linears if name not in set(names)]
+    config: Any = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=kept)
+    if is_uneven(model):
+        stored = model.config.quantization_config
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        config = CompressedConfig(**{**stored, "inner": config.to_dict()})
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+
+
+_FORMATS: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {"torchao": _to_torchao, "dense": _to_dense}
+
+
+def _check_target(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ExportError(f"{directory}: is a file; allowed: a folder, or a path that does not exist.")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
+        raise ExportError(
+            f"{directory}: holds files but no model (no config.json), so it is not overwritten. Choose another folder."
+        )
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    """Save beside the target, then move file by file; ``config.json`` goes first and comes last.
+
+    Without it nothing loads the folder, so a process killed in between leaves no mix of two models that loads.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        model.save_pretrained(staging)
+        for path in staging.glob("*.safetensors"):
+            _sort_metadata(path)
+        directory.mkdir(exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)
+        for stale in [path for path in directory.iterdir() if _WEIGHT_FILE.fullmatch(path.name)]:
+            stale.unlink()
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, directory / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the file's metadata in order; safetensors writes it in random order, so equal models differ in bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the offsets that follow count from the header's end, so its length stays
+            file.seek(8)
+            file.write(text.ljust(size))

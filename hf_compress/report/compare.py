@@ -1,0 +1,253 @@
+"""``compare``: one table of a dense model and its compressed versions, measured side by side in one run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from hf_compress.errors import ConfigError
+from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.report.environment import environment
+from hf_compress.report.profile import ModelProfile, evaluating, profile, run_once, unwrap
+from hf_compress.report.timing import DEFAULT_ROUNDS, Progress, median, speedup, time_interleaved
+
+DEFAULT_LENGTH = 64
+"""Tokens per example in latency measurements."""
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several models side by side; the first is the reference of every ratio. Prints as a table."""
+
+    profiles: Mapping[str, ModelProfile]
+    """Sizes and costs by model name."""
+
+    latency_ms: Mapping[str, Mapping[str, float]]
+    """Label of the inputs -> model name -> median milliseconds of one forward pass."""
+
+    speedup: Mapping[str, Mapping[str, float]]
+    """Label of the inputs -> model name -> median over rounds of reference time / own time."""
+
+    metrics: Mapping[str, Mapping[str, float]]
+    """Metric -> model name -> value, as given by ``with_metric``."""
+
+    notes: tuple[str, ...]
+    """What a reader of the table has to know."""
+
+    environment: Mapping[str, str]
+    """Versions and hardware."""
+
+    def with_metric(self, name: str, values: Mapping[str, float]) -> "Comparison":
+        """Return a copy with one more row, such as ``with_metric("accuracy (%)", {"dense": 84.9})``.
+
+        Raises:
+            ConfigError: If a value belongs to no model of the table.
+        """
+        unknown = sorted(set(values) - set(self.profiles))
+        if unknown:
+            raise ConfigError(
+                f"Comparison.with_metric({name!r}): no model is called {unknown[0]!r}; models: {list(self.profiles)}."
+            )
+        return dataclasses.replace(self, metrics={**self.metrics, name: dict(values)})
+
+    def rows(self) -> list[Row]:
+        """Return the table as text: a header row, then one row a quantity."""
+        names = list(self.profiles)
+        rows: list[Row] = [("", *names)]
+        rows += [(metric, *_metric_cells(values, names)) for metric, values in self.metrics.items()]
+        for label, read, show in _QUANTITIES:
+            rows.append((label, *_cells([read(self.profiles[name]) for name in names], show)))
+        for label, times in self.latency_ms.items():
+            rows.append((f"latency, {label}", *(f"{times[n]:.2f} ms" if n in times else "-" for n in names)))
+        for label, ratios in self.speedup.items():
+            rows.append((f"speed-up, {label}", *(f"{ratios[n]:.2f}x" if n in ratios else "-" for n in names)))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = []
+        for label, *cells in rows:
+            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([label.ljust(widths[0]), *aligned]))
+        return "\n".join(
+            [lines[0], "-" * len(lines[0]), *lines[1:], *(f"note: {note}" for note in self.notes)]
+        )
+
+    def to_markdown(self) -> str:
+        """Return a GitHub-flavored markdown table; the notes follow it."""
+        header, *body = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows()
+        ]
+        rule = "|" + "|".join(["---", *["---:"] * len(self.profiles)]) + "|"
+        notes = [f"- {note}" for note in self.notes]
+        return "\n".join([header, rule, *body, *(["", *notes] if notes else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, numbers and strings."""
+        return {
+            "profiles": {name: item.to_dict() for name, item in self.profiles.items()},
+            "latency_ms": {label: dict(times) for label, times in self.latency_ms.items()},
+            "speedup": {label: dict(ratios) for label, ratios in self.speedup.items()},
+            "metrics": {metric: dict(values) for metric, values in self.metrics.items()},
+            "notes": list(self.notes),
+            "environment": dict(self.environment),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
+        """Build a comparison from ``to_dict()`` output.
+
+        Raises:
+            ConfigError: If keys are missing or unknown.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(data) != known:
+            wrong = sorted(set(data) ^ known)
+            raise ConfigError(
+                f"Comparison.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}."
+            )
+        profiles = {name: ModelProfile.from_dict(item) for name, item in data["profiles"].items()}
+        return cls(**{**data, "profiles": profiles, "notes": tuple(data["notes"])})
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e6:.2f} M"
+
+
+def _operations(value: int) -> str:
+    return f"{value / 1e9:.3f} G"
+
+
+def _megabytes(value: int) -> str:
+    return f"{value / 1e6:.1f} MB"
+
+
+_QUANTITIES: tuple[tuple[str, Callable[[ModelProfile], int | None], Callable[[int], str]], ...] = (
+    ("parameters", lambda p: p.parameters, _count),
+    ("encoder parameters", lambda p: p.encoder_parameters, _count),
+    ("operations of a forward pass", lambda p: p.flops, _operations),
+    ("weights on disk", lambda p: p.measured_bytes or p.bytes_on_disk, _megabytes),
+    ("peak memory", lambda p: p.peak_memory, _megabytes),
+)
+
+
+def _cells(values: Sequence[int | None], show: Callable[[int], str]) -> list[str]:
+    """Values as text; all but the first with their share of the first."""
+    first = values[0]
+    cells = []
+    for position, value in enumerate(values):
+        text = "-" if value is None else show(value)
+        cells.append(f"{text} ({value / first:.0%})" if position and value is not None and first else text)
+    return cells
+
+
+def _metric_cells(values: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    first = values.get(names[0])
+    cells = []
+    for position, name in enumerate(names):
+        value = values.get(name)
+        text = "-" if value is None else f"{value:.2f}"
+        cells.append(
+            f"{text} ({value - first:+.2f})" if position and value is not None and first is not None else text
+        )
+    return cells
+
+
+def compare(
+    dense: nn.Module,
+    small: nn.Module,
+    *,
+    others: Mapping[str, nn.Module] | None = None,
+    names: tuple[str, str] = ("dense", "compressed"),
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    length: int = DEFAULT_LENGTH,
+    rounds: int = DEFAULT_ROUNDS,
+    directories: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Comparison:
+    """Profile models and time them in turns.
+
+    Args:
+        dense: The reference.
+        small: Its compressed version.
+        others: Further versions by name, such as a quantized one under ``torch.compile``.
+        names: What to call ``dense`` and ``small``.
+        inputs: Label -> keyword arguments for ``model.forward``; the first are those of the profile. Made from the
+            reference's config, one set for each batch size, by default.
+        batch_sizes: Examples per batch of the inputs that are made.
+        length: Tokens per example of the inputs that are made.
+        rounds: How often each latency is measured; the table shows medians.
+        directories: Model name -> folder it was saved to, for the real size of its weight files.
+        notes: Lines to keep with the table.
+        progress: Called with what is being measured.
+
+    Raises:
+        ConfigError: If two models share a name, or a directory belongs to no model.
+        GraphError: If a model does not run on the inputs.
+    """
+    models = _named_models(names, (dense, small), others or {}, directories or {})
+    chosen = inputs or {
+        f"batch {size}": make_example_inputs(unwrap(dense), size, length) for size in batch_sizes
+    }
+    report = progress or (lambda line: None)
+    first = next(iter(chosen.values()))
+    profiles = {}
+    for name, model in models.items():
+        report(f"profile of {name}")
+        profiles[name] = profile(model, first, latency=False, directory=(directories or {}).get(name))
+    latency: dict[str, dict[str, float]] = {}
+    ratios: dict[str, dict[str, float]] = {}
+    for label, example in chosen.items():
+        report(f"latency, {label}")
+        times = _time_models(models, example, rounds)
+        latency[label] = {name: median(values) for name, values in times.items()}
+        ratios[label] = {
+            name: speedup(times[names[0]], values) for name, values in times.items() if name != names[0]
+        }
+    return Comparison(
+        profiles=profiles,
+        latency_ms=latency,
+        speedup=ratios,
+        metrics={},
+        notes=tuple(notes),
+        environment=environment(),
+    )
+
+
+def _named_models(
+    names: tuple[str, str],
+    pair: tuple[nn.Module, nn.Module],
+    others: Mapping[str, nn.Module],
+    directories: Mapping[str, str],
+) -> dict[str, nn.Module]:
+    models = {**dict(zip(names, pair, strict=True)), **others}
+    if len(models) != len(pair) + len(others):
+        raise ConfigError(
+            f"compare: names {[*names, *others]} are not distinct; give every model its own name."
+        )
+    unknown = sorted(set(directories) - set(models))
+    if unknown:
+        raise ConfigError(
+            f"compare: directories[{unknown[0]!r}] belongs to no model; models: {list(models)}."
+        )
+    return models
+
+
+def _time_models(
+    models: Mapping[str, nn.Module], example: Mapping[str, Any], rounds: int
+) -> dict[str, list[float]]:
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(unwrap(model)))
+            run_once(model, example)
+        calls = {name: partial(model, **example) for name, model in models.items()}
+        return time_interleaved(calls, rounds=rounds)

@@ -1,0 +1,93 @@
+"""Pictures for model cards."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hf_compress.errors import ConfigError
+
+KEPT_COLOR = "#1f6f8b"
+REMOVED_COLOR = "#e3e7ea"
+TEXT_COLOR = "#24292f"
+MAX_LABELED_BARS = 32
+INCHES_PER_BAR = 0.34
+MIN_WIDTH, MAX_WIDTH = 6.0, 18.0
+PANEL_HEIGHT = 2.3
+TITLES = {"heads": "attention heads", "ffn": "feed-forward units"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptUnits:
+    """How many units of one dimension group stayed."""
+
+    name: str
+    """Name of the group."""
+
+    kept: int
+    """Units that stayed."""
+
+    total: int
+    """Units before."""
+
+
+def plot_kept_units(kept: Mapping[str, Sequence[KeptUnits]], path: str | Path) -> Path:
+    """Draw what every layer kept: one panel a kind, one bar a layer.
+
+    Args:
+        kept: Kind of dimension group -> its groups in the model's order.
+        path: File to write; the suffix chooses the format (``.png``, ``.svg``).
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: If there is nothing to draw.
+    """
+    panels = {kind: units for kind, units in kept.items() if units}
+    if not panels:
+        raise ConfigError("plot_kept_units: nothing to draw; give at least one kind with at least one group.")
+    most = max(len(units) for units in panels.values())
+    width = min(MAX_WIDTH, max(MIN_WIDTH, most * INCHES_PER_BAR + 1.5))
+    figure = Figure(figsize=(width, PANEL_HEIGHT * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for position, (kind, units) in enumerate(panels.items()):
+        _draw_panel(figure.add_subplot(len(panels), 1, position + 1), kind, units)
+    path = Path(path)
+    # Without metadata the same data give the same bytes.
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    return path
+
+
+def _draw_panel(axes: Axes, kind: str, units: Sequence[KeptUnits]) -> None:
+    positions = range(len(units))
+    axes.bar(positions, [u.total for u in units], color=REMOVED_COLOR, width=0.8, label="removed")
+    axes.bar(positions, [u.kept for u in units], color=KEPT_COLOR, width=0.8, label="kept")
+    total, kept = sum(u.total for u in units), sum(u.kept for u in units)
+    title = TITLES.get(kind, kind)
+    axes.set_title(
+        f"{title}: {kept:,} of {total:,} kept ({kept / total:.0%})", color=TEXT_COLOR, fontsize=10, loc="left"
+    )
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.28 * max(u.total for u in units))
+    if len(units) <= MAX_LABELED_BARS:
+        for position, unit in enumerate(units):
+            axes.annotate(
+                str(unit.kept),
+                (position, unit.kept),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=TEXT_COLOR,
+            )
+    step = max(1, -(-len(units) // MAX_LABELED_BARS))
+    axes.set_xticks(list(positions)[::step], [str(i) for i in positions][::step], fontsize=8)
+    axes.set_xlabel("layer", fontsize=9, color=TEXT_COLOR)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)

@@ -1,0 +1,218 @@
+"""PruningCallback in a real Trainer."""
+
+import copy
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, Trainer
+
+from hf_compress import PruningCallback, PruningConfig, ShrinkError, TargetError, dimension_groups, shrink
+
+HEADS = [f"bert.encoder.layer.{i}.attention.heads" for i in range(2)]
+FFN = [f"bert.encoder.layer.{i}.ffn" for i in range(2)]
+
+
+def config(**changes):
+    defaults = {"structures": {"heads": 0.5, "ffn": 0.75}, "begin": 2, "end": 6, "update_every": 2}
+    return PruningConfig(**{**defaults, **changes})
+
+
+@pytest.fixture
+def train(tiny_bert, classification_data, make_trainer):
+    def run(settings, *, max_steps=8, steps_before=0, **options):
+        callback = PruningCallback(settings)
+        trainer = make_trainer(tiny_bert(), classification_data(32), [callback], max_steps=max_steps, **options)
+        trainer.train()
+        return trainer, callback
+
+    return run
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "l2"])
+@pytest.mark.parametrize("allocation", ["global", "per_layer"])
+def test_the_target_is_met_and_the_result_shrinks(train, criterion, allocation) -> None:
+    trainer, callback = train(config(criterion=criterion, allocation=allocation))
+    masks = callback.masks()
+    assert set(masks) == {*HEADS, *FFN}
+    assert sum(int(masks[name].sum()) for name in HEADS) == 4
+    assert sum(int(masks[name].sum()) for name in FFN) == 24
+    if allocation == "per_layer":
+        assert [int(masks[name].sum()) for name in (*HEADS, *FFN)] == [2, 2, 12, 12]
+    small = shrink(trainer)
+    inputs = {"input_ids": torch.arange(3, 13).view(2, 5)}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small(**inputs).logits, trainer.model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6
+        )
+    groups = {g.name: g for g in dimension_groups(trainer.model)}
+    gone = sum(int((~mask).sum()) * groups[name].parameters_per_unit for name, mask in masks.items())
+    assert trainer.model.num_parameters() - small.num_parameters() == gone
+
+
+def test_l2_removes_the_units_of_smallest_norm(train, tiny_bert) -> None:
+    """With a learning rate of 0 the weights are known."""
+    _, callback = train(config(structures={"ffn": 0.5}, criterion="l2", allocation="per_layer"), learning_rate=0.0)
+    for layer, name in zip(tiny_bert().bert.encoder.layer, FFN, strict=True):
+        up, bias, down = layer.intermediate.dense.weight, layer.intermediate.dense.bias, layer.output.dense.weight
+        norm = (up.square().sum(1) + bias.square() + down.square().sum(0)).detach()
+        assert set(norm.topk(24).indices.tolist()) == set(callback.masks()[name].nonzero().flatten().tolist())
+
+
+def test_taylor_scores_are_averaged_gate_gradients(tiny_bert, classification_data, make_trainer) -> None:
+    """One step, no dropout: |sum of w * dL/dw| over the consumer's columns."""
+    settings = config(structures={"ffn": 0.5}, begin=0, end=1, allocation="per_layer", schedule="one_shot")
+    options = {"max_steps": 1, "per_device_train_batch_size": 32, "learning_rate": 0.0}
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data = classification_data(32)
+    batch = {key: torch.stack([example[key] for example in data]) for key in data[0]}
+    model(**batch).loss.backward()
+    weights = [layer.output.dense.weight for layer in model.bert.encoder.layer]
+    expected = [(w * w.grad).sum(0).abs().topk(24).indices for w in weights]
+    callback = PruningCallback(settings)
+    fresh = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    make_trainer(fresh, data, [callback], **options).train()
+    for indices, name in zip(expected, FFN, strict=True):
+        assert set(indices.tolist()) == set(callback.masks()[name].nonzero().flatten().tolist())
+
+
+def test_zero_sparsity_leaves_the_training_trajectory_bit_identical(tiny_bert, classification_data, make_trainer) -> None:
+    """Law 1."""
+    models = []
+    for callbacks in ([], [PruningCallback(config(structures={"heads": 0.0, "ffn": 0.0}))]):
+        trainer = make_trainer(tiny_bert(), classification_data(32), callbacks, max_steps=6)
+        trainer.train()
+        models.append(trainer.model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(models[0].values(), models[1].values(), strict=True))
+
+
+def test_evaluation_after_training_sees_the_pruned_model(train, classification_data) -> None:
+    trainer, callback = train(config())
+    layer = trainer.model.bert.encoder.layer[0]
+    assert type(layer.output.dense) is torch.nn.Linear
+    pruned = ~callback.masks()[FFN[0]]
+    assert not layer.output.dense.weight[:, pruned].any()
+    before = trainer.predict(classification_data(8)).predictions
+    small = shrink(trainer)
+    after = Trainer(small, trainer.args).predict(classification_data(8)).predictions
+    assert abs(before - after).max() < 1e-5
+
+
+def test_pruned_units_stay_pruned_and_sparsity_grows_as_scheduled(train, monkeypatch) -> None:
+    seen = []
+    original = PruningCallback.on_step_end
+
+    def watch(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        seen.append({name: mask.clone() for name, mask in self._masks.items()})
+
+    monkeypatch.setattr(PruningCallback, "on_step_end", watch)
+    train(config(structures={"ffn": 0.75}, end=10), max_steps=12)
+    removed = [sum(int((~mask).sum()) for mask in masks.values()) for masks in seen]
+    final = 0.75 * 96
+    assert removed == [round(final * (1 - (1 - p) ** 3)) for p in (0, 0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1, 1)]
+    for earlier, later in zip(seen, seen[1:], strict=False):
+        assert all(not (later[name] & ~earlier[name]).any() for name in later)
+
+
+def test_limits_are_honored(train) -> None:
+    settings = config(structures={"heads": 0.5, "ffn": 0.5}, max_layer_sparsity=0.6, multiple_of=8)
+    _, callback = train(settings)
+    for name in FFN:
+        kept = int(callback.masks()[name].sum())
+        assert kept % 8 == 0 and kept >= 0.4 * 48
+    assert all(callback.masks()[name].sum() >= 2 for name in HEADS)
+
+
+def test_excluded_groups_stay(train) -> None:
+    _, callback = train(config(structures={"ffn": 0.5}, exclude=(r"layer\.0\.",)))
+    assert set(callback.masks()) == {FFN[1]}
+
+
+def test_logs_show_the_sparsity(train) -> None:
+    trainer, _ = train(config(), logging_strategy="steps", logging_steps=1)
+    values = [entry["ffn_sparsity"] for entry in trainer.state.log_history if "ffn_sparsity" in entry]
+    assert values[0] == 0.0 and values[-1] == 0.75
+
+
+def test_checkpoints_hold_the_plain_models_keys(train, tmp_path) -> None:
+    """Law 4."""
+    from safetensors import safe_open
+
+    trainer, _ = train(config(), save_strategy="steps", save_steps=4)
+    with safe_open(tmp_path / "run" / "checkpoint-4" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("kill_at", [2, 3, 5, 7])
+@pytest.mark.parametrize("criterion", ["taylor", "l2"])
+def test_resumed_equals_straight(tiny_bert, classification_data, make_trainer, tmp_path, kill_at, criterion) -> None:
+    """Law 5: dropout on, before, within and after the pruning window."""
+    data = classification_data(32)
+
+    def trainer_with(callback):
+        return make_trainer(tiny_bert(), data, [callback], max_steps=8, save_strategy="steps", save_steps=1)
+
+    straight, callback = trainer_with(first := PruningCallback(config(criterion=criterion))), first
+    straight.train()
+    resumed = trainer_with(second := PruningCallback(config(criterion=criterion)))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{kill_at}"))
+    for (name, a), b in zip(straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(mask, second.masks()[name]) for name, mask in callback.masks().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"exclude": ("nothing",)}, TargetError, "'nothing' matches no dimension group; groups here: 'bert"),
+        ({"structures": {"heads": 0.5}, "exclude": ("heads",)}, TargetError, "no 'heads' to prune"),
+        ({"structures": {"heads": 0.9}, "min_units": 2}, TargetError, r"highest sparsity allowed here is 0\.5"),
+    ],
+)
+def test_bad_targets_are_refused_before_training(
+    tiny_bert, classification_data, make_trainer, tmp_path, settings, error, message
+) -> None:
+    model = tiny_bert()
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(model, classification_data(8), [PruningCallback(config(**settings))], max_steps=4)
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(type(m).__name__ != "InstrumentedLinear" for m in model.modules())
+    assert trainer.state.global_step == 0
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+def test_a_run_that_stops_before_the_target_is_an_error(tiny_bert, classification_data, make_trainer) -> None:
+    """Law 8."""
+
+    class Stop(EarlyStoppingCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+        def on_train_begin(self, *args, **kwargs):
+            pass
+
+    trainer = make_trainer(tiny_bert(), classification_data(32), [PruningCallback(config()), Stop()], max_steps=8)
+    with pytest.raises(TargetError, match=r"asked for sparsity 0\.5, reached 0\.0000.*after 3 steps.*ends at step 6"):
+        trainer.train()
+
+
+def test_shrinking_before_training_is_an_error(tiny_bert, classification_data, make_trainer) -> None:
+    trainer = make_trainer(tiny_bert(), classification_data(8), [PruningCallback(config())], max_steps=8)
+    with pytest.raises(ShrinkError, match="training has not finished"):
+        shrink(trainer)
+
+
+def test_shrinking_a_trainer_without_masks_is_an_error(tiny_bert, classification_data, make_trainer) -> None:
+    trainer = make_trainer(tiny_bert(), classification_data(8), [], max_steps=1)
+    with pytest.raises(ShrinkError, match="Add a PruningCallback"):
+        shrink(trainer)
+
+
+def test_a_compressed_model_is_refused(tiny_bert, classification_data, make_trainer) -> None:
+    model = tiny_bert()
+    model.config.quantization_config = {"quant_method": "hf_compress"}
+    trainer = make_trainer(model, classification_data(8), [PruningCallback(config())], max_steps=8)
+    with pytest.raises(ShrinkError, match="compressed already"):
+        trainer.train()
