@@ -41,7 +41,7 @@ def progress_at(step: int, begin: int, end: int) -> float:
     """
     if step >= end:
         return 1.0
-    return max(0.0, (step - begin) / (end - begin))
+    return 0.0 if step <= begin else (step - begin) / (end - begin)
 
 
 def to_steps(when: float | int, total_steps: int) -> int:
