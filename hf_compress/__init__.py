@@ -1,4 +1,12 @@
-"""Compress Transformers inside a plain Hugging Face Trainer."""
+"""Compress Transformers inside a plain Hugging Face Trainer.
+
+Importing this package registers the loader of models with uneven layers, so ``AutoModelFor...`` is here too:
+``hf_compress.AutoModelForSequenceClassification`` is transformers' own class, with the loader in place.
+"""
+
+from typing import Any
+
+import transformers
 
 from hf_compress.callbacks.distillation import DistillationCallback
 from hf_compress.callbacks.pruning import PruningCallback
@@ -25,6 +33,14 @@ from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
 from hf_compress.shrinking.shrink import shrink
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Pass transformers' Auto classes on."""
+    if name.startswith("Auto") and hasattr(transformers, name):
+        return getattr(transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CompressionError",

@@ -117,6 +117,18 @@ def vit() -> PreTrainedModel:
     return randomize(transformers.ViTForImageClassification(config))
 
 
+def mpnet() -> PreTrainedModel:
+    return randomize(transformers.MPNetForSequenceClassification(transformers.MPNetConfig(**ENCODER, num_labels=3)))
+
+
+def opt() -> PreTrainedModel:
+    config = transformers.OPTConfig(
+        vocab_size=97, hidden_size=32, word_embed_proj_dim=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=44,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    return randomize(transformers.OPTForCausalLM(config))
+
+
 def mixtral() -> PreTrainedModel:
     config = transformers.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2)
     return randomize(transformers.MixtralForCausalLM(config))

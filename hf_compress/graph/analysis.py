@@ -30,6 +30,9 @@ class Analysis:
     consumers: list[Consumer]
     """Parameter dimensions contracted with activations."""
 
+    dims: dict[fx.Node, list[Dim]]
+    """One term per dimension of every recorded tensor."""
+
 
 def analyze(recorded: Capture) -> Analysis:
     """Apply the operators' rules in program order."""
@@ -55,7 +58,8 @@ class _Interpreter:
         for node in self.recorded.outputs:
             self._mark_all(self._operand(node), "output", "the model's output", node.meta["module"])
         parameters = {name: self._operand(node).dims for name, node in self.recorded.parameters.items()}
-        return Analysis(parameters, self.marks, self.consumers)
+        dims = {node: value.dims for node, value in self.values.items() if isinstance(value, Operand)}
+        return Analysis(parameters, self.marks, self.consumers, dims)
 
     def _source(self, node: fx.Node) -> Operand:
         operand = Operand([Dim(size) for size in node.meta["shape"]])

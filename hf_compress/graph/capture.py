@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from hf_compress.errors import GraphError
+from hf_compress.graph.integers import IntegerTracer, Relation, traced_attributes
 
 MAX_INPUT_NAMES = 12
 
@@ -35,6 +36,9 @@ class Capture:
     outputs: tuple[fx.Node, ...]
     """The model's results; caches are left out."""
 
+    relations: list[Relation]
+    """What ties integers of the forward code to sizes of recorded tensors."""
+
 
 def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     """Run ``model(**inputs)`` once in eval mode and record it. The model and the random state stay as they were.
@@ -48,7 +52,9 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_eval_mode(model))
         stack.enter_context(recorder.module_stack())
+        stack.enter_context(traced_attributes(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(recorder.integers)
         stack.enter_context(recorder)
         try:
             result = model(**inputs)
@@ -99,6 +105,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors are kept until the end, else Python could reuse their ids. Example inputs are small.
         self._alive: list[Tensor] = []
         self._stack: list[str] = [""]
+        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), lambda: self._stack[-1])
         for key, value in inputs.items():
             if isinstance(value, Tensor):
                 self._bind(value, self.graph.placeholder(key))
@@ -174,4 +181,4 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph.output(nodes)
         self._alive.clear()
         self._nodes.clear()
-        return Capture(self.graph, self.parameters, nodes)
+        return Capture(self.graph, self.parameters, nodes, self.integers.relations)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from hf_compress.graph.analysis import Analysis, analyze
 from hf_compress.graph.capture import capture
 from hf_compress.graph.dims import Dim, atoms, expand, find
 from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.integers import Attribute, read
 from hf_compress.graph.op_rules import Mark
+from hf_compress.graph.solve import Equations
 
 FREEZING_ROLES = {
     "averaged": "its positions are averaged by {op}{where}",
@@ -99,6 +101,40 @@ class DimensionGroups(list[DimensionGroup]):
         )
 
 
+class ModelGraph:
+    """What one recorded forward pass says about a model.
+
+    Args:
+        model: The model; it is run once in eval mode and left as it was.
+        example_inputs: Keyword arguments for ``model.forward``; made from the config by default.
+
+    Raises:
+        GraphError: If the forward pass cannot be recorded.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> None:
+        inputs = make_example_inputs(model) if example_inputs is None else example_inputs
+        recorded = capture(model, inputs)
+        self.model = model
+        self.relations = recorded.relations
+        self.analysis = analyze(recorded)
+        self.groups, self._atoms = _Builder(model, self.analysis).groups()
+
+    def attributes_after(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
+        """Return the attributes that must change, with their new values.
+
+        Args:
+            kept: New number of units by group name.
+
+        Raises:
+            ShrinkError: If forward code uses a size in a way that no attribute can mend.
+        """
+        by_atom = {find(self._atoms[name]): count for name, count in kept.items()}
+        dims = self.analysis.dims
+        relations = [r for r in self.relations if r.node in dims]
+        return Equations(relations, lambda r: dims[r.node][r.dim], lambda a: read(self.model, a), by_atom).solve()
+
+
 def dimension_groups(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> DimensionGroups:
     """Find every set of coupled parameter slices of ``model`` from one recorded forward pass.
 
@@ -112,8 +148,7 @@ def dimension_groups(model: nn.Module, example_inputs: Mapping[str, Any] | None 
     Raises:
         GraphError: If the forward pass cannot be recorded.
     """
-    inputs = make_example_inputs(model) if example_inputs is None else example_inputs
-    return _Builder(model, analyze(capture(model, inputs))).groups()
+    return ModelGraph(model, example_inputs).groups
 
 
 class _Builder:
@@ -137,16 +172,18 @@ class _Builder:
                     self.slices[part.atom].append(ParameterSlice(name, dim, part.index))
         self.hidden = {atom for atom in self.slices if self._is_hidden(atom)}
 
-    def groups(self) -> DimensionGroups:
-        found = [self._group(atom) for atom, slices in self.slices.items() if self._is_group(atom, slices)]
+    def groups(self) -> tuple[DimensionGroups, dict[str, Dim]]:
+        """Return the groups, and the atom behind each by name."""
+        found = [(self._group(atom), atom) for atom, slices in self.slices.items() if self._is_group(atom, slices)]
         counts: dict[str, int] = defaultdict(int)
-        named = DimensionGroups()
+        named, behind = DimensionGroups(), {}
         order = ("heads", "ffn", "hidden", "head_dim", "vocab", "other")
-        for group in sorted(found, key=lambda g: order.index(g.kind)):
+        for group, atom in sorted(found, key=lambda pair: order.index(pair[0].kind)):
             counts[group.name] += 1
             suffix = "" if counts[group.name] == 1 else f".{counts[group.name]}"
-            named.append(DimensionGroup(**{**vars(group), "name": group.name + suffix}))
-        return named
+            named.append(replace(group, name=group.name + suffix))
+            behind[named[-1].name] = atom
+        return named, behind
 
     def _is_group(self, atom: Dim, slices: list[ParameterSlice]) -> bool:
         return atom.size > 1 and any(s.parameter not in self.buffer_names for s in slices)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.integers import Attribute, write
 from hf_compress.instruments.attach import detach_all
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
 from hf_compress.shrinking.sizes import find_stock_config, parameter_shapes, refresh_sizes
@@ -55,6 +56,8 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
         for dim, positions in dims.items():
             data = data.index_select(dim, torch.tensor(positions, device=data.device))
         tensor.data = data.contiguous()
+    for attribute in plan.attributes:
+        write(model, Attribute(attribute.module, attribute.path), attribute.value)
     refresh_sizes(model)
 
 
@@ -85,7 +88,8 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan) -> None:
         plan: The plan that was applied.
     """
     shapes = parameter_shapes(model)
-    stock = find_stock_config(model, shapes, _size_changes(model, plan))
+    attributes = [Attribute(a.module, a.path) for a in plan.attributes]
+    stock = find_stock_config(model, shapes, attributes, _size_changes(plan))
     if stock is not None:
         for name, value in stock.items():
             setattr(model.config, name, value)
@@ -100,11 +104,13 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan) -> None:
         "units": facts,
         "shapes": {name: shapes[name] for name in names},
     }
+    if plan.attributes:
+        uneven["attributes"] = [[a.module, list(a.path), a.value] for a in plan.attributes]
     model.config.quantization_config = uneven
 
 
-def _size_changes(model: PreTrainedModel, plan: ShrinkPlan) -> dict[int, set[int]]:
-    """Old number of units -> new numbers, over the groups of each kind, those that lost nothing included."""
+def _size_changes(plan: ShrinkPlan) -> dict[int, set[int]]:
+    """Old number of units -> the new numbers that groups of this size came to."""
     changes: dict[int, set[int]] = {}
     for group in plan.groups.values():
         changes.setdefault(group.num_units, set()).add(len(group.kept))

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -11,10 +11,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError, TargetError, choices
-from hf_compress.graph.groups import DimensionGroup, ParameterSlice, dimension_groups
+from hf_compress.graph.groups import DimensionGroup, ModelGraph, ParameterSlice
 
 Positions = dict[str, dict[int, list[int]]]
 """Parameter or buffer name -> dimension -> positions along it, ascending."""
+
+
+@dataclass(frozen=True)
+class AttributeValue:
+    """A new value for an integer of a module or of its config."""
+
+    module: str
+    """Name of the module."""
+
+    path: tuple[str | int, ...]
+    """Attribute names from the module on; an int is a position in a tuple or list."""
+
+    value: int
+    """What it becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,9 @@ class ShrinkPlan:
     num_parameters: tuple[int, int]
     """Parameters before and after."""
 
+    attributes: tuple[AttributeValue, ...] = ()
+    """Integers that forward code reads and that must change with the sizes."""
+
     def summary(self) -> str:
         """Say what goes and what it saves, one line a group."""
         before, after = self.num_parameters
@@ -88,8 +105,16 @@ class ShrinkPlan:
                 for key in ("keep", "zero")
             )
             before, after = data["num_parameters"]
+            attributes = tuple(
+                AttributeValue(str(a["module"]), tuple(a["path"]), int(a["value"])) for a in data["attributes"]
+            )
             return cls(
-                model_class=data["model_class"], groups=groups, keep=keep, zero=zero, num_parameters=(before, after)
+                model_class=data["model_class"],
+                groups=groups,
+                keep=keep,
+                zero=zero,
+                num_parameters=(before, after),
+                attributes=attributes,
             )
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShrinkError(f"ShrinkPlan.from_json: not a plan written by to_json(): {error!r}") from error
@@ -126,13 +151,16 @@ def plan_shrink(
         )
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise ShrinkError(f"plan_shrink: multiple_of={multiple_of!r}; allowed: an int >= 1.")
-    groups = {group.name: group for group in dimension_groups(model, example_inputs)}
+    graph = ModelGraph(model, example_inputs)
+    groups = {group.name: group for group in graph.groups}
     wanted = _unit_masks(model, groups, masks)
     sizes = _kept_counts(groups, wanted, uniform, multiple_of)
     plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
-    return _build(model, groups, plans)
+    new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items()})
+    attributes = tuple(AttributeValue(where.module, where.path, value) for where, value in new.items())
+    return replace(_build(model, groups, plans), attributes=attributes)
 
 
 def refuse_compressed(model: PreTrainedModel) -> None:

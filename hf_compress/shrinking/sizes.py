@@ -2,13 +2,15 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from hf_compress.graph.integers import Attribute, read
 
 MAX_CONFIG_TRIALS = 64
 
@@ -35,16 +37,20 @@ def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def find_stock_config(
-    model: PreTrainedModel, shapes: Mapping[str, list[int]], changes: Mapping[int, set[int]]
+    model: PreTrainedModel,
+    shapes: Mapping[str, list[int]],
+    attributes: Sequence[Attribute],
+    changes: Mapping[int, set[int]],
 ) -> dict[str, int] | None:
     """Look for config values with which the architecture itself builds the given shapes.
 
     No table of architectures: integer config fields that hold an old size are set to the new one and the model is
-    built on the meta device; only an exact match of every parameter's shape counts.
+    built on the meta device; only an exact match of every parameter's shape and of every attribute counts.
 
     Args:
         model: The shrunk model; its config still describes the old sizes.
         shapes: The shapes to reach, by parameter name.
+        attributes: Integers of the forward code that the model has changed; the config must give the same.
         changes: Old number of units -> the new numbers it became; more than one means uneven layers.
 
     Returns:
@@ -57,7 +63,12 @@ def find_stock_config(
         config = copy.deepcopy(model.config)
         for name, _, new in chosen:
             setattr(config, name, new)
-        if _built_shapes(type(model), config) == dict(shapes):
+        built = _build(type(model), config)
+        if (
+            built is not None
+            and parameter_shapes(built) == dict(shapes)
+            and all(_read_or_none(built, attribute) == read(model, attribute) for attribute in attributes)
+        ):
             return {name: new for name, _, new in chosen}
     return None
 
@@ -73,9 +84,16 @@ def _subsets(fields: list[tuple[str, int, int]]) -> Iterator[tuple[tuple[str, in
         yield from itertools.combinations(fields, size)
 
 
-def _built_shapes(model_class: type[PreTrainedModel], config: Any) -> dict[str, list[int]] | None:
+def _read_or_none(model: nn.Module, attribute: Attribute) -> int | None:
+    try:
+        return read(model, attribute)
+    except (AttributeError, IndexError):
+        return None
+
+
+def _build(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
-            return parameter_shapes(model_class(config))
+            return model_class(config)
     except Exception:  # noqa: BLE001 - a config that the architecture refuses, in whatever way, is no candidate
         return None

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_compress import ShrinkError, dimension_groups, make_example_inputs, plan_shrink, shrink
+from hf_compress.graph.groups import ModelGraph
 from hf_compress.shrinking.apply import silence, slice_in_place
 from hf_compress.shrinking.sizes import parameter_shapes
 
@@ -102,8 +103,47 @@ def test_a_lower_precision_model_is_verified_with_its_own_tolerance() -> None:
     assert small.dtype is torch.bfloat16
 
 
-def test_sizes_that_forward_reads_elsewhere_are_an_error_and_name_the_place() -> None:
-    """DeBERTa keeps the number of heads in an attribute: without verification the numbers would be wrong."""
+@pytest.mark.parametrize(
+    ("build", "module", "changed"),
+    [
+        (tiny_models.deberta_v2, "deberta.encoder.layer.0.attention.self", {"num_attention_heads": 2}),
+        (tiny_models.gpt2, "transformer.h.0.attn", {"split_size": 16}),
+        (tiny_models.opt, "model.decoder.layers.0.self_attn", {"num_heads": 2}),
+    ],
+)
+def test_attributes_that_forward_reads_follow_the_sizes(build, module, changed) -> None:
+    """DeBERTa would run and give wrong numbers, GPT-2 and OPT would not run."""
+    model = build()
+    masks = {g.name: keep(4, 0, 3) for g in dimension_groups(model) if g.kind == "heads"}
+    small = shrink(model, masks)
+    for name, value in changed.items():
+        assert getattr(small.get_submodule(module), name) == value
+        assert getattr(model.get_submodule(module), name) == 2 * value
+
+
+def test_a_config_that_one_layer_reads_is_its_own() -> None:
+    """Phi-3 takes the number of heads from the config that all layers share."""
+    model = tiny_models.phi3()
+    masks = {g.name: keep(2, i) for i, g in enumerate(g for g in dimension_groups(model) if g.kind == "heads")}
+    masks.pop("model.layers.1.self_attn.heads")
+    small = shrink(model, masks)
+    counts = [layer.self_attn.config.num_attention_heads for layer in small.model.layers]
+    assert counts == [2, 4] and small.config.num_attention_heads == 4
+
+
+def test_one_attribute_for_two_sizes_is_an_error() -> None:
+    """Queries and values of BERT share attention_head_size."""
+    model = tiny_models.bert()
+    group = next(g for g in dimension_groups(model) if g.kind == "head_dim" and g.frozen is None)
+    before = parameter_shapes(model)
+    with pytest.raises(ShrinkError, match=r"attention_head_size would have to be 8 .* and 2 for a tensor shape"):
+        shrink(model, {group.name: keep(8, 0, 3)})
+    assert parameter_shapes(model) == before
+
+
+def test_verification_names_the_first_module_that_differs(monkeypatch) -> None:
+    """Without the attributes, DeBERTa's numbers are wrong and nothing else would say so."""
+    monkeypatch.setattr(ModelGraph, "attributes_after", lambda self, kept: {})
     model = tiny_models.deberta_v2()
     masks = {g.name: keep(4, 0, 3) for g in dimension_groups(model) if g.kind == "heads"}
     before = parameter_shapes(model)
@@ -112,7 +152,8 @@ def test_sizes_that_forward_reads_elsewhere_are_an_error_and_name_the_place() ->
     assert parameter_shapes(model) == before
 
 
-def test_a_model_that_does_not_run_when_smaller_is_an_error() -> None:
+def test_verification_catches_a_model_that_does_not_run(monkeypatch) -> None:
+    monkeypatch.setattr(ModelGraph, "attributes_after", lambda self, kept: {})
     model = tiny_models.gpt2()
     masks = {g.name: keep(4, 0) for g in dimension_groups(model) if g.kind == "heads"}
     with pytest.raises(ShrinkError, match="does not run after shrinking"):

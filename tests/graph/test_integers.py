@@ -1,0 +1,142 @@
+import copy
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BertConfig, PreTrainedModel
+
+from hf_compress import ShrinkError, dimension_groups, plan_shrink, shrink
+from hf_compress.graph.capture import capture
+from hf_compress.graph.dims import Dim, concat, product
+from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.integers import Attribute, Operation, TracedInt, read, write
+from hf_compress.graph.solve import describe, new_prefix, new_size
+
+A = Attribute("m", ("a",))
+
+
+@given(st.integers(-20, 20), st.integers(-20, 20))
+def test_traced_integers_compute_like_integers(a, b) -> None:
+    traced = TracedInt(a, A)
+    assert (traced + b, traced - b, traced * b, b + traced, b - traced, b * traced, -traced) == (
+        a + b, a - b, a * b, b + a, b - a, b * a, -a,
+    )  # fmt: skip
+    if b:
+        assert (traced // b, traced % b) == (a // b, a % b)
+    assert (hash(traced), traced == a, traced / 2) == (hash(a), True, a / 2)
+    assert copy.deepcopy(traced) == a
+
+
+def test_arithmetic_is_remembered_in_order() -> None:
+    assert (TracedInt(6, A) // 2 + 1).expression == Operation("add", Operation("floordiv", A, 2), 1)
+    assert describe((7 - TracedInt(6, A)).expression) == "(7 - m.a)"
+    assert type(TracedInt(6, A) * 0.5) is float
+
+
+def test_capture_leaves_attributes_and_configs_as_they_were() -> None:
+    model = tiny_models.phi3()
+    before = {name: (vars(m)["config"] if "config" in vars(m) else None) for name, m in model.named_modules()}
+    capture(model, make_example_inputs(model))
+    for name, module in model.named_modules():
+        assert vars(module).get("config") is before[name]
+        assert not any(isinstance(value, TracedInt) for value in vars(module).values())
+    assert not any(isinstance(value, TracedInt) for value in vars(model.config).values())
+
+
+def test_relations_name_the_attribute_and_where_it_is_used() -> None:
+    model = tiny_models.opt()
+    relations = capture(model, make_example_inputs(model)).relations
+    heads = Attribute("model.decoder.layers.0.self_attn", ("num_heads",))
+    found = [r for r in relations if r.expression == heads]
+    assert found and all(r.module == heads.module and r.function == "a tensor shape" for r in found)
+
+
+def test_sizes_of_terms_after_shrinking() -> None:
+    heads, inner, rest = Dim(4), Dim(8), Dim(5)
+    dim = concat([product([heads, inner]), rest])
+    kept = {heads: 3, rest: 2}
+    assert new_size(dim, kept) == 26
+    assert [new_prefix(dim, n, kept) for n in (0, 32, 37)] == [0, 24, 26]
+    assert new_prefix(dim, 16, kept) is None  # two heads of four: which ones went is not known here
+    assert new_prefix(dim, 16, {rest: 2}) == 16
+
+
+class Reader(PreTrainedModel):
+    """Reads sizes in many ways: a tuple attribute, a product, a runtime size, constant borders."""
+
+    config_class = BertConfig
+
+    def __init__(self, how: str) -> None:
+        super().__init__(BertConfig())
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.shape, self.half, self.how = (3, 4), 6, how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x)
+        batch, width = hidden.shape
+        if self.how == "tuple":
+            hidden = hidden.view(batch, *self.shape).view(batch, -1)
+        elif self.how == "product":
+            hidden = hidden.reshape(batch, self.half * 2)
+        elif self.how == "runtime":
+            hidden = hidden.reshape(batch, width)
+        elif self.how == "constant":
+            hidden = torch.cat([hidden[:, :5], hidden[:, 5:]], dim=1)
+        elif self.how == "input":
+            hidden = hidden.reshape(batch, x.shape[1] * 2)
+        return self.down(hidden)
+
+
+INPUTS = {"x": torch.randn(2, 6, generator=torch.Generator().manual_seed(0))}
+
+
+def ffn(model, size):
+    (group,) = [g for g in dimension_groups(model, INPUTS) if g.num_units == size and g.frozen is None]
+    return group
+
+
+def keep(size, kept):
+    return torch.arange(size) < kept
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "kept", "attribute", "value"),
+    [("tuple", 3, 2, ("shape", 0), 2), ("tuple", 4, 3, ("shape", 1), 3), ("product", 12, 8, ("half",), 4)],
+)
+def test_attributes_are_solved_for(how, size, kept, attribute, value) -> None:
+    model = Reader(how)
+    group = ffn(model, size)
+    small = shrink(model, {group.name: keep(size, kept)}, example_inputs=INPUTS)
+    assert read(small, Attribute("", attribute)) == value
+    assert model.shape == (3, 4) and model.half == 6
+
+
+def test_runtime_sizes_need_nothing() -> None:
+    model = Reader("runtime")
+    plan = plan_shrink(model, {ffn(model, 12).name: keep(12, 5)}, example_inputs=INPUTS)
+    assert plan.attributes == ()
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "kept", "message"),
+    [
+        ("product", 12, 7, r"computes as \(model.half \* 2\); after shrinking that gives 12, but 7 is needed"),
+        ("input", 12, 7, r"\(a tensor's size\(1\) \* 2\); after shrinking that gives 12, but 7 is needed"),
+        ("constant", 5, 4, r"a slice in the model uses a size that it computes as 5"),
+    ],
+)
+def test_sizes_that_cannot_follow_are_refused_before_anything_is_cut(how, size, kept, message) -> None:
+    model = Reader(how)
+    with pytest.raises(ShrinkError, match=message):
+        plan_shrink(model, {ffn(model, size).name: keep(size, kept)}, example_inputs=INPUTS)
+
+
+def test_writing_to_a_shared_config_gives_the_module_its_own() -> None:
+    model = tiny_models.phi3()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    write(model, Attribute("model.layers.0.self_attn", ("config", "num_attention_heads")), 2)
+    assert first.config.num_attention_heads == 2
+    assert second.config.num_attention_heads == model.config.num_attention_heads == 4
