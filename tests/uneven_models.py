@@ -1,5 +1,6 @@
 """A BERT whose layers differ in size, cut by hand, and what it takes to load it in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,17 +21,25 @@ WIDTHS = (10, 30)
 HEAD_SIZE = 8
 
 LOAD = """
+import json
 import sys
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 {extra}
-folder, inputs, outputs, auto_class = sys.argv[1:]
+scratch, *folders = sys.argv[1:]
 torch.set_num_threads(1)
-model = getattr(transformers, auto_class).from_pretrained(folder)
-with torch.no_grad():
-    save_file({{"logits": model(**load_file(inputs)).logits}}, outputs)
-assert "{absent}" not in sys.modules, "loaded through more than transformers"
+inputs, errors = load_file(scratch + "/inputs.safetensors"), {{}}
+for index, folder in enumerate(folders):
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    except Exception as error:
+        errors[index] = repr(error)
+        continue
+    with torch.no_grad():
+        save_file({{"logits": model(**inputs).logits}}, scratch + f"/{{index}}.safetensors")
+with open(scratch + "/report.json", "w") as file:
+    json.dump({{"errors": errors, "modules": sorted(sys.modules)}}, file)
 """
 
 
@@ -54,6 +64,20 @@ def uneven_bert(**changes: object) -> PreTrainedModel:
     return model
 
 
+def uneven_llama() -> PreTrainedModel:
+    """A sequence classifier without any bias, whose feed-forward widths differ."""
+    config = transformers.LlamaConfig(**tiny_models.DECODER, pad_token_id=0, num_labels=3)
+    model = tiny_models.randomize(transformers.LlamaForSequenceClassification(config))
+    original = parameter_shapes(model)
+    for layer, width in zip(model.model.layers, WIDTHS, strict=True):
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            _keep_rows(part, width)
+        _keep_columns(layer.mlp.down_proj, width)
+    refresh_sizes(model)
+    mark_uneven(model, original, {"model.layers.0.mlp.ffn": {"kept": WIDTHS[0], "of": 44}})
+    return model
+
+
 def example_ids(batch: int = 4, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -63,19 +87,25 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return model.eval()(input_ids=example_ids() if ids is None else ids).logits
 
 
-def logits_in_fresh_process(
-    folder: Path, scratch: Path, auto_class: str = "AutoModelForSequenceClassification", *, plugin: bool
-) -> Tensor:
-    """Load the folder in a new Python process, with or without this package, and return the logits."""
-    inputs, outputs = scratch / "inputs.safetensors", scratch / "outputs.safetensors"
-    save_file({"input_ids": example_ids()}, inputs)
-    script = LOAD.format(extra="import hf_compress" if plugin else "", absent="nothing" if plugin else "hf_compress")
+def load_in_fresh_process(folders: list[Path], scratch: Path, *, plugin: bool) -> tuple[list[Tensor | str], str]:
+    """Load each folder in one new Python process, with or without this package.
+
+    Returns:
+        For each folder its logits or the error; and what the process printed to stderr.
+    """
+    save_file({"input_ids": example_ids()}, scratch / "inputs.safetensors")
+    script = LOAD.format(extra="import hf_compress" if plugin else "")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", script, str(folder), str(inputs), str(outputs), auto_class]
+    command = [sys.executable, "-c", script, str(scratch), *map(str, folders)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    return load_file(outputs)["logits"]
+    assert done.returncode == 0, done.stderr
+    report = json.loads((scratch / "report.json").read_text())
+    assert ("hf_compress" in report["modules"]) == plugin
+    results: list[Tensor | str] = []
+    for index in range(len(folders)):
+        error = report["errors"].get(str(index))
+        results.append(error or load_file(scratch / f"{index}.safetensors")["logits"])
+    return results, done.stderr
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -84,7 +114,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def _keep_rows(layer: nn.Linear, count: int) -> None:
     layer.weight = nn.Parameter(layer.weight.data[:count].clone())
-    layer.bias = nn.Parameter(layer.bias.data[:count].clone())
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.data[:count].clone())
 
 
 def _keep_columns(layer: nn.Linear, count: int) -> None:

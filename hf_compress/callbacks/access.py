@@ -58,7 +58,7 @@ def pushed_checkpoint(trainer: Trainer) -> Path | None:
     return Path(folder) if folder is not None and Path(folder).is_dir() else None
 
 
-def plain_model(model: nn.Module) -> PreTrainedModel:
+def plain_model(model: nn.Module, who: str = "the Trainer's model") -> PreTrainedModel:
     """Return the Transformers model itself: the base model, adapters included, where PEFT wraps it.
 
     Raises:
@@ -66,9 +66,7 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
     if not isinstance(base, PreTrainedModel):
-        raise TrainingError(
-            f"the Trainer's model is a {type(base).__name__}; allowed: a transformers PreTrainedModel."
-        )
+        raise TrainingError(f"{who} is a {type(base).__name__}; allowed: a transformers PreTrainedModel.")
     return base
 
 

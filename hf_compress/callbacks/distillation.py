@@ -103,7 +103,7 @@ class DistillationCallback(CompressionCallback):
         """Return the teacher, checked, on the training device."""
         teacher: Any = self.teacher
         if isinstance(teacher, nn.Module):
-            folder = plain_model(teacher).config._name_or_path or ""
+            folder = plain_model(teacher, "the teacher").config._name_or_path or ""
             source = folder if os.path.isdir(folder) else ""
         else:
             source = os.fspath(teacher)
@@ -220,7 +220,8 @@ class _Mixer:
             self.per_item = _depends(task_loss, num_items)
             num_items = num_items.detach()
         own = logits_of(outputs, "student")
-        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+        prefix = "decoder_" if self.run.model.config.is_encoder_decoder else ""
+        mask = inputs.get(f"{prefix}attention_mask")
         student, teacher = select_positions(
             own, self._teach(inputs).to(own.device), labels=labels, attention_mask=mask, shift=shift
         )

@@ -6,7 +6,7 @@ was, and with it Auto classes, pipelines and widgets. If the weights are integer
 format does the rest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_compress.errors import ExportError, choices
+from hf_compress.export.attributes import checked_attributes, set_attributes
 from hf_compress.shrinking.apply import FORMAT_VERSION
 from hf_compress.shrinking.sizes import parameter_shapes, refresh_sizes
 
@@ -35,7 +36,9 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         shapes: Parameter name -> shape, for every parameter whose shape is not what the config alone gives.
         units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before}``.
+        attributes: ``[module, path, value]`` for every integer of the forward code that follows the sizes.
         inner: The ``quantization_config`` of the weights' own format, or None for floating point.
+        guard: Name of a parameter that is stored with a leading dimension of 1, see ``choose_guard``.
         version: Version of this form.
         quant_method: Always ``"hf_compress"``.
         unknown: Keys that this version does not know.
@@ -48,7 +51,9 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         shapes: Mapping[str, list[int]] | None = None,
         units: Mapping[str, Any] | None = None,
+        attributes: Any = None,
         inner: Mapping[str, Any] | None = None,
+        guard: str | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -63,13 +68,17 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version = version
         self.units = dict(units or {})
         self.shapes = _checked_shapes(shapes)
+        self.attributes = checked_attributes(attributes)
         self.inner = dict(inner) if inner is not None else None
+        self.guard = guard
 
     def to_dict(self) -> dict[str, Any]:
         """Return the stored form."""
         stored: dict[str, Any] = super().to_dict()
-        if self.inner is None:
-            del stored["inner"]
+        stored["attributes"] = [[module, list(path), value] for module, path, value in self.attributes]
+        for optional in ("attributes", "inner", "guard"):
+            if not stored[optional]:
+                del stored[optional]
         return stored
 
     def inner_method(self) -> str:
@@ -110,6 +119,7 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.outer.shapes = resize_parameters(model, self.outer.shapes)
+        set_attributes(model, self.outer.attributes)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
@@ -125,6 +135,27 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
 
 class CompressedTorchAoHfQuantizer(_Resizing, TorchAoHfQuantizer):  # type: ignore[misc]
     """Loads models with uneven layers and integer weights in torchao's format; they stay quantized models."""
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what to store."""
+        state, metadata = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
+        if self.outer.guard is not None:
+            state[self.outer.guard] = state[self.outer.guard].unsqueeze(0)
+        return state, metadata
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+        if self.outer.guard is not None:
+            (self.outer.guard,) = _resolve_names(model, {self.outer.guard: []}) or (None,)
+        if self.outer.guard is not None:
+            _reshape(model, self.outer.guard, lambda stored: stored.unsqueeze(0))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if self.outer.guard is not None:
+            _reshape(model, self.outer.guard, lambda stored: stored.squeeze(0))
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
 @register_quantizer(METHOD)
@@ -182,6 +213,37 @@ def mark_uneven(model: PreTrainedModel, original_shapes: Mapping[str, list[int]]
     model.config.quantization_config = CompressedConfig(shapes=changed, units=facts).to_dict()
 
 
+def choose_guard(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> str | None:
+    """Choose the parameter that makes transformers alone fail to load a model with integer weights.
+
+    Transformers skips a ``quant_method`` that it does not know. Integer weights then are unexpected keys and the
+    weights missing ones, which it only warns about: the model would load with random weights. A parameter with
+    another shape than the architecture's is an error, so one is stored with an extra dimension, unless there is an
+    uneven bias already.
+
+    Args:
+        model: A model with integer weights.
+        shapes: The shapes of its uneven parameters, by name.
+
+    Returns:
+        The name of a one-dimensional parameter of the base model, or None if none is needed.
+
+    Raises:
+        ExportError: If one is needed and there is none.
+    """
+    parameters = dict(model.named_parameters())
+    if any(name in parameters and parameters[name].dim() == 1 for name in shapes):
+        return None
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    vectors = [name for name, parameter in parameters.items() if parameter.dim() == 1 and id(parameter) in inside]
+    if not vectors:
+        raise ExportError(
+            f"{type(model).__name__}: has no bias and no norm, by which transformers would notice that this package is "
+            "needed to load uneven integer weights. Use format='dense'."
+        )
+    return vectors[-1]
+
+
 def is_uneven(model: PreTrainedModel) -> bool:
     """Return whether the model's sizes need this loader."""
     return stored_method(model) == METHOD
@@ -235,6 +297,13 @@ def resize_parameters(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -
 def _empty(old: Tensor, shape: list[int]) -> Tensor:
     new = torch.empty(shape, dtype=old.dtype, device=old.device)
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _reshape(model: nn.Module, name: str, view: Callable[[Tensor], Tensor]) -> None:
+    owner, _, attribute = name.rpartition(".")
+    old = model.get_parameter(name)
+    new = nn.Parameter(view(old.detach()), requires_grad=old.requires_grad)
+    setattr(model.get_submodule(owner), attribute, new)
 
 
 def _resolve_names(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:

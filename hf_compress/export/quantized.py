@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_compress.errors import ExportError, choices
-from hf_compress.export.pretrained import CompressedConfig, is_uneven, stored_method
+from hf_compress.export.pretrained import CompressedConfig, choose_guard, is_uneven, stored_method
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_linears
 from hf_compress.quantization.numerics import dequantize, quantize
@@ -117,7 +117,8 @@ def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
     if is_uneven(model):
         stored = model.config.quantization_config
         stored = stored if isinstance(stored, dict) else stored.to_dict()
-        config = CompressedConfig(**{**stored, "inner": config.to_dict()})
+        guard = choose_guard(model, stored["shapes"])
+        config = CompressedConfig(**{**stored, "inner": config.to_dict(), "guard": guard})
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
 

@@ -33,6 +33,9 @@ class Results(Config):
     auto_class: str
     """Class that loads the model, e.g. ``"AutoModelForSequenceClassification"``."""
 
+    requires: str = "hf-compress"
+    """What to install with pip to load the model, e.g. ``"hf-compress[int8]"``."""
+
     task: str
     """Task in the Hub's spelling, e.g. ``"text-classification"``."""
 

@@ -72,7 +72,10 @@ DAMAGES = {
     "newer version": (lambda folder: edit_json(folder, "schema_version", 99), "schema_version is 99"),
     "other step": (lambda folder: edit_json(folder, "global_step", 6), "written at step 6"),
     "changed tensors": (lambda folder: flip_last_byte(folder / TENSOR_FILE), "sha256"),
-    "changed weights": (lambda folder: flip_last_byte(folder / "model.safetensors"), "model.safetensors changed"),
+    "changed weights": (
+        lambda folder: flip_last_byte(folder / "model.safetensors"),
+        "model.safetensors changed",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors changed"),
     "other run": (lambda folder: flip_last_byte(folder / "trainer_state.json"), "trainer_state.json changed"),
 }
@@ -125,12 +128,16 @@ def test_large_weights_are_sampled_to_both_ends(folder: Path, monkeypatch: pytes
     write_state(folder, 7, SECTIONS)
     read_state(folder, 7)
     flip_last_byte(folder / "model.safetensors")
-    with pytest.raises(TrainingError, match="model.safetensors changed"):
+    with pytest.raises(TrainingError, match=r"model\.safetensors changed"):
         read_state(folder, 7)
 
 
 def test_a_changed_config_is_listed_field_by_field(folder: Path) -> None:
     stored = json.loads(json.dumps({"alpha": 0.9, "exclude": ("a",), "loss": "kl"}))
     check_config(folder, "distillation", stored, {"alpha": 0.9, "exclude": ("a",), "loss": "kl"})
-    with pytest.raises(TrainingError, match=r"alpha: 0\.9 in the checkpoint, 0\.5 now; new: None .* True now"):
-        check_config(folder, "distillation", stored, {"alpha": 0.5, "exclude": ("a",), "loss": "kl", "new": True})
+    with pytest.raises(
+        TrainingError, match=r"alpha: 0\.9 in the checkpoint, 0\.5 now; new: None .* True now"
+    ):
+        check_config(
+            folder, "distillation", stored, {"alpha": 0.5, "exclude": ("a",), "loss": "kl", "new": True}
+        )

@@ -42,9 +42,19 @@ def test_by_default_output_and_tied_embeddings_stay_in_floating_point(make) -> N
 
 def test_an_untied_output_inside_the_base_model_stays_in_floating_point() -> None:
     sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 1, "num_heads": 4}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, tie_word_embeddings=False))
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model.lm_head.weight = nn.Parameter(model.shared.weight.clone())
     assert model.base_model is model
     assert set(quantizable_linears(model)) == linear_names(model) - {"lm_head"}
+
+
+def test_by_default_a_weight_shared_by_two_layers_stays_in_floating_point() -> None:
+    model = tiny_models.bert()
+    first, second = (layer.attention.self.query for layer in model.bert.encoder.layer)
+    second.weight = first.weight
+    chosen = quantizable_linears(model)
+    assert not {first, second} & set(chosen.values())
+    assert len(chosen) == 13 - 2
 
 
 def test_a_base_model_alone_is_quantized_whole() -> None:

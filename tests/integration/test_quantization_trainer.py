@@ -83,6 +83,20 @@ def test_a_late_start_leaves_the_steps_before_untouched(begin, tiny_bert, classi
     assert [equal(a, b) for a, b in zip(plain.weights, late.weights, strict=True)] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(("begin", "expected"), [(0, True), (1, False)])
+def test_an_evaluation_before_the_first_step_sees_what_training_will(
+    begin, expected, tiny_bert, classification_data, make_trainer
+) -> None:
+    seen = []
+
+    class Watcher(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            seen.append(bool(fake_quantized_modules(model)))
+
+    make_trainer(tiny_bert(), classification_data(), [callback(begin=begin), Watcher()], eval_on_start=True).train()
+    assert seen == [expected]
+
+
 @pytest.mark.parametrize("begin", [4, 1.0, 400])
 def test_a_start_after_the_end_raises_before_training(begin, tiny_bert, classification_data, make_trainer) -> None:
     recorder = Recorder()

@@ -1,0 +1,204 @@
+"""The ``hf-compress`` command."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from hf_compress.errors import CompressionError, ConfigError
+from hf_compress.export.card import write_card
+from hf_compress.export.quantized import export_quantized
+from hf_compress.graph.groups import dimension_groups
+from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.report.compare import DEFAULT_LENGTH, compare
+from hf_compress.report.profile import profile
+from hf_compress.report.timing import DEFAULT_ROUNDS, compile_model
+
+EXIT_ERROR = 2
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
+MODEL_HELP = "Hub name or folder of a model"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What to parse; the process's own arguments by default.
+
+    Returns:
+        The exit code: 0, or 2 after an error that is printed as one message.
+    """
+    given = _parser().parse_args(arguments)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        sys.stdout.write(f"{given.run(given)}\n")
+    except CompressionError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-compress", description="Look at, measure and export compressed models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    loading = argparse.ArgumentParser(add_help=False)
+    loading.add_argument(
+        "--auto-class", help="class that loads the model; default: the one in its config.json"
+    )
+    _add_measuring(commands, loading)
+
+    inspect = commands.add_parser(
+        "inspect", parents=[loading], help="list what can be pruned: the dimension groups"
+    )
+    inspect.add_argument("model", help=MODEL_HELP)
+    inspect.set_defaults(run=_inspect)
+
+    card = commands.add_parser("card", help="write a model card again from the folder's results.json")
+    card.add_argument("directory", help="folder of a compressed model")
+    card.set_defaults(run=_card)
+
+    export = commands.add_parser("export", parents=[loading], help="save a model with int8 weights")
+    export.add_argument("model", help=MODEL_HELP)
+    export.add_argument("directory", help="folder to write")
+    export.add_argument("--format", default="torchao", help="torchao (default) or dense")
+    export.add_argument(
+        "--exclude", action="append", help="regular expression of Linear layers to leave as they are"
+    )
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _add_measuring(commands: Any, loading: argparse.ArgumentParser) -> None:
+    measure = commands.add_parser(
+        "profile", parents=[loading], help="parameters, operations, bytes, memory, latency"
+    )
+    measure.add_argument("model", help=MODEL_HELP)
+    measure.add_argument("--batch-size", type=_count, default=1, help="examples per batch (default: 1)")
+    measure.add_argument(
+        "--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})"
+    )
+    measure.add_argument("--no-latency", action="store_true", help="count only, do not time")
+    measure.add_argument("--json", action="store_true", help="print JSON")
+    measure.set_defaults(run=_profile)
+
+    both = commands.add_parser(
+        "compare", parents=[loading], help="one table of a model and its compressed version"
+    )
+    both.add_argument("dense", help=MODEL_HELP)
+    both.add_argument("compressed", help=MODEL_HELP)
+    both.add_argument(
+        "--batch-sizes", type=_count, nargs="+", default=[1, 32], help="latencies (default: 1 32)"
+    )
+    both.add_argument(
+        "--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})"
+    )
+    both.add_argument("--rounds", type=_count, default=DEFAULT_ROUNDS, help=f"default: {DEFAULT_ROUNDS}")
+    both.add_argument(
+        "--compile", action="store_true", help="also time the compressed model under torch.compile"
+    )
+    both.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default: text")
+    both.set_defaults(run=_compare)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1")
+    return value
+
+
+def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
+    """Load a model with the class that its config names.
+
+    Args:
+        name: Hub name or folder.
+        auto_class: Class of transformers to load with instead.
+
+    Raises:
+        ConfigError: If the class is unknown or the model cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        wanted = auto_class or next(iter(config.architectures or []), None)
+        loader: Any = AutoModel if wanted is None else getattr(transformers, wanted, None)
+        if loader is None or not hasattr(loader, "from_pretrained"):
+            raise ConfigError(f"{name}: transformers has no class {wanted!r}; choose one with --auto-class.")
+        model: Any = loader.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        if isinstance(error, CompressionError):
+            raise
+        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _inspect(given: argparse.Namespace) -> str:
+    return str(dimension_groups(load_model(given.model, given.auto_class)))
+
+
+def _profile(given: argparse.Namespace) -> str:
+    model = load_model(given.model, given.auto_class)
+    inputs = make_example_inputs(model, given.batch_size, given.length)
+    directory = given.model if Path(given.model).is_dir() else None
+    found = profile(model, inputs, latency=not given.no_latency, directory=directory)
+    return json.dumps(found.to_dict(), indent=2) if given.json else str(found)
+
+
+def _compare(given: argparse.Namespace) -> str:
+    dense, small = (load_model(name, given.auto_class) for name in (given.dense, given.compressed))
+    inputs = {f"batch {size}": make_example_inputs(dense, size, given.length) for size in given.batch_sizes}
+    names = ("dense", "compressed")
+    folders = zip(names, (given.dense, given.compressed), strict=True)
+    others, notes = {}, []
+    if given.compile:
+        compiled, reason = compile_model(small, list(inputs.values()))
+        if compiled is None:
+            notes.append(f"not timed under torch.compile: {reason}")
+        else:
+            others["compressed, compiled"] = compiled
+    table = compare(
+        dense,
+        small,
+        names=names,
+        others=others,
+        inputs=inputs,
+        rounds=given.rounds,
+        directories={name: folder for name, folder in folders if Path(folder).is_dir()},
+        notes=notes,
+    )
+    if given.format == "json":
+        return json.dumps(table.to_dict(), indent=2)
+    return table.to_markdown() if given.format == "markdown" else str(table)
+
+
+def _card(given: argparse.Namespace) -> str:
+    return f"wrote {write_card(given.directory)}"
+
+
+def _export(given: argparse.Namespace) -> str:
+    model = load_model(given.model, given.auto_class)
+    directory = export_quantized(model, given.directory, given.format, given.exclude)
+    if not _has_tokenizer(given.model):  # models of other modalities have none
+        return f"wrote {directory} (without a tokenizer: {given.model} has none)"
+    AutoTokenizer.from_pretrained(given.model).save_pretrained(directory)
+    return f"wrote {directory}"
+
+
+def _has_tokenizer(name: str) -> bool:
+    """Whether there are tokenizer files; transformers would make an empty tokenizer up otherwise."""
+    options = {"_raise_exceptions_for_missing_entries": False}
+    return any(cached_file(name, file, **options) is not None for file in TOKENIZER_FILES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

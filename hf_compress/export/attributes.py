@@ -1,0 +1,75 @@
+"""Integers of modules that a stored model needs changed, beside the shapes of its parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_compress.errors import ExportError
+from hf_compress.graph.integers import Attribute, read, write
+
+WHERE = "config.json, quantization_config.attributes"
+
+Stored = list[tuple[str, tuple[str | int, ...], int]]
+"""Module name, path of attribute names and positions from the module on, new value."""
+
+
+def checked_attributes(data: Any) -> Stored:
+    """Return the stored form as tuples.
+
+    Raises:
+        ExportError: If it is damaged, or names anything but public integer attributes.
+    """
+    result: Stored = []
+    for entry in data or []:
+        valid = isinstance(entry, list | tuple) and len(entry) == 3 and isinstance(entry[0], str)
+        if not valid or type(entry[2]) is not int or not _is_path(entry[1]):
+            raise ExportError(
+                f"{WHERE}: expected [module, [attribute, ...], int], got {str(entry)[:80]}. The file is damaged or was "
+                "edited."
+            )
+        result.append((entry[0], tuple(entry[1]), entry[2]))
+    return result
+
+
+def _is_path(path: Any) -> bool:
+    if not isinstance(path, list | tuple) or not path or not isinstance(path[0], str):
+        return False
+    return all(type(part) is int or (isinstance(part, str) and not part.startswith("_")) for part in path)
+
+
+def set_attributes(model: Any, attributes: Stored) -> None:
+    """Give the attributes their stored values.
+
+    Args:
+        model: A model with or without its head; names may be those of the other.
+        attributes: See ``checked_attributes``.
+
+    Raises:
+        ExportError: If the model has no such integer.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    prefix = model.base_model_prefix
+    for stored, path, value in attributes:
+        names = _candidates(stored, prefix)
+        name = next((n for n in names if n in modules and _is_integer(model, Attribute(n, path))), None)
+        if name is None:
+            raise ExportError(
+                f"{WHERE}: the {type(model).__name__} has no integer {'.'.join([stored, *map(str, path)])}. The "
+                "checkpoint is of another architecture, or of a version of transformers that names things differently."
+            )
+        write(model, Attribute(name, path), value)
+
+
+def _candidates(name: str, prefix: str) -> Sequence[str]:
+    if name == prefix:
+        return name, ""
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+
+
+def _is_integer(model: nn.Module, attribute: Attribute) -> bool:
+    try:
+        read(model, attribute)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,151 @@
+"""Model cards, generated from ``results.json`` and never typed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_compress.config import Recipe
+from hf_compress.errors import ExportError
+from hf_compress.report.compare import Comparison
+from hf_compress.report.plots import plot_kept_units
+from hf_compress.report.results import Results
+
+PICTURE = "kept_units.png"
+CARD = "README.md"
+TAGS = ("hf-compress", "model-compression")
+SECTION_TAGS = {"pruning": "pruning", "quantization": "quantization", "distillation": "distillation"}
+
+
+def write_card(directory: str | Path, results: Results | None = None) -> Path:
+    """Write the model card, the picture of what every layer kept, and ``results.json`` into a model folder.
+
+    Args:
+        directory: The model's folder.
+        results: What to write; read from the folder's ``results.json`` by default.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ExportError: If there is no folder, or no ``results.json`` to write the card from.
+        ConfigError: If ``results.json`` is damaged.
+    """
+    directory = Path(directory)
+    stored = directory / Results.FILE_NAME
+    if not directory.is_dir():
+        raise ExportError(f"{directory}: is no folder; give the folder of a saved model.")
+    if results is None:
+        if not stored.is_file():
+            raise ExportError(
+                f"{directory}: holds no {Results.FILE_NAME}, so there is nothing to write a card from. A compression "
+                "run writes it; or pass results=Results(...)."
+            )
+        results = Results.load(stored)
+    else:
+        results.save(stored)
+    has_picture = any(results.kept_units().values())
+    if has_picture:
+        plot_kept_units(results.kept_units(), directory / PICTURE)
+    card = ModelCard(f"---\n{_metadata(results).to_yaml()}\n---\n\n{_body(results, has_picture)}")
+    path = directory / CARD
+    card.save(path)
+    return path
+
+
+def _metadata(results: Results) -> ModelCardData:
+    sections = [name for name in SECTION_TAGS if (results.recipe or {}).get(name) is not None]
+    return ModelCardData(
+        model_name=results.name,
+        base_model=results.base_model if results.base_model_on_hub else None,
+        datasets=results.dataset_id,
+        language=results.language,
+        library_name="transformers",
+        license=results.license,
+        pipeline_tag=results.task,
+        tags=[*TAGS, *(SECTION_TAGS[name] for name in sections)],
+        eval_results=_eval_results(results) or None,
+        ignore_metadata_errors=False,
+    )
+
+
+def _eval_results(results: Results) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=results.task,
+            dataset_type=results.dataset_id or "local",
+            dataset_name=results.dataset,
+            dataset_split=results.evaluation_split,
+            metric_type=metric.split(" ")[0],
+            metric_name=metric,
+            metric_value=round(values[results.model], 4),
+        )
+        for metric, values in results.table().metrics.items()
+        if results.model in values
+    ]
+
+
+def _body(results: Results, has_picture: bool) -> str:
+    table = results.table()
+    parts = [
+        f"# {results.name}",
+        _summary(results, table),
+        "## Results",
+        _measured_on(results),
+        table.to_markdown(),
+    ]
+    if has_picture:
+        parts += ["## What every layer kept", f"![Units kept per layer]({PICTURE})"]
+    parts += ["## Load it", _load_snippet(results)]
+    if results.checks:
+        parts += ["## Verified by the run", "\n".join(f"- {check}" for check in results.checks)]
+    if results.recipe is not None:
+        parts += ["## Recipe", f"```yaml\n{Recipe.from_dict(results.recipe).to_yaml()}```"]
+    if results.training:
+        parts += ["## Training", _facts(results.training)]
+    parts += ["## Measured with", _facts(table.environment)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(results: Results, table: Comparison) -> str:
+    reference, own = next(iter(table.profiles.values())), table.profiles[results.model]
+    share = f"{own.parameters / reference.parameters:.0%} of the parameters"
+    if own.encoder_parameters is not None and reference.encoder_parameters:
+        share += f" ({own.encoder_parameters / reference.encoder_parameters:.0%} of those in the encoder)"
+    faster = ", ".join(
+        f"{ratios[results.model]:.1f} times as fast at {label}"
+        for label, ratios in table.speedup.items()
+        if results.model in ratios
+    )
+    base = f"[{results.base_model}](https://huggingface.co/{results.base_model})"
+    return (
+        f"{base if results.base_model_on_hub else results.base_model}, fine-tuned on {results.dataset} and compressed "
+        f"with hf-compress: {share}{', ' if faster else ''}{faster}, against the dense model in the same run."
+    )
+
+
+def _measured_on(results: Results) -> str:
+    profile = next(iter(results.table().profiles.values()))
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in profile.inputs.items())
+    return (
+        f"Metrics on {results.num_evaluation_examples:,} {results.evaluation_split} examples. Operations and peak "
+        f"memory for one forward pass with {shapes}. Latencies are medians, all models timed in turns in one run on "
+        f"{profile.num_threads} CPU threads; percentages and ratios refer to the first column."
+    )
+
+
+def _load_snippet(results: Results) -> str:
+    return (
+        f"```bash\npip install '{results.requires}'\n```\n\n"
+        "```python\n"
+        f"from transformers import {results.auto_class}\n"
+        "import hf_compress  # registers the loader of models whose layers differ in size\n\n"
+        f'model = {results.auto_class}.from_pretrained("path/or/hub-name")\n'
+        "```"
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return f"```yaml\n{yaml.safe_dump(dict(facts), sort_keys=False)}```"

@@ -1,0 +1,19 @@
+"""Entry point of ``bash scripts/demo``; everything happens in ``demo_run.py``."""
+
+import logging
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "torch._inductor")
+"""They warn about kernels for other hardware and about each other's deprecations."""
+
+
+def main() -> None:
+    """Quiet other packages' loggers, then import what they live in."""
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import demo_run
+
+    demo_run.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Compress a text classifier end to end: fine-tune a dense teacher, then prune, distill and quantize in one Trainer.
+
+Run it with ``bash scripts/demo``; without arguments it takes all-MiniLM-L6-v2 and movie-review snippets.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import demo_data
+import torch
+import transformers
+from demo_task import (
+    EVALUATION_BATCH,
+    Task,
+    TaskError,
+    accuracy,
+    evaluation_batches,
+    load_splits,
+    predict,
+    prepare,
+    weights_fingerprint,
+)
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_compress import (
+    CompressionError,
+    DistillationCallback,
+    DistillationConfig,
+    PruningCallback,
+    PruningConfig,
+    QuantizationCallback,
+    QuantizationConfig,
+    Recipe,
+    dimension_groups,
+    export_quantized,
+    shrink,
+)
+from hf_compress.export.card import write_card
+from hf_compress.report.compare import Comparison, compare
+from hf_compress.report.results import Results, kept_units
+from hf_compress.report.timing import compile_model
+
+NUM_STEPS = 6
+DENSE, SMALL, INT8 = "dense", "compressed fp32", "compressed int8, compiled"
+console = Console()
+
+
+@dataclass
+class Settings:
+    """Every argument of the demo."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Hub name or folder; default: all-MiniLM-L6-v2"}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, .csv/.tsv/.json/.jsonl/.parquet file or folder; default: movie-review snippets"
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    text_pair_column: str | None = field(default=None, metadata={"help": "column that holds a second text"})
+    label_column: str = field(default="label", metadata={"help": "column that holds the class"})
+    output: str = field(default="runs/demo", metadata={"help": "folder for models, cards and results"})
+    max_length: int = field(default=64, metadata={"help": "tokens; longer texts are cut"})
+    train_examples: int | None = field(
+        default=None, metadata={"help": "use this many training examples only"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "examples per training step"})
+    teacher_epochs: float = field(
+        default=1.0, metadata={"help": "epochs of dense fine-tuning; 0: use --model as it is"}
+    )
+    teacher_learning_rate: float = field(
+        default=2e-4, metadata={"help": "peak learning rate of the dense model"}
+    )
+    epochs: float = field(default=1.5, metadata={"help": "epochs of the compression run"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of the compression run"})
+    heads: float = field(default=0.58, metadata={"help": "fraction of attention heads to remove"})
+    ffn: float = field(default=0.62, metadata={"help": "fraction of feed-forward units to remove"})
+    seed: int = field(default=0, metadata={"help": "seed of initialization, order and dropout"})
+    refresh: bool = field(default=False, metadata={"help": "train the teacher again even if it is cached"})
+
+    def recipe(self) -> Recipe:
+        """Return what the compression run does."""
+        structures = {kind: value for kind, value in {"heads": self.heads, "ffn": self.ffn}.items() if value}
+        return Recipe(
+            pruning=PruningConfig(
+                structures=structures,
+                criterion="taylor",
+                allocation="global",
+                begin=0.02,
+                end=0.4,
+                multiple_of=16,
+            ),
+            distillation=DistillationConfig(alpha=0.9, temperature=2.0),
+            quantization=QuantizationConfig(scheme="int8_dynamic", method="qat", begin=0.4),
+        )
+
+
+def announce(step: int, text: str) -> None:
+    """Print the heading of a step."""
+    console.rule(f"[bold]{step}/{NUM_STEPS}  {text}", align="left")
+
+
+def load_task(settings: Settings) -> tuple[str, PreTrainedTokenizerBase, Task]:
+    """Return the pretrained model's name or folder, its tokenizer and the data."""
+    source = settings.model or str(demo_data.model_folder())
+    if settings.dataset is None:
+        splits = (*demo_data.movie_snippets(), "test")
+    else:
+        splits = load_splits(settings.dataset, settings.dataset_config, settings.seed)
+    if settings.train_examples is not None:
+        count = min(settings.train_examples, len(splits[0]))
+        splits = (splits[0].shuffle(seed=settings.seed).select(range(count)), *splits[1:])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    columns = (settings.text_column, settings.text_pair_column, settings.label_column)
+    task = prepare(splits, columns, tokenizer, settings.max_length)
+    console.print(
+        f"{source}: {len(task.train):,} training and {len(task.test):,} {task.test_split} examples, labels "
+        f"{', '.join(task.labels)}"
+    )
+    return source, tokenizer, task
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    folder: str,
+    callbacks: list[Any] | None = None,
+) -> Trainer:
+    """Return a plain Trainer; the callbacks are all that sets compression apart."""
+    dense = callbacks is None
+    arguments = TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=settings.teacher_epochs if dense else settings.epochs,
+        learning_rate=settings.teacher_learning_rate if dense else settings.learning_rate,
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy="group_by_length",
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=False,
+        seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    return Trainer(
+        model, arguments, train_dataset=task.train, processing_class=tokenizer, callbacks=callbacks
+    )
+
+
+def train_teacher(
+    settings: Settings, source: str, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> tuple[PreTrainedModel, float]:
+    """Fine-tune the dense model, or take it from the cache; also return the seconds that it took."""
+    torch.manual_seed(settings.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype=torch.float32, **task.trainer_options()
+    )
+    if settings.teacher_epochs == 0:
+        return model, 0.0
+    names = ("max_length", "batch_size", "teacher_epochs", "teacher_learning_rate", "seed")
+    facts: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    facts |= {"model": weights_fingerprint(model), "data": task.fingerprint, "torch": torch.__version__}
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    folder = demo_data.cache_root() / "teachers" / key
+    if not (folder / "facts.json").exists() or settings.refresh:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            make_trainer(model, task, tokenizer, settings, scratch).train()
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "facts.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    else:
+        console.print(f"cached: {folder}")
+    seconds = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["seconds"]
+    return AutoModelForSequenceClassification.from_pretrained(folder), seconds
+
+
+def compress(
+    settings: Settings, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any]]:
+    """One ``Trainer.train()`` with three callbacks, then ``shrink``.
+
+    Returns:
+        The small model, what every layer kept, and facts about the run.
+    """
+    student = AutoModelForSequenceClassification.from_pretrained(teacher.config._name_or_path)
+    recipe = settings.recipe()
+    groups = dimension_groups(student)
+    pruning = PruningCallback(recipe.pruning)
+    callbacks = [
+        pruning,
+        DistillationCallback(recipe.distillation, teacher=teacher),
+        QuantizationCallback(recipe.quantization),
+    ]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make_trainer(student, task, tokenizer, settings, scratch, callbacks)
+        outcome = trainer.train()
+        small = shrink(trainer)
+    facts = {
+        "optimizer_steps": outcome.global_step,
+        "compression_seconds": round(time.perf_counter() - start, 1),
+        "final_training_loss": round(outcome.training_loss, 4),
+    }
+    return small, kept_units(groups, pruning.masks()), facts
+
+
+@torch.no_grad()
+def reloads_bit_identically(model: PreTrainedModel, folder: Path, inputs: dict[str, Tensor]) -> bool:
+    """Load the folder in a fresh process and compare its logits with the model's, bit for bit."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
+        script = Path(__file__).with_name("demo_reload.py")
+        subprocess.run([sys.executable, str(script), str(folder), str(given), str(found)], check=True)
+        return torch.equal(load_file(found)["logits"], model.eval()(**inputs).logits)
+
+
+def measure(
+    dense: PreTrainedModel,
+    folders: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    max_length: int,
+) -> Comparison:
+    """Evaluate and time the dense model and what lies in the folders."""
+    batches = list(evaluation_batches(task.test, tokenizer, max_length))
+    full = batches[0][0]
+    inputs = {
+        "batch 1": {name: tensor[:1] for name, tensor in full.items()},
+        f"batch {EVALUATION_BATCH}": full,
+    }
+    small, quantized = (AutoModelForSequenceClassification.from_pretrained(folders[n]) for n in (SMALL, INT8))
+    with console.status("compiling the int8 model (about a minute)"):
+        compiled, reason = compile_model(quantized.eval(), list(inputs.values()))
+    notes = [f"batches of real {task.test_split} examples, padded to {max_length} tokens"]
+    if reason is not None:
+        notes.append(f"int8 runs without torch.compile, so its latency means little: {reason}")
+    others = {INT8: compiled or quantized}
+    with console.status("measuring") as status:
+        table = compare(
+            dense,
+            small,
+            others=others,
+            names=(DENSE, SMALL),
+            inputs=inputs,
+            directories={name: str(folder) for name, folder in folders.items()},
+            notes=notes,
+            progress=lambda line: status.update(f"measuring: {line}"),
+        )
+    scores = {}
+    for name, model in {DENSE: dense.eval(), SMALL: small.eval(), **others}.items():
+        scores[name] = accuracy(predict(model, batches, f"evaluating {name}"), task.test)
+    return table.with_metric("accuracy (%)", scores)
+
+
+def write_results(
+    settings: Settings,
+    task: Task,
+    table: Comparison,
+    folders: dict[str, Path],
+    kept: dict[str, Any],
+    training: dict[str, Any],
+    checks: list[str],
+) -> None:
+    """Write results, picture and card into each model's folder."""
+    base = settings.model or demo_data.MODEL_NAME
+    local = settings.model is not None and Path(settings.model).exists()
+    own_data = settings.dataset is None
+    for name, folder in folders.items():
+        results = Results(
+            name=f"{Path(base).name} compressed{', int8' if name == INT8 else ''}",
+            model=name,
+            base_model=base,
+            base_model_on_hub=not local,
+            auto_class="AutoModelForSequenceClassification",
+            requires="hf-compress[int8]" if name == INT8 else "hf-compress",
+            task="text-classification",
+            dataset=demo_data.DATASET_NAME if own_data else str(settings.dataset),
+            dataset_id=None if own_data or Path(str(settings.dataset)).exists() else settings.dataset,
+            evaluation_split=task.test_split,
+            num_evaluation_examples=len(task.test),
+            license="apache-2.0" if settings.model is None else None,
+            language="en" if own_data else None,
+            comparison=table.to_dict(),
+            kept=kept,
+            recipe=settings.recipe().to_dict(),
+            training={**dataclasses.asdict(settings), **training},
+            checks=tuple(checks),
+        )
+        write_card(folder, results)
+
+
+def show(table: Comparison) -> None:
+    """Print the comparison."""
+    header, *rows = table.rows()
+    view = Table(*header, title="dense against compressed")
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        view.add_row(*row)
+    console.print(view)
+    for note in table.notes:
+        console.print(f"note: {note}")
+
+
+def run(settings: Settings) -> None:
+    """Do all steps."""
+    start = time.perf_counter()
+    announce(1, "model and data")
+    source, tokenizer, task = load_task(settings)
+    announce(2, "fine-tune the dense model: it is the baseline and the teacher")
+    dense, teacher_seconds = train_teacher(settings, source, tokenizer, task)
+    announce(3, "prune, distill and quantize in one Trainer.train()")
+    small, kept, training = compress(settings, dense, tokenizer, task)
+    announce(4, "save, and export with int8 weights")
+    output = Path(settings.output)
+    folders = {SMALL: output / "compressed", INT8: output / "compressed-int8"}
+    small.save_pretrained(folders[SMALL])
+    export_quantized(small, folders[INT8])
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+    announce(5, "reload in a fresh process")
+    inputs, _ = next(evaluation_batches(task.test, tokenizer, settings.max_length))
+    if not reloads_bit_identically(small, folders[SMALL], inputs):
+        raise CompressionError(
+            f"{folders[SMALL]}: reloaded in a fresh process, the logits differ from the saved model's."
+        )
+    check = "reloaded in a fresh process with from_pretrained, the logits are bit-identical to the trained model's"
+    console.print(f"{folders[SMALL]}: {check}")
+    announce(6, "measure")
+    table = measure(dense, folders, tokenizer, task, settings.max_length)
+    training |= {"teacher_seconds": teacher_seconds}
+    write_results(settings, task, table, folders, kept, training, [check])
+    show(table)
+    for name, folder in folders.items():
+        console.print(f"{name}: {folder} (model, README.md, results.json, kept_units.png)")
+    console.print(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def main() -> None:
+    """Parse the arguments and run; known errors end with one message and exit code 2."""
+    (settings,) = HfArgumentParser(
+        Settings, prog="scripts/demo", description=__doc__
+    ).parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        run(settings)
+    except (CompressionError, TaskError, demo_data.DemoDataError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)

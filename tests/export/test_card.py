@@ -1,0 +1,99 @@
+import pytest
+import tiny_models
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_compress import DistillationConfig, PruningConfig, Recipe
+from hf_compress.errors import ConfigError, ExportError
+from hf_compress.export.card import write_card
+from hf_compress.report.compare import compare
+from hf_compress.report.results import Results
+
+RECIPE = Recipe(pruning=PruningConfig(structures={"heads": 0.25}), distillation=DistillationConfig(alpha=0.7))
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    table = compare(
+        tiny_models.bert(), tiny_models.bert(intermediate_size=12), rounds=1, batch_sizes=(1,), length=5
+    ).with_metric("accuracy (%)", {"dense": 84.5, "compressed": 83.254321})
+    return Results(
+        name="tiny compressed",
+        model="compressed",
+        base_model="me/tiny",
+        auto_class="AutoModelForSequenceClassification",
+        task="text-classification",
+        dataset="some snippets",
+        num_evaluation_examples=1234,
+        license="apache-2.0",
+        language="en",
+        comparison=table.to_dict(),
+        kept={"heads": [{"name": "layer.0.heads", "kept": 3, "total": 4}]},
+        recipe=RECIPE.to_dict(),
+        training={"seed": 5},
+        checks=("the logits agree",),
+    )
+
+
+def test_the_hub_reads_the_metadata_back(results: Results, tmp_path) -> None:
+    data = ModelCard.load(write_card(tmp_path, results)).data
+    assert data.base_model == "me/tiny"
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag == "text-classification"
+    assert data.tags == ["hf-compress", "model-compression", "pruning", "distillation"]
+    (score,) = data.eval_results
+    assert (score.metric_type, score.metric_value, score.dataset_name) == (
+        "accuracy",
+        83.2543,
+        "some snippets",
+    )
+
+
+def test_the_card_holds_table_recipe_picture_and_checks(results: Results, tmp_path) -> None:
+    text = write_card(tmp_path, results).read_text(encoding="utf-8")
+    assert results.table().to_markdown() in text
+    assert "![Units kept per layer](kept_units.png)" in text
+    assert (tmp_path / "kept_units.png").stat().st_size > 1000
+    assert "- the logits agree" in text
+    assert "AutoModelForSequenceClassification.from_pretrained" in text
+    assert "1,234 test examples" in text
+    recipe = text.split("## Recipe\n\n```yaml\n")[1].split("```")[0]
+    assert Recipe.from_dict(yaml.safe_load(recipe)) == RECIPE
+
+
+def test_the_card_comes_from_results_json_alone(results: Results, tmp_path) -> None:
+    first = write_card(tmp_path, results).read_bytes()
+    (tmp_path / "README.md").write_text("edited by hand", encoding="utf-8")
+    (tmp_path / "kept_units.png").unlink()
+    assert write_card(tmp_path).read_bytes() == first
+    assert (tmp_path / "kept_units.png").exists()
+
+
+def test_a_changed_number_changes_the_card(results: Results, tmp_path) -> None:
+    before = write_card(tmp_path, results).read_text(encoding="utf-8")
+    data = results.to_dict()
+    data["comparison"] = {
+        **data["comparison"],
+        "metrics": {"accuracy (%)": {"dense": 84.5, "compressed": 61.0}},
+    }
+    after = write_card(tmp_path, Results.from_dict(data)).read_text(encoding="utf-8")
+    assert "61.00 (-23.50)" in after
+    assert "61.00" not in before
+
+
+def test_models_and_data_from_disk_are_not_linked(results: Results, tmp_path) -> None:
+    data = {**results.to_dict(), "base_model": "/home/me/bert", "base_model_on_hub": False}
+    path = write_card(tmp_path, Results.from_dict(data))
+    assert ModelCard.load(path).data.base_model is None
+    assert "huggingface.co/" not in path.read_text(encoding="utf-8")
+
+
+def test_without_results_there_is_a_clear_error_and_nothing_is_written(tmp_path) -> None:
+    with pytest.raises(ExportError, match=r"no results\.json"):
+        write_card(tmp_path)
+    with pytest.raises(ExportError, match="no folder"):
+        write_card(tmp_path / "missing")
+    (tmp_path / "results.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        write_card(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

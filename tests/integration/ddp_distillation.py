@@ -1,0 +1,139 @@
+"""Run by ``test_distillation_ddp.py`` in two processes; every assertion is made on both ranks."""
+
+import copy
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tiny_models import bert, llama
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_compress.callbacks.base import all_reduce_mean
+from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.config import DistillationConfig
+from hf_compress.errors import TrainingError
+
+CONFIG = DistillationConfig(alpha=0.7, temperature=2.0)
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).clone()
+
+
+class IgnoresLoss(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return F.cross_entropy(model(**inputs).logits, inputs["labels"])
+
+
+def trainer_of(
+    model: Any, data: Any, callbacks: Any, folder: str, kind: type[Trainer] = Trainer, **args: Any
+) -> Trainer:
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        **args,
+    }
+    trainer = kind(
+        model=copy.deepcopy(model), args=TrainingArguments(**options), train_dataset=data, callbacks=callbacks
+    )
+    assert trainer.accelerator.num_processes == 2
+    return trainer
+
+
+def gradient_in_training(*args: Any, callbacks: Any = (), **kwargs: Any) -> tuple[torch.Tensor, Trainer]:
+    gradients = Gradients()
+    trainer = trainer_of(args[0], args[1], [*callbacks, gradients], args[2], **kwargs)
+    trainer.train()
+    return gradients.flat, trainer
+
+
+def gradient_by_hand(model: Any, loss: Any) -> torch.Tensor:
+    model = copy.deepcopy(model).train()
+    loss(model).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def check_gradients(make: Any, data: Any, shift: bool, folder: str) -> None:
+    """The mixed loss has the scale that DDP and accumulation give to the plain one, and ranks agree."""
+    student, teacher = make(), make().eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.3)
+    batch = {name: torch.stack([example[name] for example in data]) for name in data[0]}
+
+    def losses(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = batch["input_ids"], batch["labels"]
+        own = model(input_ids=ids).logits
+        with torch.no_grad():
+            theirs = teacher(input_ids=ids).logits
+        if shift:
+            own, theirs, labels = own[:, :-1], theirs[:, :-1], labels[:, 1:]
+        own, theirs, labels = own[labels != -100], theirs[labels != -100], labels[labels != -100]
+        p, q = F.softmax(theirs / 2, -1), F.softmax(own / 2, -1)
+        return F.cross_entropy(own, labels), 4 * (p * (p / q).log()).sum(-1).mean()
+
+    plain, _ = gradient_in_training(student, data, folder)
+    task = gradient_by_hand(student, lambda model: losses(model)[0])
+    scale = plain.norm() / task.norm()
+    torch.testing.assert_close(plain, scale * task, rtol=1e-3, atol=1e-4)
+
+    mixed, trainer = gradient_in_training(
+        student,
+        data,
+        folder,
+        callbacks=[DistillationCallback(CONFIG, teacher)],
+        save_strategy="steps",
+        save_steps=1,
+    )
+    expected = gradient_by_hand(student, lambda model: 0.3 * losses(model)[0] + 0.7 * losses(model)[1])
+    torch.testing.assert_close(mixed, scale * expected, rtol=1e-3, atol=1e-4)
+    log = trainer.state.log_history[0]
+    assert abs(log["loss"] - 0.3 * log["task_loss"] - 0.7 * log["distillation_loss"]) < 1e-3 * log["loss"], (
+        log
+    )
+
+
+def check_guard(data: Any, folder: str) -> None:
+    """DDP calls the gradient hook with None instead of not at all."""
+    trainer = trainer_of(bert(), data, [DistillationCallback(CONFIG, bert())], folder, IgnoresLoss)
+    try:
+        trainer.train()
+    except TrainingError as error:
+        assert "does not contain it" in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (8, 6), generator=generator)
+    sentences = [{"input_ids": row, "labels": row[0] % 3} for row in ids]
+    # Ragged labels, so that ranks and micro-batches count different numbers of tokens.
+    texts = [{"input_ids": row, "labels": row.clone()} for row in ids]
+    for index, text in enumerate(texts):
+        text["labels"][index % 5 + 1 :] = -100
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    check_gradients(lambda: bert(**no_dropout), sentences, False, f"{folder}/bert")
+    check_gradients(llama, texts, True, f"{folder}/llama")
+    rank = float(dist.get_rank())
+    assert all_reduce_mean(torch.tensor([rank, 2 * rank])).tolist() == [0.5, 1.0]
+    check_guard(sentences, f"{folder}/guard")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

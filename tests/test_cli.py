@@ -1,0 +1,111 @@
+import json
+
+import pytest
+import tiny_models
+from transformers import AutoModelForSequenceClassification
+
+from hf_compress import cli
+from hf_compress.config import Recipe
+from hf_compress.export.card import write_card
+from hf_compress.report.compare import Comparison, compare
+from hf_compress.report.results import Results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    tiny_models.bert().save_pretrained(path)
+    return str(path)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_inspect_lists_the_dimension_groups(folder, capsys) -> None:
+    code, out, _ = run(capsys, "inspect", folder)
+    assert code == 0
+    assert "bert.encoder.layer.1" in out
+    assert len([line for line in out.splitlines() if line.startswith(("heads ", "ffn "))]) == 4
+
+
+def test_profile_in_words_and_as_json(folder, capsys) -> None:
+    code, out, _ = run(
+        capsys, "profile", folder, "--batch-size", "3", "--length", "7", "--no-latency", "--json"
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert found["inputs"]["input_ids"] == [3, 7]
+    assert found["latency_ms"] is None
+    assert found["measured_bytes"] > found["bytes_on_disk"]
+    code, out, _ = run(capsys, "profile", folder)
+    assert code == 0
+    assert f"{found['parameters']:,}" in out
+    assert " ms " in out
+
+
+def test_compare_in_every_format(folder, capsys) -> None:
+    shared = ("compare", folder, folder, "--batch-sizes", "1", "--length", "5", "--rounds", "1")
+    _, text, _ = run(capsys, *shared)
+    _, markdown, _ = run(capsys, *shared, "--format", "markdown")
+    _, data, _ = run(capsys, *shared, "--format", "json")
+    assert "speed-up, batch 1" in text
+    assert markdown.startswith("|  | dense | compressed |")
+    assert list(Comparison.from_dict(json.loads(data)).profiles) == ["dense", "compressed"]
+
+
+def test_export_writes_a_model_that_loads(folder, capsys, tmp_path) -> None:
+    code, out, _ = run(capsys, "export", folder, str(tmp_path / "dense"), "--format", "dense")
+    assert code == 0
+    assert "without a tokenizer" in out
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert not list((tmp_path / "dense").glob("tokenizer*"))
+
+
+def test_card_is_written_again(capsys, tmp_path) -> None:
+    model = tiny_models.bert()
+    table = compare(model, model, rounds=1, batch_sizes=(1,), length=5)
+    results = Results(
+        name="tiny", model="compressed", base_model="me/tiny", auto_class="AutoModel", task="feature-extraction",
+        dataset="nothing", comparison=table.to_dict(), kept={}, recipe=Recipe.from_dict({"quantization": {}}).to_dict(),
+    )  # fmt: skip
+    first = write_card(tmp_path, results).read_bytes()
+    (tmp_path / "README.md").unlink()
+    code, out, _ = run(capsys, "card", str(tmp_path))
+    assert code == 0
+    assert "README.md" in out
+    assert (tmp_path / "README.md").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("card", "{tmp}"), "no results.json"),
+        (("inspect", "{tmp}/missing"), "cannot be loaded"),
+        (("profile", "{model}", "--auto-class", "AutoModelForNothing"), "no class 'AutoModelForNothing'"),
+        (("export", "{model}", "{tmp}/out", "--format", "torchoa"), "closest match: 'torchao'"),
+        (
+            ("export", "{model}", "{tmp}/out", "--format", "dense", "--exclude", "nothing-like-this"),
+            "nothing-like-this",
+        ),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(arguments, message, folder, capsys, tmp_path) -> None:
+    filled = [argument.format(tmp=tmp_path, model=folder) for argument in arguments]
+    code, out, err = run(capsys, *filled)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_misspelled_commands_and_counts_end_with_usage(folder, capsys) -> None:
+    for arguments in (("inspekt", folder), ("profile", folder, "--batch-size", "0"), ()):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        assert "usage: hf-compress" in capsys.readouterr().err

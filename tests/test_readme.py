@@ -1,0 +1,80 @@
+"""The README says what is true: its example runs, its lists are complete, its numbers come from a run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification, Trainer
+
+import hf_compress
+from hf_compress import cli
+from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
+from hf_compress.export.quantized import _FORMATS
+from hf_compress.registry import allocators, criteria, distillation_losses, schemes
+from hf_compress.schedule import schedules
+
+ROOT = Path(hf_compress.__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_runs(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    data = classification_data(32)
+    args = make_trainer(tiny_bert(), data, max_steps=20).args
+    names = {"model": tiny_bert(), "teacher": tiny_bert(seed=1), "args": args, "train": data, "dev": data}
+    exec(compile(example, "README.md", "exec"), names)
+    assert isinstance(names["trainer"], Trainer)
+    assert names["small"].num_parameters() < tiny_bert().num_parameters()
+    AutoModelForSequenceClassification.from_pretrained("bert-small")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        TRAINABLE_STRUCTURES,
+        criteria,
+        allocators,
+        schedules,
+        distillation_losses,
+        schemes,
+        QuantizationConfig.METHODS,
+        _FORMATS,
+    ],
+    ids=["structure", "criterion", "allocation", "schedule", "loss", "scheme", "method", "format"],
+)
+def test_the_method_table_is_complete(names) -> None:
+    rows = README.split("## Methods")[1].split("## Limits")[0]
+    assert [name for name in names if f"`{name}`" not in rows] == []
+
+
+def test_every_command_exists() -> None:
+    commands = {
+        line.split()[1] for block in blocks("bash") for line in block.splitlines() if "hf-compress " in line
+    }
+    assert commands == {"inspect", "profile", "compare", "export", "card"}
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+    scripts = {path for block in blocks("bash") for path in re.findall(r"bash (scripts/\w+)", block)}
+    assert scripts == {"scripts/demo", "scripts/test"}
+    assert all((ROOT / path).is_file() for path in scripts)
+
+
+def test_the_results_are_those_of_the_stored_run() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "readme_results.py"), "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_links_into_the_repository_exist() -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
