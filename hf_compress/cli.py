@@ -47,19 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-compress", description="Look at, measure and export compressed models."
-    )
+    parser = argparse.ArgumentParser(prog="hf-compress", description="Look at, measure and export compressed models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     loading = argparse.ArgumentParser(add_help=False)
-    loading.add_argument(
-        "--auto-class", help="class that loads the model; default: the one in its config.json"
-    )
+    loading.add_argument("--auto-class", help="class that loads the model; default: the one in its config.json")
     _add_measuring(commands, loading)
 
-    inspect = commands.add_parser(
-        "inspect", parents=[loading], help="list what can be pruned: the dimension groups"
-    )
+    inspect = commands.add_parser("inspect", parents=[loading], help="list what can be pruned: the dimension groups")
     inspect.add_argument("model", help=MODEL_HELP)
     inspect.set_defaults(run=_inspect)
 
@@ -71,41 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", help=MODEL_HELP)
     export.add_argument("directory", help="folder to write")
     export.add_argument("--format", default="torchao", help="torchao (default) or dense")
-    export.add_argument(
-        "--exclude", action="append", help="regular expression of Linear layers to leave as they are"
-    )
+    export.add_argument("--exclude", action="append", help="regular expression of Linear layers to leave as they are")
     export.set_defaults(run=_export)
     return parser
 
 
 def _add_measuring(commands: Any, loading: argparse.ArgumentParser) -> None:
-    measure = commands.add_parser(
-        "profile", parents=[loading], help="parameters, operations, bytes, memory, latency"
-    )
+    measure = commands.add_parser("profile", parents=[loading], help="parameters, operations, bytes, memory, latency")
     measure.add_argument("model", help=MODEL_HELP)
     measure.add_argument("--batch-size", type=_count, default=1, help="examples per batch (default: 1)")
-    measure.add_argument(
-        "--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})"
-    )
+    measure.add_argument("--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})")
     measure.add_argument("--no-latency", action="store_true", help="count only, do not time")
     measure.add_argument("--json", action="store_true", help="print JSON")
     measure.set_defaults(run=_profile)
 
-    both = commands.add_parser(
-        "compare", parents=[loading], help="one table of a model and its compressed version"
-    )
+    both = commands.add_parser("compare", parents=[loading], help="one table of a model and its compressed version")
     both.add_argument("dense", help=MODEL_HELP)
     both.add_argument("compressed", help=MODEL_HELP)
-    both.add_argument(
-        "--batch-sizes", type=_count, nargs="+", default=[1, 32], help="latencies (default: 1 32)"
-    )
-    both.add_argument(
-        "--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})"
-    )
+    both.add_argument("--batch-sizes", type=_count, nargs="+", default=[1, 32], help="latencies (default: 1 32)")
+    both.add_argument("--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})")
     both.add_argument("--rounds", type=_count, default=DEFAULT_ROUNDS, help=f"default: {DEFAULT_ROUNDS}")
-    both.add_argument(
-        "--compile", action="store_true", help="also time the compressed model under torch.compile"
-    )
+    both.add_argument("--compile", action="store_true", help="also time the compressed model under torch.compile")
     both.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default: text")
     both.set_defaults(run=_compare)
 

@@ -84,6 +84,9 @@ class Settings:
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     text_pair_column: str | None = field(default=None, metadata={"help": "column that holds a second text"})
     label_column: str = field(default="label", metadata={"help": "column that holds the class"})
+    test_split: str | None = field(
+        default=None, metadata={"help": "split to evaluate on; default: test, else validation"}
+    )
     output: str = field(default="runs/demo", metadata={"help": "folder for models, cards and results"})
     max_length: int = field(default=64, metadata={"help": "tokens; longer texts are cut"})
     train_examples: int | None = field(
@@ -131,11 +134,15 @@ def load_task(settings: Settings) -> tuple[str, PreTrainedTokenizerBase, Task]:
     if settings.dataset is None:
         splits = (*demo_data.movie_snippets(), "test")
     else:
-        splits = load_splits(settings.dataset, settings.dataset_config, settings.seed)
+        options = (settings.label_column, settings.test_split, settings.seed)
+        splits = load_splits(settings.dataset, settings.dataset_config, *options)
     if settings.train_examples is not None:
         count = min(settings.train_examples, len(splits[0]))
         splits = (splits[0].shuffle(seed=settings.seed).select(range(count)), *splits[1:])
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise TaskError(f"--model {source}: cannot be loaded from the Hub or from disk: {error}") from error
     columns = (settings.text_column, settings.text_pair_column, settings.label_column)
     task = prepare(splits, columns, tokenizer, settings.max_length)
     console.print(
@@ -266,7 +273,7 @@ def measure(
     notes = [f"batches of real {task.test_split} examples, padded to {max_length} tokens"]
     if reason is not None:
         notes.append(f"int8 runs without torch.compile, so its latency means little: {reason}")
-    others = {INT8: compiled or quantized}
+    others = {INT8: quantized if compiled is None else compiled}
     with console.status("measuring") as status:
         table = compare(
             dense,
@@ -337,6 +344,7 @@ def show(table: Comparison) -> None:
 def run(settings: Settings) -> None:
     """Do all steps."""
     start = time.perf_counter()
+    settings.recipe()  # a wrong setting is an error now, not after the teacher
     announce(1, "model and data")
     source, tokenizer, task = load_task(settings)
     announce(2, "fine-tune the dense model: it is the baseline and the teacher")
@@ -374,6 +382,7 @@ def main() -> None:
         Settings, prog="scripts/demo", description=__doc__
     ).parse_args_into_dataclasses()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
     datasets.disable_progress_bars()
     try:
         run(settings)

@@ -18,6 +18,9 @@ HELD_OUT_SHARE = 0.1
 UNLABELED = -1
 EVALUATION_BATCH = 32
 
+Splits = tuple[Dataset, Dataset, str]
+"""Training data, evaluation data, name of the latter."""
+
 
 class TaskError(ValueError):
     """A data set that cannot be used for text classification as it was given."""
@@ -42,15 +45,37 @@ class Task:
         return {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
 
 
-def load_splits(name: str, config: str | None, seed: int) -> tuple[Dataset, Dataset, str]:
+def load_splits(name: str, config: str | None, label: str, test_split: str | None, seed: int) -> Splits:
     """Load a data set from the Hub, a file or a folder.
+
+    Args:
+        name: Hub name, file, or folder written by ``save_to_disk``.
+        config: Configuration of a Hub data set, or None.
+        label: The label column; a split without labels is not used for evaluation.
+        test_split: Split to evaluate on; the first of ``HELD_OUT`` that has labels by default.
+        seed: Seed for splitting off evaluation data where there are none.
 
     Returns:
         The training split, the evaluation split, and the latter's name.
 
     Raises:
-        TaskError: If there is no such data set or it has no training split.
+        TaskError: If there is no such data set or split.
     """
+    splits = _load(name, config)
+    wanted = ["train"] if test_split is None else ["train", test_split]
+    missing = [split for split in wanted if split not in splits]
+    if missing:
+        raise TaskError(f"--dataset {name}: has no split {missing[0]!r}, only {sorted(splits)}.")
+    for split in HELD_OUT if test_split is None else (test_split,):
+        if split in splits and _has_labels(splits[split], label):
+            return splits["train"], splits[split], split
+    if test_split is not None:
+        raise TaskError(f"--test-split {test_split}: column {label!r} holds no labels.")
+    parts = splits["train"].train_test_split(test_size=HELD_OUT_SHARE, seed=seed)
+    return parts["train"], parts["test"], f"held-out {HELD_OUT_SHARE:.0%}"
+
+
+def _load(name: str, config: str | None) -> DatasetDict:
     path = Path(name)
     try:
         if path.suffix in FILE_BUILDERS and path.is_file():
@@ -60,21 +85,17 @@ def load_splits(name: str, config: str | None, seed: int) -> tuple[Dataset, Data
             splits = load_from_disk(str(path))
         else:
             splits = load_dataset(name, config)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise TaskError(f"--dataset {name}: cannot be loaded from the Hub or from disk: {error}") from error
-    if isinstance(splits, Dataset):
-        splits = DatasetDict({"train": splits})
-    if "train" not in splits:
-        raise TaskError(f"--dataset {name}: has no split 'train', only {sorted(splits)}.")
-    for split in HELD_OUT:
-        if split in splits:
-            return splits["train"], splits[split], split
-    parts = splits["train"].train_test_split(test_size=HELD_OUT_SHARE, seed=seed)
-    return parts["train"], parts["test"], f"held-out {HELD_OUT_SHARE:.0%}"
+    return DatasetDict({"train": splits}) if isinstance(splits, Dataset) else splits
+
+
+def _has_labels(data: Dataset, label: str) -> bool:
+    return label in data.column_names and any(value not in (None, UNLABELED) for value in data.unique(label))
 
 
 def prepare(
-    splits: tuple[Dataset, Dataset, str],
+    splits: Splits,
     columns: tuple[str, str | None, str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -82,7 +103,7 @@ def prepare(
     """Check the columns, number the labels and tokenize.
 
     Args:
-        splits: Training data, evaluation data, name of the latter.
+        splits: What ``load_splits`` returned.
         columns: Names of the text column, of the second text's column or None, of the label column.
         tokenizer: The model's tokenizer.
         max_length: Longer texts are cut to this many tokens.

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from hf_compress.schedule import progress_at, schedules, to_steps
@@ -8,7 +10,7 @@ def test_every_schedule_ends_at_one_and_never_falls(name) -> None:
     curve = schedules.get(name)
     values = [curve(i / 20) for i in range(21)]
     assert values[-1] == 1.0
-    assert all(0 <= a <= b <= 1 for a, b in zip(values, values[1:], strict=False))
+    assert all(0 <= a <= b <= 1 for a, b in itertools.pairwise(values))
 
 
 def test_cubic_is_the_published_curve() -> None:

@@ -69,8 +69,9 @@ def deberta_v2() -> PreTrainedModel:
 
 def modernbert() -> PreTrainedModel:
     config = transformers.ModernBertConfig(
-        **ENCODER, **SPECIAL, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2, local_attention=8, num_labels=3
-    )
+        **ENCODER, **SPECIAL, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2, local_attention=8,
+        num_labels=3,
+    )  # fmt: skip
     return randomize(transformers.ModernBertForSequenceClassification(config))
 
 

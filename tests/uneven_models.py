@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.export.pretrained import mark_uneven
+from hf_compress.export.pretrained import CompressedConfig
 from hf_compress.shrinking.sizes import parameter_shapes, refresh_sizes
 
 HEADS = (3, 2)
@@ -56,11 +56,17 @@ def cut_by_hand(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def describe(model: PreTrainedModel, original: dict[str, list[int]], facts: dict[str, dict[str, int]]) -> None:
+    """Write the sizes into the config, as ``shrink`` does."""
+    changed = {name: shape for name, shape in parameter_shapes(model).items() if shape != original[name]}
+    model.config.quantization_config = CompressedConfig(shapes=changed, units=facts).to_dict()
+
+
 def uneven_bert(**changes: object) -> PreTrainedModel:
     model = tiny_models.bert(**changes)
     original = parameter_shapes(model)
     facts = {"bert.encoder.layer.0.attention.heads": {"kept": HEADS[0], "of": 4}}
-    mark_uneven(cut_by_hand(model), original, facts)
+    describe(cut_by_hand(model), original, facts)
     return model
 
 
@@ -74,7 +80,7 @@ def uneven_llama() -> PreTrainedModel:
             _keep_rows(part, width)
         _keep_columns(layer.mlp.down_proj, width)
     refresh_sizes(model)
-    mark_uneven(model, original, {"model.layers.0.mlp.ffn": {"kept": WIDTHS[0], "of": 44}})
+    describe(model, original, {"model.layers.0.mlp.ffn": {"kept": WIDTHS[0], "of": 44}})
     return model
 
 

@@ -100,9 +100,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         """Return what to add to the Trainer's training log; called on every rank, once per log."""
         return {}
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember the Trainer."""
         trainer = calling_trainer(self)
         if trainer is not None:
@@ -134,9 +132,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             _take_all_off(trainer)
             raise
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the state of all compression callbacks to the checkpoint just written."""
         self._write(args, state)
 
@@ -325,11 +321,7 @@ def _model(trainer: Trainer) -> PreTrainedModel:
 
 
 def _compression_callbacks(trainer: Trainer) -> list[CompressionCallback]:
-    return [
-        callback
-        for callback in trainer.callback_handler.callbacks
-        if isinstance(callback, CompressionCallback)
-    ]
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CompressionCallback)]
 
 
 def _running(trainer: Trainer) -> list[CompressionCallback]:

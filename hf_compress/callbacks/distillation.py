@@ -46,9 +46,7 @@ class DistillationCallback(CompressionCallback):
 
     def __init__(self, config: DistillationConfig, teacher: PreTrainedModel | str | os.PathLike[str]) -> None:
         if not isinstance(config, DistillationConfig):
-            raise ConfigError(
-                f"DistillationCallback: config is a {type(config).__name__}; pass a DistillationConfig."
-            )
+            raise ConfigError(f"DistillationCallback: config is a {type(config).__name__}; pass a DistillationConfig.")
         if not isinstance(teacher, nn.Module | str | os.PathLike):
             raise ConfigError(
                 f"DistillationCallback: teacher is a {type(teacher).__name__}; allowed: a PreTrainedModel, or the Hub "
@@ -66,9 +64,7 @@ class DistillationCallback(CompressionCallback):
         mixer = self._mixer = _Mixer(self.config, teacher, run)
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
         model: Any = trainer.model
-        names = [
-            name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None
-        ]
+        names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
         if names:
             hooks = [model.register_forward_hook(_eager(mixer.capture), with_kwargs=True)]
         else:
@@ -160,9 +156,7 @@ class _Mixer:
         labels, shift = kwargs.get("labels"), self.shift
         if kwargs.get("shift_labels") is not None:
             labels, shift = kwargs["shift_labels"], False
-        outputs["loss"] = self._mix(
-            task_loss, outputs, inputs, labels, shift, kwargs.get("num_items_in_batch")
-        )
+        outputs["loss"] = self._mix(task_loss, outputs, inputs, labels, shift, kwargs.get("num_items_in_batch"))
         return outputs
 
     def mixed(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:

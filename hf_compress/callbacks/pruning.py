@@ -72,9 +72,7 @@ class PruningCallback(CompressionCallback):
         needs_gradient = self._criterion.needs == "gate_gradients"
         self._gates = {group.name: Gate(group, run.model, needs_gradient=needs_gradient) for group in groups}
         self._masks = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in groups}
-        self._scores = {
-            name: torch.zeros_like(gate.value, requires_grad=False) for name, gate in self._gates.items()
-        }
+        self._scores = {name: torch.zeros_like(gate.value, requires_grad=False) for name, gate in self._gates.items()}
 
     def _select(self, groups: DimensionGroups) -> list[DimensionGroup]:
         """Return the groups that the config asks for.
@@ -86,9 +84,7 @@ class PruningCallback(CompressionCallback):
         unused = [p for p in self.config.exclude if not any(re.search(p, g.name) for g in groups)]
         if unused:
             known = ", ".join(repr(g.name) for g in groups if g.kind in self.config.structures)
-            raise TargetError(
-                f"PruningConfig.exclude: {unused[0]!r} matches no dimension group; groups here: {known}."
-            )
+            raise TargetError(f"PruningConfig.exclude: {unused[0]!r} matches no dimension group; groups here: {known}.")
         wanted = [g for g in groups if not any(re.search(p, g.name) for p in self.config.exclude)]
         self._kinds = {}
         for kind, sparsity in self.config.structures.items():
@@ -133,9 +129,7 @@ class PruningCallback(CompressionCallback):
             if torch.isfinite(evidence).all():  # a step with overflow is skipped by the optimizer too
                 self._scores[name].mul_(decay).add_(self._criterion.score(evidence), alpha=1 - decay)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tighten the masks when the schedule says so."""
         begin, end = self._window
         step = state.global_step

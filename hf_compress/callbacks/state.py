@@ -95,9 +95,7 @@ def read_state(folder: Path, global_step: int | None = None) -> dict[str, Sectio
             f"{global_step}. {_remedy(folder)}"
         )
     if document.get("sha256") != hashlib.sha256(payload).hexdigest():
-        raise TrainingError(
-            f"{folder / TENSOR_FILE}: its sha256 is not the one in {JSON_FILE}. {_remedy(folder)}"
-        )
+        raise TrainingError(f"{folder / TENSOR_FILE}: its sha256 is not the one in {JSON_FILE}. {_remedy(folder)}")
     tensors = safetensors.torch.load(payload)
     try:
         _check_fingerprints(folder, document["checkpoint"])
@@ -151,11 +149,7 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
 def _remedy(folder: Path) -> str:
     others = sorted(path.parent.name for path in folder.parent.glob(f"checkpoint-*/{JSON_FILE}"))
     complete = ", ".join(name for name in others if name != folder.name)
-    found = (
-        f"resume from a complete checkpoint ({complete})"
-        if complete
-        else "no other checkpoint there is complete"
-    )
+    found = f"resume from a complete checkpoint ({complete})" if complete else "no other checkpoint there is complete"
     return f"What to do: {found}, or start a new run."
 
 

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.attributes import checked_attributes, set_attributes
 from hf_compress.shrinking.apply import FORMAT_VERSION
-from hf_compress.shrinking.sizes import parameter_shapes, refresh_sizes
+from hf_compress.shrinking.sizes import refresh_sizes
 
 METHOD = "hf_compress"
 
@@ -190,27 +190,6 @@ class CompressedHfQuantizer(_Resizing):
 
 _COMBINED: dict[str, type[_Resizing]] = {"torchao": CompressedTorchAoHfQuantizer}
 """Formats of the weights themselves that can be combined with uneven sizes."""
-
-
-def mark_uneven(model: PreTrainedModel, original_shapes: Mapping[str, list[int]], facts: Mapping[str, Any]) -> None:
-    """Make ``model.save_pretrained`` write what the loader needs to rebuild the sizes.
-
-    Args:
-        model: A model with smaller parameters than its config says.
-        original_shapes: Every parameter's shape as the config gives it, see ``parameter_shapes``.
-        facts: Group name -> ``{"kept": units left, "of": units before}``.
-
-    Raises:
-        ExportError: If no shape differs, or the parameters are not those of the original.
-    """
-    shapes = parameter_shapes(model)
-    if shapes.keys() != dict(original_shapes).keys():
-        different = sorted(shapes.keys() ^ original_shapes.keys())
-        raise ExportError(f"mark_uneven: original_shapes are of another model; first difference: {different[0]!r}.")
-    changed = {name: shape for name, shape in shapes.items() if shape != list(original_shapes[name])}
-    if not changed:
-        raise ExportError(f"mark_uneven: every parameter of the {type(model).__name__} has its original shape.")
-    model.config.quantization_config = CompressedConfig(shapes=changed, units=facts).to_dict()
 
 
 def choose_guard(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> str | None:

@@ -116,12 +116,6 @@ class OpCall:
             self.mark(a, "conflict")
             self.mark(b, "conflict")
 
-    def unify_trailing(self, operand: Operand, dims: Sequence[Dim]) -> None:
-        """Unify an operand that broadcasts against ``dims``, aligned at the end."""
-        for own, other in zip(reversed(operand.dims), reversed(dims), strict=False):
-            if own.size == other.size:
-                self.unify(own, other)
-
     def mark(self, dim: Dim, role: str) -> None:
         """Give ``dim`` a role; see ``hf_compress.graph.groups`` for those that freeze."""
         if self.live or role == "conflict":
@@ -155,3 +149,10 @@ class OpCall:
     def axis(self, name: str, num_dims: int) -> int:
         """Return the integer argument ``name`` as a non-negative dimension."""
         return int(self.arguments[name]) % max(num_dims, 1)
+
+
+def unify_trailing(op: OpCall, operand: Operand, dims: Sequence[Dim]) -> None:
+    """Unify an operand that broadcasts against ``dims``, aligned at the end."""
+    for own, other in zip(reversed(operand.dims), reversed(dims), strict=False):
+        if own.size == other.size:
+            op.unify(own, other)

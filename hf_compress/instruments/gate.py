@@ -53,12 +53,16 @@ class Gate:
         self._inputs.clear()
 
     def fold(self, mask: Tensor) -> None:
-        """Zero the consumers' weights of masked units: the model keeps its shapes and computes as if gated."""
+        """Zero all weights of masked units: the model keeps its shapes and computes as if gated.
+
+        Zero consumers alone would do that too, but then fake quantizers of the consumers' inputs would still see
+        the removed channels and choose other scales than in the shrunk model.
+        """
         pruned = (~mask).nonzero().flatten()
         if len(pruned) == 0:
             return
         with torch.no_grad():
-            for part in self.group.gates:
+            for part in self.group.slices:
                 weight = self.model.get_parameter(part.parameter)
                 weight.index_fill_(part.dim, part.index[pruned].flatten().to(weight.device), 0.0)
 

@@ -76,15 +76,11 @@ class Comparison:
         for label, *cells in rows:
             aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([label.ljust(widths[0]), *aligned]))
-        return "\n".join(
-            [lines[0], "-" * len(lines[0]), *lines[1:], *(f"note: {note}" for note in self.notes)]
-        )
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *(f"note: {note}" for note in self.notes)])
 
     def to_markdown(self) -> str:
         """Return a GitHub-flavored markdown table; the notes follow it."""
-        header, *body = [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows()
-        ]
+        header, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows()]
         rule = "|" + "|".join(["---", *["---:"] * len(self.profiles)]) + "|"
         notes = [f"- {note}" for note in self.notes]
         return "\n".join([header, rule, *body, *(["", *notes] if notes else [])])
@@ -110,9 +106,7 @@ class Comparison:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(data) != known:
             wrong = sorted(set(data) ^ known)
-            raise ConfigError(
-                f"Comparison.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}."
-            )
+            raise ConfigError(f"Comparison.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}.")
         profiles = {name: ModelProfile.from_dict(item) for name, item in data["profiles"].items()}
         return cls(**{**data, "profiles": profiles, "notes": tuple(data["notes"])})
 
@@ -154,9 +148,7 @@ def _metric_cells(values: Mapping[str, float], names: Sequence[str]) -> list[str
     for position, name in enumerate(names):
         value = values.get(name)
         text = "-" if value is None else f"{value:.2f}"
-        cells.append(
-            f"{text} ({value - first:+.2f})" if position and value is not None and first is not None else text
-        )
+        cells.append(f"{text} ({value - first:+.2f})" if position and value is not None and first is not None else text)
     return cells
 
 
@@ -195,9 +187,7 @@ def compare(
         GraphError: If a model does not run on the inputs.
     """
     models = _named_models(names, (dense, small), others or {}, directories or {})
-    chosen = inputs or {
-        f"batch {size}": make_example_inputs(unwrap(dense), size, length) for size in batch_sizes
-    }
+    chosen = inputs or {f"batch {size}": make_example_inputs(unwrap(dense), size, length) for size in batch_sizes}
     report = progress or (lambda line: None)
     first = next(iter(chosen.values()))
     profiles = {}
@@ -210,9 +200,7 @@ def compare(
         report(f"latency, {label}")
         times = _time_models(models, example, rounds)
         latency[label] = {name: median(values) for name, values in times.items()}
-        ratios[label] = {
-            name: speedup(times[names[0]], values) for name, values in times.items() if name != names[0]
-        }
+        ratios[label] = {name: speedup(times[names[0]], values) for name, values in times.items() if name != names[0]}
     return Comparison(
         profiles=profiles,
         latency_ms=latency,
@@ -231,20 +219,14 @@ def _named_models(
 ) -> dict[str, nn.Module]:
     models = {**dict(zip(names, pair, strict=True)), **others}
     if len(models) != len(pair) + len(others):
-        raise ConfigError(
-            f"compare: names {[*names, *others]} are not distinct; give every model its own name."
-        )
+        raise ConfigError(f"compare: names {[*names, *others]} are not distinct; give every model its own name.")
     unknown = sorted(set(directories) - set(models))
     if unknown:
-        raise ConfigError(
-            f"compare: directories[{unknown[0]!r}] belongs to no model; models: {list(models)}."
-        )
+        raise ConfigError(f"compare: directories[{unknown[0]!r}] belongs to no model; models: {list(models)}.")
     return models
 
 
-def _time_models(
-    models: Mapping[str, nn.Module], example: Mapping[str, Any], rounds: int
-) -> dict[str, list[float]]:
+def _time_models(models: Mapping[str, nn.Module], example: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(unwrap(model)))

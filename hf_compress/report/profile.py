@@ -79,9 +79,7 @@ class ModelProfile:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(data) != known:
             wrong = sorted(set(data) ^ known)
-            raise ConfigError(
-                f"ModelProfile.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}."
-            )
+            raise ConfigError(f"ModelProfile.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}.")
         return cls(**{**data, "inputs": {name: tuple(shape) for name, shape in data["inputs"].items()}})
 
     def __str__(self) -> str:

@@ -94,9 +94,7 @@ class Results(Config):
         return {kind: [KeptUnits(**unit) for unit in units] for kind, units in self.kept.items()}
 
 
-def kept_units(
-    groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]
-) -> dict[str, list[dict[str, Any]]]:
+def kept_units(groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
     """Count what masks keep, by kind of group and in the model's order.
 
     Args:

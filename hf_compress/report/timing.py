@@ -73,9 +73,7 @@ def speedup(reference: Sequence[float], other: Sequence[float]) -> float:
     return median([slow / fast for slow, fast in zip(reference, other, strict=True)])
 
 
-def compile_model(
-    model: nn.Module, inputs: Sequence[Mapping[str, Any]]
-) -> tuple[nn.Module | None, str | None]:
+def compile_model(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> tuple[nn.Module | None, str | None]:
     """Compile a model for the shapes of the given inputs, with ``torch.compile`` and its inductor back end.
 
     Args:

@@ -13,7 +13,6 @@ from transformers import (
 from uneven_models import (
     HEADS,
     WIDTHS,
-    cut_by_hand,
     example_ids,
     files,
     logits,
@@ -21,7 +20,7 @@ from uneven_models import (
 )
 
 from hf_compress.errors import ExportError
-from hf_compress.export.pretrained import CompressedConfig, is_uneven, mark_uneven, resize_parameters
+from hf_compress.export.pretrained import CompressedConfig, is_uneven, resize_parameters
 from hf_compress.graph.groups import dimension_groups
 from hf_compress.shrinking.shrink import shrink
 from hf_compress.shrinking.sizes import parameter_shapes
@@ -200,18 +199,9 @@ def test_tied_parameters_stay_one_when_resized() -> None:
         resize_parameters(tiny_models.bert_mlm(), {embedding: [90, 32], output: [80, 32]})
 
 
-def test_marking_needs_the_original_shapes_of_the_same_model() -> None:
-    model = tiny_models.bert()
-    original = parameter_shapes(model)
-    with pytest.raises(
-        ExportError, match="every parameter of the BertForSequenceClassification has its original shape"
-    ):
-        mark_uneven(model, original, {})
-    with pytest.raises(ExportError, match="another model"):
-        mark_uneven(cut_by_hand(model), parameter_shapes(tiny_models.roberta()), {})
-    assert not is_uneven(model)
-    mark_uneven(model, original, {})
-    assert is_uneven(model)
+def test_a_model_is_uneven_if_its_config_says_so() -> None:
+    assert not is_uneven(tiny_models.bert())
+    assert is_uneven(uneven_bert())
 
 
 def test_the_config_object_survives_a_round_trip() -> None:

@@ -115,6 +115,12 @@ class TestTorchao:
         with pytest.raises(ExportError, match=r"intermediate\.dense\.weight.*has shape \[10, 32\].*says \[12, 32\]"):
             AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
 
+    def test_loading_without_torchao_says_what_to_install(self, tmp_path, monkeypatch) -> None:
+        export_quantized(uneven_bert(), tmp_path / "int8")
+        monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+        with pytest.raises(ExportError, match=r"torchao format.*pip install 'hf-compress\[int8\]'"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+
     def test_equal_models_give_equal_bytes(self, tmp_path) -> None:
         model = tiny_models.bert()
         for name in ("a", "b", "c"):

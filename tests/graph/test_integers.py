@@ -38,7 +38,7 @@ def test_arithmetic_is_remembered_in_order() -> None:
 
 def test_capture_leaves_attributes_and_configs_as_they_were() -> None:
     model = tiny_models.phi3()
-    before = {name: (vars(m)["config"] if "config" in vars(m) else None) for name, m in model.named_modules()}
+    before = {name: (vars(m).get("config", None)) for name, m in model.named_modules()}
     capture(model, make_example_inputs(model))
     for name, module in model.named_modules():
         assert vars(module).get("config") is before[name]

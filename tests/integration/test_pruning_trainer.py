@@ -1,6 +1,7 @@
 """PruningCallback in a real Trainer."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_taylor_scores_are_averaged_gate_gradients(tiny_bert, classification_dat
         assert set(indices.tolist()) == set(callback.masks()[name].nonzero().flatten().tolist())
 
 
-def test_zero_sparsity_leaves_the_training_trajectory_bit_identical(tiny_bert, classification_data, make_trainer) -> None:
+def test_zero_sparsity_leaves_the_trajectory_bit_identical(tiny_bert, classification_data, make_trainer) -> None:
     """Law 1."""
     models = []
     for callbacks in ([], [PruningCallback(config(structures={"heads": 0.0, "ffn": 0.0}))]):
@@ -110,7 +111,7 @@ def test_pruned_units_stay_pruned_and_sparsity_grows_as_scheduled(train, monkeyp
     removed = [sum(int((~mask).sum()) for mask in masks.values()) for masks in seen]
     final = 0.75 * 96
     assert removed == [round(final * (1 - (1 - p) ** 3)) for p in (0, 0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1, 1)]
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in itertools.pairwise(seen):
         assert all(not (later[name] & ~earlier[name]).any() for name in later)
 
 

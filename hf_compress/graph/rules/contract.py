@@ -1,7 +1,7 @@
 """Matrix products, attention and convolutions."""
 
 from hf_compress.graph.dims import Dim, split_product
-from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule
+from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule, unify_trailing
 
 
 @op_rule("aten::mm")
@@ -18,7 +18,7 @@ def addmm(op: OpCall) -> Result:
     a, b = op.tensor("mat1"), op.tensor("mat2")
     op.contract(a, 1, b, 0)
     dims = [a.dims[0], b.dims[1]]
-    op.unify_trailing(op.tensor("self"), dims)
+    unify_trailing(op, op.tensor("self"), dims)
     return dims
 
 
@@ -42,7 +42,7 @@ def bmm(op: OpCall) -> Result:
 def baddbmm(op: OpCall) -> Result:
     """Bias + [b, m, k] @ [b, k, n] -> [b, m, n]."""
     dims = _batched(op, op.tensor("batch1"), op.tensor("batch2"))
-    op.unify_trailing(op.tensor("self"), dims)
+    unify_trailing(op, op.tensor("self"), dims)
     return dims
 
 
@@ -94,7 +94,7 @@ def attention(op: OpCall) -> Result:
         op.unify(shared, key[1])
     mask = op.optional("attn_mask") or op.optional("attn_bias")
     if mask is not None:
-        op.unify_trailing(mask, [query[0], query[1], query[2], key[2]])
+        unify_trailing(op, mask, [query[0], query[1], query[2], key[2]])
     result = [query[0], query[1], query[2], value[3]]
     return (result, *_by_size(op, query[:3])) if len(op.shapes) > 1 else result
 

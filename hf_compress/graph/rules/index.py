@@ -1,7 +1,7 @@
 """Operators that read or write by integer index."""
 
 from hf_compress.graph.dims import Dim
-from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule
+from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule, unify_trailing
 from hf_compress.graph.rules.layout import broadcast
 
 
@@ -68,7 +68,7 @@ def index_put(op: OpCall) -> Result:
     for i, item in enumerate(indices):
         if isinstance(item, Operand):
             op.mark(x.dims[i], "indexed")
-    op.unify_trailing(op.tensor("values"), x.dims[len(indices) :])
+    unify_trailing(op, op.tensor("values"), x.dims[len(indices) :])
     return list(x.dims)
 
 

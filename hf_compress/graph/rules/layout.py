@@ -1,7 +1,7 @@
 """Operators that create, move, cut or join data without mixing it; and pointwise operators."""
 
 from hf_compress.graph.dims import Dim, concat, product, split_concat, split_product, take_factors
-from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule
+from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule, unify_trailing
 
 
 def broadcast(op: OpCall, operands: list[Operand]) -> list[Dim]:
@@ -72,7 +72,7 @@ def indexed(op: OpCall) -> Result:
 def copy(op: OpCall) -> Result:
     """self.copy_(src): src broadcasts into self."""
     target = op.tensor("self")
-    op.unify_trailing(op.tensor("src"), target.dims)
+    unify_trailing(op, op.tensor("src"), target.dims)
     return list(target.dims)
 
 

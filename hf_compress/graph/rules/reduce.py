@@ -1,7 +1,7 @@
 """Norms, softmax and reductions: operators that look at all positions of a dimension together."""
 
 from hf_compress.graph.dims import Dim, split_product
-from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule
+from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule, unify_trailing
 
 
 @op_rule("aten::native_layer_norm", "aten::layer_norm", "aten::_fused_rms_norm", "aten::rms_norm")
@@ -13,7 +13,7 @@ def layer_norm(op: OpCall) -> Result:
         op.mark(dim, "normalized")
     for operand in (op.optional("weight"), op.optional("bias")):
         if operand is not None:
-            op.unify_trailing(operand, normalized)
+            unify_trailing(op, operand, normalized)
     if len(op.shapes) == 1:
         return list(x.dims)
     return (list(x.dims), *(_statistics(x, shape) for shape in op.shapes[1:]))
