@@ -182,14 +182,32 @@ def make_trainer(
     )
 
 
+def load_classifier(source: str, task: Task, new_head: bool) -> PreTrainedModel:
+    """Load the pretrained model with a head for the task's labels, a new one where it has none that fits.
+
+    Raises:
+        TaskError: If a new head would be needed but is not going to be trained, or the model cannot be loaded.
+    """
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": new_head, "output_loading_info": True}
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, **options, **task.model_options()
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"--model {source}: cannot be loaded for {len(task.labels)} labels: {error}"
+        ) from error
+    if report["missing_keys"] and not new_head:
+        raise TaskError(f"--teacher-epochs 0: {source} has no trained {min(report['missing_keys'])}.")
+    return model
+
+
 def train_teacher(
     settings: Settings, source: str, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> tuple[PreTrainedModel, float]:
     """Fine-tune the dense model, or take it from the cache; also return the seconds that it took."""
     torch.manual_seed(settings.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype=torch.float32, **task.trainer_options()
-    )
+    model = load_classifier(source, task, new_head=settings.teacher_epochs > 0)
     if settings.teacher_epochs == 0:
         return model, 0.0
     names = ("max_length", "batch_size", "teacher_epochs", "teacher_learning_rate", "seed")

@@ -39,7 +39,7 @@ class Task:
     fingerprint: str
     """Hash of texts and labels of ``train``."""
 
-    def trainer_options(self) -> dict[str, Any]:
+    def model_options(self) -> dict[str, Any]:
         """Arguments that say how many labels a model has and what they are called."""
         names = dict(enumerate(self.labels))
         return {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}

@@ -139,9 +139,7 @@ def test_a_model_made_by_model_init_is_the_one_that_counts(
     make_trainer: Any, tiny_bert: Any, classification_data: Any
 ) -> None:
     diary = Diary()
-    trainer = make_trainer(
-        None, classification_data(), [diary], trainer_options={"model_init": lambda: tiny_bert()}
-    )
+    trainer = make_trainer(None, classification_data(), [diary], trainer_options={"model_init": lambda: tiny_bert()})
     before = trainer.model
     trainer.train()
     assert diary.models == [trainer.model]

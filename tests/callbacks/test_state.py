@@ -99,9 +99,7 @@ def test_the_error_names_the_checkpoints_that_are_complete(folder: Path) -> None
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])
-def test_a_kill_between_two_writes_is_noticed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
-) -> None:
+def test_a_kill_between_two_writes_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int) -> None:
     """Over an older state too, as when a run is started again in the same folder."""
     write_state(folder, 7, {"distillation": Section({"alpha": 0.9}, {"x": torch.zeros(2)})})
     (folder / "model.safetensors").write_bytes(os.urandom(100))
@@ -135,9 +133,5 @@ def test_large_weights_are_sampled_to_both_ends(folder: Path, monkeypatch: pytes
 def test_a_changed_config_is_listed_field_by_field(folder: Path) -> None:
     stored = json.loads(json.dumps({"alpha": 0.9, "exclude": ("a",), "loss": "kl"}))
     check_config(folder, "distillation", stored, {"alpha": 0.9, "exclude": ("a",), "loss": "kl"})
-    with pytest.raises(
-        TrainingError, match=r"alpha: 0\.9 in the checkpoint, 0\.5 now; new: None .* True now"
-    ):
-        check_config(
-            folder, "distillation", stored, {"alpha": 0.5, "exclude": ("a",), "loss": "kl", "new": True}
-        )
+    with pytest.raises(TrainingError, match=r"alpha: 0\.9 in the checkpoint, 0\.5 now; new: None .* True now"):
+        check_config(folder, "distillation", stored, {"alpha": 0.5, "exclude": ("a",), "loss": "kl", "new": True})

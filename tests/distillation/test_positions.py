@@ -39,9 +39,7 @@ def test_padding_is_left_out_without_labels() -> None:
 
 
 def test_shapes_that_do_not_fit_are_errors() -> None:
-    with pytest.raises(
-        TrainingError, match=r"student's logits have shape \[2, 3, 2\], the teacher's \[2, 3, 4\]"
-    ):
+    with pytest.raises(TrainingError, match=r"student's logits have shape \[2, 3, 2\], the teacher's \[2, 3, 4\]"):
         select_positions(torch.zeros(2, 3, 2), torch.zeros(2, 3, 4))
     with pytest.raises(TrainingError, match="logits_to_keep"):
         select_positions(numbered(2, 1), numbered(2, 1), labels=torch.zeros(2, 3))

@@ -19,9 +19,7 @@ CONFIG = DistillationConfig(alpha=0.7, temperature=2.0)
 
 
 class Gradients(TrainerCallback):
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).clone()
 
 
@@ -102,9 +100,7 @@ def check_gradients(make: Any, data: Any, shift: bool, folder: str) -> None:
     expected = gradient_by_hand(student, lambda model: 0.3 * losses(model)[0] + 0.7 * losses(model)[1])
     torch.testing.assert_close(mixed, scale * expected, rtol=1e-3, atol=1e-4)
     log = trainer.state.log_history[0]
-    assert abs(log["loss"] - 0.3 * log["task_loss"] - 0.7 * log["distillation_loss"]) < 1e-3 * log["loss"], (
-        log
-    )
+    assert abs(log["loss"] - 0.3 * log["task_loss"] - 0.7 * log["distillation_loss"]) < 1e-3 * log["loss"], log
 
 
 def check_guard(data: Any, folder: str) -> None:
