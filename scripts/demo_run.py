@@ -3,15 +3,12 @@
 Run it with ``bash scripts/demo``; without arguments it takes all-MiniLM-L6-v2 and movie-review snippets.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +16,9 @@ import datasets
 import demo_data
 import torch
 import transformers
-from demo_task import (
-    EVALUATION_BATCH,
-    Task,
-    TaskError,
-    accuracy,
-    evaluation_batches,
-    load_splits,
-    predict,
-    prepare,
-    weights_fingerprint,
-)
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from demo_report import INT8, SMALL, console, measure, reloads_bit_identically, show, write_results
+from demo_settings import Settings
+from demo_task import Task, TaskError, evaluation_batches, load_splits, prepare, weights_fingerprint
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -47,80 +32,15 @@ from transformers import (
 from hf_compress import (
     CompressionError,
     DistillationCallback,
-    DistillationConfig,
     PruningCallback,
-    PruningConfig,
     QuantizationCallback,
-    QuantizationConfig,
-    Recipe,
     dimension_groups,
     export_quantized,
     shrink,
 )
-from hf_compress.export.card import write_card
-from hf_compress.report.compare import Comparison, compare
-from hf_compress.report.results import Results, kept_units
-from hf_compress.report.timing import compile_model
+from hf_compress.report.results import kept_units
 
 NUM_STEPS = 6
-DENSE, SMALL, INT8 = "dense", "compressed fp32", "compressed int8, compiled"
-console = Console()
-
-
-@dataclass
-class Settings:
-    """Every argument of the demo."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Hub name or folder; default: all-MiniLM-L6-v2"}
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name, .csv/.tsv/.json/.jsonl/.parquet file or folder; default: movie-review snippets"
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
-    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    text_pair_column: str | None = field(default=None, metadata={"help": "column that holds a second text"})
-    label_column: str = field(default="label", metadata={"help": "column that holds the class"})
-    test_split: str | None = field(
-        default=None, metadata={"help": "split to evaluate on; default: test, else validation"}
-    )
-    output: str = field(default="runs/demo", metadata={"help": "folder for models, cards and results"})
-    max_length: int = field(default=64, metadata={"help": "tokens; longer texts are cut"})
-    train_examples: int | None = field(
-        default=None, metadata={"help": "use this many training examples only"}
-    )
-    batch_size: int = field(default=32, metadata={"help": "examples per training step"})
-    teacher_epochs: float = field(
-        default=1.0, metadata={"help": "epochs of dense fine-tuning; 0: use --model as it is"}
-    )
-    teacher_learning_rate: float = field(
-        default=2e-4, metadata={"help": "peak learning rate of the dense model"}
-    )
-    epochs: float = field(default=1.5, metadata={"help": "epochs of the compression run"})
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of the compression run"})
-    heads: float = field(default=0.58, metadata={"help": "fraction of attention heads to remove"})
-    ffn: float = field(default=0.62, metadata={"help": "fraction of feed-forward units to remove"})
-    seed: int = field(default=0, metadata={"help": "seed of initialization, order and dropout"})
-    refresh: bool = field(default=False, metadata={"help": "train the teacher again even if it is cached"})
-
-    def recipe(self) -> Recipe:
-        """Return what the compression run does."""
-        structures = {kind: value for kind, value in {"heads": self.heads, "ffn": self.ffn}.items() if value}
-        return Recipe(
-            pruning=PruningConfig(
-                structures=structures,
-                criterion="taylor",
-                allocation="global",
-                begin=0.02,
-                end=0.4,
-                multiple_of=16,
-            ),
-            distillation=DistillationConfig(alpha=0.9, temperature=2.0),
-            quantization=QuantizationConfig(scheme="int8_dynamic", method="qat", begin=0.4),
-        )
 
 
 def announce(step: int, text: str) -> None:
@@ -258,105 +178,6 @@ def compress(
         "final_training_loss": round(outcome.training_loss, 4),
     }
     return small, kept_units(groups, pruning.masks()), facts
-
-
-@torch.no_grad()
-def reloads_bit_identically(model: PreTrainedModel, folder: Path, inputs: dict[str, Tensor]) -> bool:
-    """Load the folder in a fresh process and compare its logits with the model's, bit for bit."""
-    with tempfile.TemporaryDirectory() as scratch:
-        given, found = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
-        script = Path(__file__).with_name("demo_reload.py")
-        subprocess.run([sys.executable, str(script), str(folder), str(given), str(found)], check=True)
-        return torch.equal(load_file(found)["logits"], model.eval()(**inputs).logits)
-
-
-def measure(
-    dense: PreTrainedModel,
-    folders: dict[str, Path],
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    max_length: int,
-) -> Comparison:
-    """Evaluate and time the dense model and what lies in the folders."""
-    batches = list(evaluation_batches(task.test, tokenizer, max_length))
-    full = batches[0][0]
-    inputs = {
-        "batch 1": {name: tensor[:1] for name, tensor in full.items()},
-        f"batch {EVALUATION_BATCH}": full,
-    }
-    small, quantized = (AutoModelForSequenceClassification.from_pretrained(folders[n]) for n in (SMALL, INT8))
-    with console.status("compiling the int8 model (about a minute)"):
-        compiled, reason = compile_model(quantized.eval(), list(inputs.values()))
-    notes = [f"batches of real {task.test_split} examples, padded to {max_length} tokens"]
-    if reason is not None:
-        notes.append(f"int8 runs without torch.compile, so its latency means little: {reason}")
-    others = {INT8: quantized if compiled is None else compiled}
-    with console.status("measuring") as status:
-        table = compare(
-            dense,
-            small,
-            others=others,
-            names=(DENSE, SMALL),
-            inputs=inputs,
-            directories={name: str(folder) for name, folder in folders.items()},
-            notes=notes,
-            progress=lambda line: status.update(f"measuring: {line}"),
-        )
-    scores = {}
-    for name, model in {DENSE: dense.eval(), SMALL: small.eval(), **others}.items():
-        scores[name] = accuracy(predict(model, batches, f"evaluating {name}"), task.test)
-    return table.with_metric("accuracy (%)", scores)
-
-
-def write_results(
-    settings: Settings,
-    task: Task,
-    table: Comparison,
-    folders: dict[str, Path],
-    kept: dict[str, Any],
-    training: dict[str, Any],
-    checks: list[str],
-) -> None:
-    """Write results, picture and card into each model's folder."""
-    base = settings.model or demo_data.MODEL_NAME
-    local = settings.model is not None and Path(settings.model).exists()
-    own_data = settings.dataset is None
-    for name, folder in folders.items():
-        results = Results(
-            name=f"{Path(base).name} compressed{', int8' if name == INT8 else ''}",
-            model=name,
-            base_model=base,
-            base_model_on_hub=not local,
-            auto_class="AutoModelForSequenceClassification",
-            requires="hf-compress[int8]" if name == INT8 else "hf-compress",
-            task="text-classification",
-            dataset=demo_data.DATASET_NAME if own_data else str(settings.dataset),
-            dataset_id=None if own_data or Path(str(settings.dataset)).exists() else settings.dataset,
-            evaluation_split=task.test_split,
-            num_evaluation_examples=len(task.test),
-            license="apache-2.0" if settings.model is None else None,
-            language="en" if own_data else None,
-            comparison=table.to_dict(),
-            kept=kept,
-            recipe=settings.recipe().to_dict(),
-            training={**dataclasses.asdict(settings), **training},
-            checks=tuple(checks),
-        )
-        write_card(folder, results)
-
-
-def show(table: Comparison) -> None:
-    """Print the comparison."""
-    header, *rows = table.rows()
-    view = Table(*header, title="dense against compressed")
-    for column in view.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        view.add_row(*row)
-    console.print(view)
-    for note in table.notes:
-        console.print(f"note: {note}")
 
 
 def run(settings: Settings) -> None:

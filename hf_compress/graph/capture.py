@@ -50,10 +50,9 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(recorder.module_stack())
         stack.enter_context(traced_attributes(model))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(recorder.integers)
         stack.enter_context(recorder)
         try:
@@ -82,11 +81,13 @@ def main_outputs(result: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode without gradients while the context is open; each module gets its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from hf_compress.errors import ConfigError
+from hf_compress.graph.capture import evaluating
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.report.environment import environment
-from hf_compress.report.profile import ModelProfile, evaluating, profile, run_once, unwrap
+from hf_compress.report.profile import ModelProfile, profile, run_once, unwrap
 from hf_compress.report.timing import DEFAULT_ROUNDS, Progress, median, speedup, time_interleaved
 
 DEFAULT_LENGTH = 64

@@ -2,8 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_compress.errors import ConfigError, GraphError
+from hf_compress.graph.capture import evaluating
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.report.timing import median, time_interleaved
 
@@ -146,19 +146,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside a ``torch.compile`` wrapper, or the model itself."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode without gradients while the context is open."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
-from hf_compress.graph.capture import main_outputs
+from hf_compress.graph.capture import evaluating, main_outputs
 from hf_compress.graph.inputs import make_example_inputs
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -32,15 +32,10 @@ def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] 
     return Reference(inputs, [run(masked, each) for each in inputs])
 
 
-@torch.no_grad()
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return the main floating-point outputs of ``model`` in eval mode."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return [t for t in main_outputs(model(**inputs)) if t.is_floating_point()]
-    finally:
-        model.train(training)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
