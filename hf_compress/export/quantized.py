@@ -145,7 +145,7 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
     try:
         model.save_pretrained(staging)
         for path in staging.glob("*.safetensors"):
-            _sort_metadata(path)
+            _tidy_metadata(path)
         directory.mkdir(exist_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
         for stale in [path for path in directory.iterdir() if _WEIGHT_FILE.fullmatch(path.name)]:
@@ -156,12 +156,20 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Put the file's metadata in order; safetensors writes it in random order, so equal models differ in bytes."""
+def _tidy_metadata(path: Path) -> None:
+    """Mend the metadata of a weight file.
+
+    safetensors writes it in random order, so equal models would differ in bytes. torchao's list of tensors must not
+    hold tensors of the model itself, such as BART's ``final_logits_bias``: its loader takes every name apart at a dot.
+    """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        metadata = dict(sorted(header["__metadata__"].items()))
+        if "tensor_names" in metadata:
+            names = json.loads(metadata["tensor_names"])
+            metadata["tensor_names"] = json.dumps([name for name in names if "." in name])
+        header["__metadata__"] = metadata
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) <= size:  # the offsets that follow count from the header's end, so its length stays
             file.seek(8)
