@@ -168,13 +168,22 @@ class PruningCallback(CompressionCallback):
                 raise TargetError(
                     f"PruningConfig.structures[{kind!r}]: asked for sparsity {asked}, reached {got:.4f} (tolerance "
                     f"{allowed:.4f}) after {run.trainer.state.global_step} steps of a schedule that ends at step "
-                    f"{self._window[1]}. Did training stop early, or was an early checkpoint the best one? Set end "
-                    "earlier, or train longer."
+                    f"{self._window[1]}. {self._why_missed(run)}"
                 )
         for name, gate in self._gates.items():
             gate.fold(self._masks[name])
         self._remove()
         self._finished = True
+
+    def _why_missed(self, run: Run) -> str:
+        best = run.trainer.state.best_model_checkpoint
+        if run.args.load_best_model_at_end and best is not None:
+            return (
+                f"load_best_model_at_end went back to {best}, from before the schedule's end; later checkpoints are "
+                f"where they were. Compare pruned models only: set eval_delay={self._window[1]} (in steps) and save as "
+                "late, or load_best_model_at_end=False."
+            )
+        return "Training stopped early. Set end earlier, or train longer."
 
     def _remove(self) -> None:
         for gate in self._gates.values():

@@ -199,6 +199,14 @@ def test_a_run_that_stops_before_the_target_is_an_error(tiny_bert, classificatio
         trainer.train()
 
 
+def test_a_best_checkpoint_from_before_the_end_is_an_error_that_says_how_to_avoid_it(train) -> None:
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    with pytest.raises(TargetError, match=r"went back to .*checkpoint-4.*set eval_delay=6"):
+        train(config(), eval_steps=4, save_steps=4, learning_rate=1.0, greater_is_better=True, **options)
+    _, callback = train(config(), eval_steps=7, save_steps=7, **options)
+    assert sum(int(callback.masks()[name].sum()) for name in FFN) == 24
+
+
 def test_shrinking_before_training_is_an_error(tiny_bert, classification_data, make_trainer) -> None:
     trainer = make_trainer(tiny_bert(), classification_data(8), [PruningCallback(config())], max_steps=8)
     with pytest.raises(ShrinkError, match="training has not finished"):
