@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,18 @@ class Config:
             or (isinstance(value, float) and value > 1)
         ):
             raise self._error(name, value, "an int >= 0 (optimizer steps) or a float in [0, 1] (fraction of the run)")
+
+    def _check_patterns(self, name: str) -> None:
+        """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
+        value = getattr(self, name)
+        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+            raise self._error(name, value, "a tuple or list of regular expressions")
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self._error(name, pattern, "regular expressions", f"This one is none: {error}.") from error
+        object.__setattr__(self, name, tuple(value))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings."""
@@ -178,7 +191,7 @@ class PruningConfig(Config):
     """Regular expressions; a dimension group whose name matches one (``re.search``) is left alone."""
 
     def _validate(self) -> None:
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        self._check_patterns("exclude")
         self._check_structures()
         for name, allowed in {"criterion": criteria, "allocation": allocators, "schedule": schedules}.items():
             self._check_choice(name, allowed)
@@ -250,7 +263,7 @@ class QuantizationConfig(Config):
 
     def _validate(self) -> None:
         if self.exclude is not None:
-            object.__setattr__(self, "exclude", tuple(self.exclude))
+            self._check_patterns("exclude")
         self._check_choice("scheme", schemes)
         self._check_choice("method", self.METHODS)
         self._check_moment("begin")

@@ -2,7 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_compress import ConfigError, DistillationConfig, PruningConfig, QuantizationConfig, Recipe
+from hf_compress import (
+    ConfigError,
+    DistillationConfig,
+    PruningCallback,
+    PruningConfig,
+    QuantizationCallback,
+    QuantizationConfig,
+    Recipe,
+)
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
@@ -46,6 +54,9 @@ def test_a_newer_schema_is_refused() -> None:
         ({"criterion": "tailor"}, "unknown value 'tailor'; closest match: 'taylor'"),
         ({"allocation": "locally"}, "allowed: 'global', 'per_layer'"),
         ({"schedule": "cubik"}, "closest match: 'cubic'"),
+        ({"exclude": "layer.0"}, "a tuple or list of regular expressions"),
+        ({"exclude": (3,)}, "a tuple or list of regular expressions"),
+        ({"exclude": ("[",)}, "got '\\['; allowed: regular expressions. This one is none"),
         ({"begin": 0.7, "end": 0.6}, "at least begin = 0.7"),
         ({"begin": -1}, "an int >= 0"),
         ({"end": 1.5}, "float in \\[0, 1\\]"),
@@ -72,6 +83,9 @@ def test_bad_pruning_settings_are_refused(changes, message) -> None:
         (lambda: DistillationConfig(loss="kld"), "closest match: 'kl'"),
         (lambda: QuantizationConfig(scheme="int8"), "closest match: 'int8_dynamic'"),
         (lambda: QuantizationConfig(method="qta"), "closest match: 'qat'"),
+        (lambda: QuantizationConfig(exclude=("(",)), "allowed: regular expressions"),
+        (lambda: PruningCallback({"structures": {"heads": 0.5}}), "config is a dict; pass a PruningConfig"),
+        (lambda: QuantizationCallback({}), "config is a dict; pass a QuantizationConfig"),
         (lambda: Recipe(), "nothing to do"),
         (lambda: Recipe(pruning=PruningConfig(**PRUNING), teacher="x"), "None without a distillation section"),
         (lambda: Recipe(pruning=3), "a PruningConfig, a mapping of its fields, or None"),

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
 from hf_compress.config import PruningConfig
-from hf_compress.errors import ShrinkError, TargetError, TrainingError, choices
+from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups, dimension_groups
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
@@ -32,11 +32,16 @@ class PruningCallback(CompressionCallback):
         config: What to prune, how much, when.
         example_inputs: Keyword arguments for one forward pass, only to analyze the model; made from its config by
             default.
+
+    Raises:
+        ConfigError: If ``config`` is no ``PruningConfig``.
     """
 
     section = "pruning"
 
     def __init__(self, config: PruningConfig, example_inputs: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(config, PruningConfig):
+            raise ConfigError(f"PruningCallback: config is a {type(config).__name__}; pass a PruningConfig.")
         super().__init__(config)
         self.config: PruningConfig = config
         self.example_inputs = example_inputs

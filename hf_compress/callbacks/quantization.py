@@ -33,6 +33,8 @@ class QuantizationCallback(CompressionCallback):
     section = "quantization"
 
     def __init__(self, config: QuantizationConfig) -> None:
+        if not isinstance(config, QuantizationConfig):
+            raise ConfigError(f"QuantizationCallback: config is a {type(config).__name__}; pass a QuantizationConfig.")
         super().__init__(config)
         self.config: QuantizationConfig = config
         self._scheme: Scheme = schemes.get(config.scheme)()

@@ -33,6 +33,11 @@ def make_example_inputs(
     Raises:
         GraphError: If the forward signature has no input that the config describes.
     """
+    if not hasattr(model, "config"):
+        raise GraphError(
+            f"{type(model).__name__} has no config to make example inputs from; pass example_inputs, a dict of keyword "
+            "arguments that it runs on."
+        )
     parameter = next(model.parameters())
     if parameter.device.type == "meta":
         raise GraphError(f"{type(model).__name__} is on the meta device and cannot be run; load its weights first.")

@@ -149,6 +149,8 @@ def plan_shrink(
             "plan_shrink: no masks given, so there is nothing to remove. Train with a PruningCallback and pass the "
             "trainer to shrink(), or pass masks={group name: bool tensor}; dimension_groups(model) lists the groups."
         )
+    if not isinstance(masks, Mapping):
+        raise ShrinkError(f"plan_shrink: masks is a {type(masks).__name__}; pass a dict of group name: bool tensor.")
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise ShrinkError(f"plan_shrink: multiple_of={multiple_of!r}; allowed: an int >= 1.")
     graph = ModelGraph(model, example_inputs)
@@ -218,6 +220,8 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
         given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ShrinkError(f"masks[{name!r}]: got {given}; allowed: torch.bool {shape}, True = keep.")
+    if mask.is_meta:
+        raise ShrinkError(f"masks[{name!r}]: is on the meta device and has no values; pass a real tensor.")
     return mask.detach().cpu()
 
 

@@ -128,6 +128,11 @@ def test_inputs_that_do_not_run_are_named() -> None:
         dimension_groups(tiny_models.bert(), {"input_ids": torch.full((1, 4), 10**6)})
 
 
+def test_a_model_without_a_config_needs_example_inputs() -> None:
+    with pytest.raises(GraphError, match=r"Linear has no config .* pass example_inputs"):
+        dimension_groups(nn.Linear(2, 2))
+
+
 def test_own_example_inputs_are_used() -> None:
     groups = by_name(tiny_models.bert(), example_inputs={"input_ids": torch.arange(6).view(1, 6)})
     assert groups["bert.encoder.layer.0.ffn"].num_units == 44

@@ -102,6 +102,8 @@ def test_parameter_mask_over_part_of_a_head_keeps_the_head() -> None:
         ({FFN0: mask(43, 1)}, ShrinkError, r"allowed: torch.bool \(44,\)"),
         ({FFN0: mask(44, 1).float()}, ShrinkError, r"got torch.float32 \(44,\)"),
         ({FFN0: [True] * 44}, ShrinkError, "got list"),
+        ([FFN0], ShrinkError, "masks is a list"),
+        ({FFN0: mask(44, 1).to("meta")}, ShrinkError, "on the meta device"),
         ({FFN0: torch.zeros(44, dtype=torch.bool)}, ShrinkError, "removes all 44 units"),
         ({FFN0: mask(44)}, ShrinkError, "keep every unit"),
         ({"bert.hidden": mask(32, 1)}, TargetError, "cannot lose units: .*native_layer_norm"),
