@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_compress.callbacks.access import plain_model
 from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
 from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
@@ -69,6 +70,12 @@ class PruningCallback(CompressionCallback):
 
     def _start(self, run: Run) -> None:
         refuse_compressed(run.model)
+        given: Any = run.trainer.model
+        if plain_model(given) is not given:
+            raise TrainingError(
+                f"PruningCallback: got a {type(given).__name__}; masks of base weights would not cover its "
+                "adapters. Merge and unload the adapters first, or train without them."
+            )
         self._finished = False
         with suspended(run.model):  # fake quantizers may be there already; they would only blur the analysis
             groups = self._select(dimension_groups(run.model, self.example_inputs))
