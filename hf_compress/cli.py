@@ -14,8 +14,8 @@ from transformers.utils.hub import cached_file
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.export.card import write_card
 from hf_compress.export.quantized import export_quantized
-from hf_compress.graph.groups import dimension_groups
 from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.model import dimension_groups
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.profile import profile
 from hf_compress.report.timing import DEFAULT_ROUNDS, compile_model

@@ -7,18 +7,31 @@ down with shapes, the parameter behind each ``get_attr`` and the module that mad
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from transformers import PreTrainedModel
 
 from hf_compress.errors import GraphError
-from hf_compress.graph.integers import IntegerTracer, Relation, traced_attributes
+from hf_compress.graph.integers import IntegerTracer, NumericUse, Relation, traced_attributes
 
 MAX_INPUT_NAMES = 12
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module: the recorded tensors that went in and came out."""
+
+    module: str
+    inputs: list[fx.Node | None]
+    """Tensors among the arguments, in order, keyword arguments last; None for one that no recorded operator made."""
+
+    outputs: list[fx.Node | None] = field(default_factory=list)
+    """Tensors among the results, in order."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +52,20 @@ class Capture:
     relations: list[Relation]
     """What ties integers of the forward code to sizes of recorded tensors."""
 
+    numeric_uses: list[NumericUse]
+    """Integers that the forward code computes with as numbers."""
 
-def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+    calls: list[ModuleCall]
+    """Every call of a module, in the order in which they began."""
+
+
+def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = None) -> Capture:
     """Run ``model(**inputs)`` once in eval mode and record it. The model and the random state stay as they were.
+
+    Args:
+        model: The model.
+        inputs: Keyword arguments for its forward.
+        experts: How mixtures of experts compute meanwhile, as ``config._experts_implementation``.
 
     Raises:
         GraphError: If the forward pass fails on these inputs.
@@ -51,6 +75,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(evaluating(model))
+        stack.enter_context(_experts_computed(model, experts))
         stack.enter_context(recorder.module_stack())
         stack.enter_context(traced_attributes(model))
         stack.enter_context(recorder.integers)
@@ -93,6 +118,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def mixes_experts(model: nn.Module) -> bool:
+    """Return whether the model has mixtures of experts whose implementation can be chosen."""
+    return any(getattr(config, "_experts_implementation", None) is not None for config in _configs(model))
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
+@contextmanager
+def _experts_computed(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    saved = [(config, getattr(config, "_experts_implementation", None)) for config in _configs(model)]
+    changed = [(config, own) for config, own in saved if own is not None and implementation is not None]
+    try:
+        for config, _ in changed:
+            config._experts_implementation = implementation
+        yield
+    finally:
+        for config, own in changed:
+            config._experts_implementation = own
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes each dispatched operator into an fx graph."""
 
@@ -106,6 +153,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors are kept until the end, else Python could reuse their ids. Example inputs are small.
         self._alive: list[Tensor] = []
         self._stack: list[str] = [""]
+        self.calls: list[ModuleCall] = []
         self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), lambda: self._stack[-1])
         for key, value in inputs.items():
             if isinstance(value, Tensor):
@@ -115,12 +163,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def module_stack(self) -> Iterator[None]:
         """Track which module is running, while the context is open."""
         handles: list[Any] = []
+        running: list[ModuleCall] = []
 
-        def leave(*_: Any) -> None:
+        def enter(name: str, args: Any, kwargs: Any) -> None:
+            self._stack.append(name)
+            running.append(ModuleCall(name, self._known((args, kwargs))))
+            self.calls.append(running[-1])
+
+        def leave(_module: Any, _args: Any, result: Any) -> None:
             self._stack.pop()
+            running.pop().outputs = self._known(result)
 
         for name, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
+                )
+            )
             handles.append(module.register_forward_hook(leave, always_call=True))
         try:
             yield
@@ -149,6 +208,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     item.meta["module"] = self._stack[-1]
                     self._bind(leaf, item)
         return result
+
+    def _known(self, values: Any) -> list[fx.Node | None]:
+        """Return the nodes of tensors: those of parameters are made, other unknown tensors have None."""
+        leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return [self._node_of(t) if id(t) in self._names else self._nodes.get(id(t)) for t in leaves]
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(tensor.shape)
@@ -182,4 +246,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph.output(nodes)
         self._alive.clear()
         self._nodes.clear()
-        return Capture(self.graph, self.parameters, nodes, self.integers.relations)
+        return Capture(
+            self.graph, self.parameters, nodes, self.integers.relations, self.integers.numeric_uses, self.calls
+        )

@@ -1,7 +1,7 @@
 """Execute a plan on a copy of the model: silence consumers, slice parameters, describe the new sizes."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,15 +80,16 @@ def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
                     )
 
 
-def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan) -> None:
+def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[Attribute] = ()) -> None:
     """Make the config say the new sizes: with stock fields if the architecture can, else for the loader.
 
     Args:
         model: The sliced model; its config still has the old sizes.
         plan: The plan that was applied.
+        numbers: Integers that forward code computes with: stock fields must leave them as they are.
     """
     shapes = parameter_shapes(model)
-    attributes = [Attribute(a.module, a.path) for a in plan.attributes]
+    attributes = [*(Attribute(a.module, a.path) for a in plan.attributes), *numbers]
     stock = find_stock_config(model, shapes, attributes, _size_changes(plan))
     if stock is not None:
         for name, value in stock.items():

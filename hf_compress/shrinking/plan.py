@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError, TargetError, choices
-from hf_compress.graph.groups import DimensionGroup, ModelGraph, ParameterSlice
+from hf_compress.graph.groups import DimensionGroup, ParameterSlice
+from hf_compress.graph.model import ModelGraph
 
 Positions = dict[str, dict[int, list[int]]]
 """Parameter or buffer name -> dimension -> positions along it, ascending."""
@@ -65,7 +67,8 @@ class ShrinkPlan:
     """Positions that stay, for every parameter and buffer that shrinks."""
 
     zero: Positions
-    """Positions of consumer weights that the masks silence, in the original numbering."""
+    """Positions of weights that the masks silence, in the original numbering: consumers, and producers of what two
+    activations contract with each other."""
 
     num_parameters: tuple[int, int]
     """Parameters before and after."""
@@ -144,25 +147,40 @@ def plan_shrink(
         TargetError: If a mask names no group or parameter, or asks for units of a frozen group.
     """
     refuse_compressed(model)
+    check_request(masks, multiple_of)
+    return plan_on(ModelGraph(model, example_inputs), masks or {}, uniform=uniform, multiple_of=multiple_of)
+
+
+def check_request(masks: Any, multiple_of: Any) -> None:
+    """Check what can be checked without looking at the model.
+
+    Raises:
+        ShrinkError: If there are no masks, or ``multiple_of`` is no count.
+    """
+    if not isinstance(masks, Mapping | None):
+        raise ShrinkError(f"plan_shrink: masks is a {type(masks).__name__}; pass a dict of group name: bool tensor.")
     if not masks:
         raise ShrinkError(
             "plan_shrink: no masks given, so there is nothing to remove. Train with a PruningCallback and pass the "
             "trainer to shrink(), or pass masks={group name: bool tensor}; dimension_groups(model) lists the groups."
         )
-    if not isinstance(masks, Mapping):
-        raise ShrinkError(f"plan_shrink: masks is a {type(masks).__name__}; pass a dict of group name: bool tensor.")
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise ShrinkError(f"plan_shrink: multiple_of={multiple_of!r}; allowed: an int >= 1.")
-    graph = ModelGraph(model, example_inputs)
+
+
+def plan_on(
+    graph: ModelGraph, masks: Mapping[str, Tensor], *, uniform: bool = False, multiple_of: int = 1
+) -> ShrinkPlan:
+    """Turn masks into a plan for a model that is analyzed already; see ``plan_shrink``."""
     groups = {group.name: group for group in graph.groups}
-    wanted = _unit_masks(model, groups, masks)
+    wanted = _unit_masks(graph.model, groups, masks)
     sizes = _kept_counts(groups, wanted, uniform, multiple_of)
     plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items()})
     attributes = tuple(AttributeValue(where.module, where.path, value) for where, value in new.items())
-    return replace(_build(model, groups, plans), attributes=attributes)
+    return replace(_build(graph.model, groups, plans), attributes=attributes)
 
 
 def refuse_compressed(model: PreTrainedModel) -> None:
@@ -208,6 +226,11 @@ def _unit_masks(
             raise TargetError(f"masks: group {name!r} cannot lose units: {group.frozen}.")
         if not keep.any():
             raise ShrinkError(f"masks[{name!r}]: removes all {group.num_units} units; keep at least one.")
+        if int(keep.sum()) < group.min_units:
+            raise ShrinkError(
+                f"masks[{name!r}]: keeps {int(keep.sum())} of {group.num_units} units; at least {group.min_units} are "
+                "needed, because so many are chosen for every token."
+            )
     return wanted
 
 
@@ -250,10 +273,10 @@ def _kept_counts(
     sizes = {}
     for name, keep in wanted.items():
         size = int(keep.sum())
-        single_rows = all(part.index.shape[1] == 1 for part in groups[name].gates)
-        if single_rows and multiple_of > 1:
-            size = min(-(-size // multiple_of) * multiple_of, groups[name].num_units)
-        sizes[name] = size
+        group = groups[name]
+        single_rows = group.kind in ("ffn", "hidden") and all(part.index.shape[1] == 1 for part in group.gates)
+        step = math.lcm(multiple_of if single_rows else 1, group.multiple_of)
+        sizes[name] = min(-(-size // step) * step, group.num_units)
     if uniform:
         largest: dict[str, int] = {}
         for group in groups.values():
@@ -267,6 +290,12 @@ def _kept_counts(
 def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     kept = keep.nonzero().flatten().tolist()
     silenced = (~keep).nonzero().flatten().tolist()[: size - len(kept)]
+    if silenced and group.subsets:
+        raise ShrinkError(
+            f"masks[{group.name!r}]: keeps {len(kept)} units, but {size} are needed (uniform, multiple_of or the "
+            f"kernel's alignment), and units that {group.subsets[0].module!r} sees cannot stay without effect. Keep "
+            f"{size} or {max(size - len(silenced), 0)} units by the mask itself."
+        )
     return GroupPlan(
         kind=group.kind,
         num_units=group.num_units,
@@ -276,7 +305,7 @@ def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     )
 
 
-def _build(model: PreTrainedModel, groups: Mapping[str, DimensionGroup], plans: dict[str, GroupPlan]) -> ShrinkPlan:
+def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[str, GroupPlan]) -> ShrinkPlan:
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     dropped: dict[tuple[str, int], set[int]] = {}
     zero: Positions = {}
@@ -286,11 +315,11 @@ def _build(model: PreTrainedModel, groups: Mapping[str, DimensionGroup], plans: 
         for part in (*group.slices, *group.buffers):
             if gone:
                 dropped.setdefault((part.parameter, part.dim), set()).update(_positions(part, gone))
-        for part in group.gates:
+        for part in (*group.gates, *group.sources):
             silent = _positions(part, sorted({*gone, *plan.silenced}))
             if silent:
                 where = zero.setdefault(part.parameter, {}).setdefault(part.dim, [])
-                where.extend(silent)
+                where.extend(position for position in silent if position not in where)
     keep: Positions = {}
     for (name, dim), positions in dropped.items():
         size = tensors[name].shape[dim]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_compress import ShrinkError, dimension_groups, make_example_inputs, plan_shrink, shrink
-from hf_compress.graph.groups import ModelGraph
+from hf_compress.graph.model import ModelGraph
 from hf_compress.shrinking.apply import silence, slice_in_place
 from hf_compress.shrinking.sizes import parameter_shapes
 

@@ -126,8 +126,11 @@ def _permuted(op: OpCall, order: list[int]) -> list[Dim]:
 @op_rule("aten::unsqueeze")
 def unsqueeze(op: OpCall) -> Result:
     """Insert a dimension of size 1."""
-    dims = list(op.tensor("self").dims)
-    dims.insert(op.axis("dim", len(dims) + 1), Dim(1))
+    x = op.tensor("self")
+    dims, at = list(x.dims), op.axis("dim", len(x.dims) + 1)
+    dims.insert(at, Dim(1))
+    if x.source is not None:
+        op.source = (x.source[0], (*x.source[1][:at], None, *x.source[1][at:]))
     return dims
 
 
@@ -155,7 +158,14 @@ def as_strided(op: OpCall) -> Result:
 @op_rule("aten::expand", "aten::broadcast_to")
 def expand(op: OpCall) -> Result:
     """Broadcast to a larger shape."""
-    return broadcast(op, [op.tensor("self")])
+    x, shape = op.tensor("self"), op.shapes[0] or ()
+    if x.source is not None:
+        new = len(shape) - len(x.dims)
+        kept = [
+            own if dim.size == size else None for dim, own, size in zip(x.dims, x.source[1], shape[new:], strict=True)
+        ]
+        op.source = (x.source[0], (*[None] * new, *kept))
+    return broadcast(op, [x])
 
 
 @op_rule("aten::repeat")
@@ -187,7 +197,9 @@ def slice_(op: OpCall) -> Result:
     start, stop, step = slice(op.arguments["start"], op.arguments["end"], op.arguments["step"]).indices(size)
     if kept == size:
         return dims
-    if step == 1 and kept > 0:
+    if kept == 0:
+        dims[axis] = Dim(0)
+    elif step == 1:
         sizes = [start, kept, size - stop]
         parts = split_concat(dims[axis], [n for n in sizes if n > 0])
         dims[axis] = parts[1 if start > 0 else 0]
