@@ -96,7 +96,8 @@ OTHER_SEQ2SEQ = table(
     }),
     Tiny("t5gemma", "T5GemmaForConditionalGeneration", {
         "encoder": _GEMMA_STACK,
-        "decoder": {**_GEMMA_STACK, "intermediate_size": 52, "cross_attention_hidden_size": 32}, "vocab_size": 97, **SPECIAL,
+        "decoder": {**_GEMMA_STACK, "intermediate_size": 52, "cross_attention_hidden_size": 32}, "vocab_size": 97,
+        **SPECIAL,
     }, lambda model: translation()),
     Tiny("umt5", "UMT5ForConditionalGeneration", _GATED),
 )  # fmt: skip

@@ -80,7 +80,9 @@ OTHER_TEXT = table(
         "d_inner": 44, "num_labels": 3,
     }),
     Tiny("layoutlm", "LayoutLMForSequenceClassification", {**LABELS, "max_2d_position_embeddings": 20}),
-    Tiny("lilt", "LiltModel", {**ENCODER, "hidden_size": 24, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 20}),
+    Tiny("lilt", "LiltModel", {
+        **ENCODER, "hidden_size": 24, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 20,
+    }),
     Tiny("longformer", "LongformerForSequenceClassification", {**LABELS, "attention_window": [4, 4]},
          lambda model: text(length=12)),
     Tiny("luke", "LukeModel", {**ENCODER, "entity_vocab_size": 13, "entity_emb_size": 12}),

@@ -73,7 +73,8 @@ OTHER_VISION = table(
         "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "image_size": 32,
     }),
     Tiny("dpt", "DPTForSemanticSegmentation", {
-        **LABELS, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [6, 10, 14, 18], "fusion_hidden_size": 12,
+        **LABELS, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [6, 10, 14, 18], "fusion_hidden_size": 12,
         "use_auxiliary_head": False,
     }),
     Tiny("efficientnet", "EfficientNetForImageClassification", {
