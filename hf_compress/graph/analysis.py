@@ -124,7 +124,7 @@ class _Interpreter:
             values = (call.operands()[0].values,)
         if several:
             return [
-                None if dims is None else Operand(dims, values=domain)  # type: ignore[arg-type]
+                None if dims is None else Operand(dims, call.source, domain)  # type: ignore[arg-type]
                 for dims, domain in zip_longest(result, values)
             ]
         return Operand(result, call.source, *values)  # type: ignore[arg-type]

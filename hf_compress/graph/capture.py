@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import GraphError
 from hf_compress.graph.integers import IntegerTracer, NumericUse, Relation, traced_attributes
+from hf_compress.graph.multihead import loosened
 
 MAX_INPUT_NAMES = 12
 
@@ -76,6 +77,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = N
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(evaluating(model))
         stack.enter_context(_experts_computed(model, experts))
+        stack.enter_context(loosened(model.modules()))
         stack.enter_context(recorder.module_stack())
         stack.enter_context(traced_attributes(model))
         stack.enter_context(recorder.integers)
@@ -101,7 +103,8 @@ def main_outputs(result: Any) -> list[Tensor]:
     if isinstance(result, Mapping):
         named = {key: value for key, value in result.items() if isinstance(value, Tensor)}
         chosen = [value for key, value in named.items() if "logits" in key or key == "loss"]
-        return chosen or [value for key, value in named.items() if not key.startswith("encoder_")]
+        chosen = chosen or [value for key, value in named.items() if not key.startswith("encoder_")]
+        return chosen or [leaf for leaf in tree_leaves(dict(result)) if isinstance(leaf, Tensor)]
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 

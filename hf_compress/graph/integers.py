@@ -333,6 +333,16 @@ def _group_norm(
         yield from tracer.relation(groups, result, 1, "a group norm")
 
 
+@_recorder("conv1d", "conv2d", "conv3d")
+def _convolution(
+    tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[Relation]:
+    """Depthwise: one group for every channel must stay so."""
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    if groups > 1 and groups == args[0].shape[1] == result.shape[1]:
+        yield from tracer.relation(groups, args[0], 1, "a depthwise convolution")
+
+
 @_recorder("histc")
 def _histc(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Relation]:
     yield from tracer.relation(args[1] if len(args) > 1 else kwargs.get("bins"), result, 0, "histc")

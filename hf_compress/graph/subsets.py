@@ -29,6 +29,9 @@ class TensorSite:
     index: Tensor | None
     """Long tensor [num_units, k]: positions along ``dim`` that each unit owns."""
 
+    size: int = 0
+    """The tensor's size along ``dim``."""
+
 
 @dataclass(frozen=True, eq=False)
 class SubsetSite:
@@ -79,7 +82,7 @@ class SubsetFinder:
             for dim, term in enumerate(operand.dims):
                 if atom in atoms(term):
                     index = next(part.index for part in expand(term) if part.atom is atom)
-                    found.append(TensorSite(position, dim - len(operand.dims), index))
+                    found.append(TensorSite(position, dim - len(operand.dims), index, term.size))
         return tuple(found)
 
 

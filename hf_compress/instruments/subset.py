@@ -105,7 +105,7 @@ def _on_tensors(values: Any, sites: Sites, change: Callable[[Tensor, Sites], Ten
 
 
 def _take(x: Tensor, sites: Sites) -> Tensor:
-    for dim, kept, _ in _kept_by_dim(x.shape, sites):
+    for dim, kept, _ in _kept_by_dim(sites):
         x = x.index_select(dim, kept.to(x.device))
     return x
 
@@ -114,24 +114,23 @@ def _put_back(x: Tensor, sites: Sites) -> Tensor:
     for member, site in sites:
         if site.dim is None:  # numbers of units
             x = member.mask.nonzero().flatten().to(x.device)[x]
-    shape = list(x.shape)
-    for member, site in sites:
-        if site.dim is not None and site.index is not None:
-            shape[site.dim] += len(member.dropped(site.index))
-    for dim, kept, size in _kept_by_dim(torch.Size(shape), sites):
-        full = [*x.shape[: dim % x.dim()], size, *x.shape[dim % x.dim() + 1 :]]
+    for dim, kept, size in _kept_by_dim(sites):
+        full = list(x.shape)
+        full[dim] = size
         x = x.new_zeros(full).index_copy(dim, kept.to(x.device), x)
     return x
 
 
-def _kept_by_dim(shape: torch.Size, sites: Sites) -> Iterator[tuple[int, Tensor, int]]:
+def _kept_by_dim(sites: Sites) -> Iterator[tuple[int, Tensor, int]]:
     """Yield, per dimension, the positions that all groups keep and the full size."""
     for dim in dict.fromkeys(site.dim for _, site in sites if site.dim is not None):
-        keep = torch.ones(shape[dim], dtype=torch.bool)
-        for member, site in sites:
-            if site.dim == dim and site.index is not None:
+        mine = [(member, site) for member, site in sites if site.dim == dim]
+        size = mine[0][1].size
+        keep = torch.ones(size, dtype=torch.bool)
+        for member, site in mine:
+            if site.index is not None:
                 keep[member.dropped(site.index)] = False
-        yield dim, keep.nonzero().flatten(), shape[dim]
+        yield dim, keep.nonzero().flatten(), size
 
 
 @contextmanager

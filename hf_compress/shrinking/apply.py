@@ -10,9 +10,15 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.integers import Attribute, write
+from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
-from hf_compress.shrinking.sizes import find_stock_config, parameter_shapes, refresh_sizes
+from hf_compress.shrinking.sizes import (
+    find_stock_config,
+    non_persistent_buffers,
+    parameter_shapes,
+    refresh_sizes,
+)
 
 FORMAT_VERSION = 1
 
@@ -50,6 +56,8 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
     """
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     check_fits(tensors, plan)
+    for name in loosened_modules(model, plan):
+        loosen(model.get_submodule(name))
     for name, dims in plan.keep.items():
         tensor = tensors[name]
         data = tensor.data
@@ -59,6 +67,12 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
     for attribute in plan.attributes:
         write(model, Attribute(attribute.module, attribute.path), attribute.value)
     refresh_sizes(model)
+
+
+def loosened_modules(model: nn.Module, plan: ShrinkPlan) -> list[str]:
+    """Return the names of PyTorch's own attention modules whose parameters the plan cuts."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return [name for name in names if any(cut.startswith(f"{name}.") for cut in plan.keep)]
 
 
 def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
@@ -90,7 +104,8 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     """
     shapes = parameter_shapes(model)
     attributes = [*(Attribute(a.module, a.path) for a in plan.attributes), *numbers]
-    stock = find_stock_config(model, shapes, attributes, _size_changes(plan))
+    made_anew = {name: dims for name, dims in plan.keep.items() if name in non_persistent_buffers(model)}
+    stock = None if made_anew else find_stock_config(model, shapes, attributes, _size_changes(plan))
     if stock is not None:
         for name, value in stock.items():
             setattr(model.config, name, value)
@@ -98,6 +113,8 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     changed = {name for name in plan.keep if name in shapes}
     by_identity = {id(p): name for name, p in model.named_parameters()}
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if by_identity[id(p)] in changed]
+    names += [name for name, _ in model.named_buffers() if name in plan.keep and name not in made_anew]
+    shapes.update((name, list(buffer.shape)) for name, buffer in model.named_buffers())
     facts = {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()}
     uneven: dict[str, Any] = {
         "quant_method": "hf_compress",
@@ -107,6 +124,11 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     }
     if plan.attributes:
         uneven["attributes"] = [[a.module, list(a.path), a.value] for a in plan.attributes]
+    flexible = loosened_modules(model, plan)
+    if flexible:
+        uneven["flexible"] = flexible
+    if made_anew:
+        uneven["buffers"] = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in made_anew.items()}
     model.config.quantization_config = uneven
 
 

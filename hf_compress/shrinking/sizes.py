@@ -67,10 +67,34 @@ def find_stock_config(
         if (
             built is not None
             and parameter_shapes(built) == dict(shapes)
+            and _buffer_shapes(built) == _buffer_shapes(model)
+            and _same_floats(built, model)
             and all(_read_or_none(built, attribute) == read(model, attribute) for attribute in attributes)
         ):
             return {name: new for name, _, new in chosen}
     return None
+
+
+def _buffer_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: buffer.shape for name, buffer in model.named_buffers()}
+
+
+def _same_floats(built: nn.Module, model: nn.Module) -> bool:
+    """Whether the architecture derives the same numbers from the sizes: scales of attention and of embeddings."""
+    for name, module in built.named_modules():
+        other = vars(model.get_submodule(name))
+        for key, value in vars(module).items():
+            if type(value) is float and not key.startswith("_") and other.get(key) != value:
+                return False
+    return True
+
+
+def non_persistent_buffers(model: nn.Module) -> set[str]:
+    """Return the names of buffers that are made anew when a model is built, and are not stored."""
+    names = set()
+    for prefix, module in model.named_modules():
+        names |= {f"{prefix}.{name}" if prefix else name for name in module._non_persistent_buffers_set}
+    return names
 
 
 def _integer_fields(config: PretrainedConfig) -> Iterator[tuple[str, int]]:

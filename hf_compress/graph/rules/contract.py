@@ -148,8 +148,10 @@ def convolution(op: OpCall) -> Result:
 
 def _grouped(op: OpCall, x: Operand, weight: Operand, groups: int) -> None:
     group_in, inner = split_product(x.dims[1], groups)
-    group_out, _ = split_product(weight.dims[0], groups)
+    group_out, repeated = split_product(weight.dims[0], groups)
     op.unify(group_in, group_out)
+    if inner.size == 1 and repeated.size == 1:  # depthwise: a channel goes with its own filter
+        return
     op.mark(group_in, "convolution_group")
     op.unify(inner, weight.dims[1])
     op.mark(inner, "convolution_group")

@@ -21,8 +21,8 @@ def index(op: OpCall) -> Result:
     shape = op.shapes[0] or ()
     rest = [dim for i, dim in enumerate(x.dims) if i not in used]
     num_new = len(shape) - len(rest)
-    if num_new != max((len(item.dims) for item in used.values()), default=0):  # boolean masks
-        return op.freeze()
+    if num_new != max((len(item.dims) for item in used.values()), default=0):
+        return _where_true(op, x, used)
     for i, item in used.items():
         op.look_up(x.dims[i], item)
     places = sorted(used)
@@ -40,6 +40,27 @@ def index(op: OpCall) -> Result:
         op.source = (x.source[0], (*[None] * num_new, *x.source[1][1:]))
     op.values = (x.values,)
     return rest[:at] + picked + rest[at:]
+
+
+def _where_true(op: OpCall, x: Operand, used: dict[int, Operand]) -> Result:
+    """x[mask]: the dimensions of one boolean mask become one."""
+    (at, mask), *others = used.items()
+    shape, end = op.shapes[0] or (), at + len(mask.dims)
+    if others or mask.shape != x.shape[at:end] or len(shape) != len(x.dims) - len(mask.dims) + 1:
+        return op.freeze()
+    for own, other in zip(x.dims[at:end], mask.dims, strict=True):
+        op.unify(own, other)
+        op.mark(own, "selected")
+    return [*x.dims[:at], Dim(shape[at]), *x.dims[end:]]
+
+
+@op_rule("aten::nonzero", "aten::unique_consecutive", "aten::_unique2", "aten::unique_dim")
+def data_dependent(op: OpCall) -> Result:
+    """Which positions are meant depends on the data."""
+    for dim in op.operands()[0].dims:
+        op.mark(dim, "selected")
+    results = [[Dim(size) for size in shape] if shape is not None else None for shape in op.shapes]
+    return results[0] or [] if len(results) == 1 else tuple(results)
 
 
 @op_rule("aten::index_select")

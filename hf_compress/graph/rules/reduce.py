@@ -131,16 +131,6 @@ def histogram(op: OpCall) -> Result:
     return [x.values]
 
 
-@op_rule("aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool1d", "aten::avg_pool2d", "aten::max_pool2d_with_indices")
-def pooling(op: OpCall) -> Result:
-    """[n, c, ...]: pool over space."""
-    x = op.tensor("self")
-    for dim in x.dims[2:]:
-        op.mark(dim, "spatial")
-    results = [[*x.dims[:2], *(Dim(size) for size in (shape or ())[2:])] for shape in op.shapes]
-    return results[0] if len(results) == 1 else tuple(results)
-
-
 @op_rule("aten::nll_loss_forward", "aten::nll_loss2d_forward")
 def nll_loss(op: OpCall) -> Result:
     """The class dimension is read by label."""
