@@ -26,7 +26,7 @@ from hf_compress.export.attributes import checked_attributes, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
 from hf_compress.export.names import resolve
 from hf_compress.graph.multihead import loosen
-from hf_compress.shrinking.apply import FORMAT_VERSION
+from hf_compress.shrinking.describe import FORMAT_VERSION
 from hf_compress.shrinking.sizes import refresh_sizes
 
 METHOD = "hf_compress"

@@ -66,7 +66,7 @@ class _Interpreter:
     def __init__(self, recorded: Capture, parameters: dict[str, Operand]) -> None:
         self.recorded = recorded
         self.parameters = parameters
-        self.live = _live_nodes(recorded)
+        self.live = live_nodes(recorded)
         self.values: dict[fx.Node, Operand | list[Operand | None]] = {}
         self.marks: list[Mark] = []
         self.consumers: list[Consumer] = []
@@ -177,7 +177,7 @@ def _rule_for(name: str, target: Any) -> Rule | None:
     return pointwise if torch.Tag.pointwise in target.tags else None
 
 
-def _live_nodes(recorded: Capture) -> set[fx.Node]:
+def live_nodes(recorded: Capture) -> set[fx.Node]:
     """Return the nodes on which the output depends; a write to a live storage is live."""
     live: set[fx.Node] = set(recorded.outputs)
     storages = {node.meta["storage"] for node in live}

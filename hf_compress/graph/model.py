@@ -13,9 +13,11 @@ from hf_compress.graph.analysis import analyze
 from hf_compress.graph.builder import Builder
 from hf_compress.graph.capture import Capture, capture, mixes_experts
 from hf_compress.graph.dims import Dim, atoms, expand, find
-from hf_compress.graph.groups import DimensionGroup, DimensionGroups
+from hf_compress.graph.groups import KINDS, DimensionGroup, DimensionGroups
+from hf_compress.graph.initialization import with_multiples
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.integers import Attribute, NumericUse, Relation, Size, read
+from hf_compress.graph.layers import layer_groups
 from hf_compress.graph.solve import Equations
 from hf_compress.graph.subsets import SubsetSite
 
@@ -50,7 +52,8 @@ class ModelGraph:
         self._by_atom = Builder(model, self.analysis, [call for each in recorded for call in each.calls]).groups()
         self._atoms = {group.name: atom for atom, group in self._by_atom.items()}
         self._check_sizes()
-        self.groups = DimensionGroups(self._by_atom.values())
+        groups = with_multiples(model, list(self._by_atom.values())) + layer_groups(model, recorded[0])
+        self.groups = DimensionGroups(sorted(groups, key=lambda group: KINDS.index(group.kind)))
 
     def attributes_after(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
         """Return the attributes that must change, with their new values.

@@ -1,8 +1,7 @@
-"""Execute a plan on a copy of the model: silence consumers, slice parameters, describe the new sizes."""
+"""Execute a plan on a copy of the model: silence pruned units, slice parameters."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,7 @@ from hf_compress.graph.integers import Attribute, write
 from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
-from hf_compress.shrinking.sizes import (
-    find_stock_config,
-    non_persistent_buffers,
-    parameter_shapes,
-    refresh_sizes,
-)
-
-FORMAT_VERSION = 1
+from hf_compress.shrinking.sizes import refresh_sizes
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -92,49 +84,3 @@ def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
                         f"plan: positions of {name!r} along dimension {dim} do not fit its shape {shape}; the plan was "
                         f"made for a {plan.model_class} of other sizes."
                     )
-
-
-def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[Attribute] = ()) -> None:
-    """Make the config say the new sizes: with stock fields if the architecture can, else for the loader.
-
-    Args:
-        model: The sliced model; its config still has the old sizes.
-        plan: The plan that was applied.
-        numbers: Integers that forward code computes with: stock fields must leave them as they are.
-    """
-    shapes = parameter_shapes(model)
-    attributes = [*(Attribute(a.module, a.path) for a in plan.attributes), *numbers]
-    made_anew = {name: dims for name, dims in plan.keep.items() if name in non_persistent_buffers(model)}
-    stock = None if made_anew else find_stock_config(model, shapes, attributes, _size_changes(plan))
-    if stock is not None:
-        for name, value in stock.items():
-            setattr(model.config, name, value)
-        return
-    changed = {name for name in plan.keep if name in shapes}
-    by_identity = {id(p): name for name, p in model.named_parameters()}
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if by_identity[id(p)] in changed]
-    names += [name for name, _ in model.named_buffers() if name in plan.keep and name not in made_anew]
-    shapes.update((name, list(buffer.shape)) for name, buffer in model.named_buffers())
-    facts = {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()}
-    uneven: dict[str, Any] = {
-        "quant_method": "hf_compress",
-        "version": FORMAT_VERSION,
-        "units": facts,
-        "shapes": {name: shapes[name] for name in names},
-    }
-    if plan.attributes:
-        uneven["attributes"] = [[a.module, list(a.path), a.value] for a in plan.attributes]
-    flexible = loosened_modules(model, plan)
-    if flexible:
-        uneven["flexible"] = flexible
-    if made_anew:
-        uneven["buffers"] = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in made_anew.items()}
-    model.config.quantization_config = uneven
-
-
-def _size_changes(plan: ShrinkPlan) -> dict[int, set[int]]:
-    """Old number of units -> the new numbers that groups of this size came to."""
-    changes: dict[int, set[int]] = {}
-    for group in plan.groups.values():
-        changes.setdefault(group.num_units, set()).add(len(group.kept))
-    return changes

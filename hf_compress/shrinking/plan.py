@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError, TargetError, choices
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice
+from hf_compress.graph.integers import Attribute, read
 from hf_compress.graph.model import ModelGraph
+from hf_compress.shrinking.depth import renamed
 
 Positions = dict[str, dict[int, list[int]]]
 """Parameter or buffer name -> dimension -> positions along it, ascending."""
@@ -73,6 +75,10 @@ class ShrinkPlan:
     num_parameters: tuple[int, int]
     """Parameters before and after."""
 
+    layers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Lists of layers that lose some: name of the module list -> layers that stay. All other parts of the plan speak of
+    the model before that."""
+
     attributes: tuple[AttributeValue, ...] = ()
     """Integers that forward code reads and that must change with the sizes."""
 
@@ -111,7 +117,9 @@ class ShrinkPlan:
             attributes = tuple(
                 AttributeValue(str(a["module"]), tuple(a["path"]), int(a["value"])) for a in data["attributes"]
             )
+            layers = {name: tuple(int(i) for i in kept) for name, kept in data["layers"].items()}
             return cls(
+                layers=layers,
                 model_class=data["model_class"],
                 groups=groups,
                 keep=keep,
@@ -179,8 +187,34 @@ def plan_on(
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items()})
-    attributes = tuple(AttributeValue(where.module, where.path, value) for where, value in new.items())
-    return replace(_build(graph.model, groups, plans), attributes=attributes)
+    plan = _build(graph.model, groups, plans)
+    inherited = _inherited(graph.model, plan.layers, new)
+    attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
+    return replace(plan, attributes=attributes)
+
+
+def _inherited(
+    model: nn.Module, layers: Mapping[str, tuple[int, ...]], new: Mapping[Attribute, int]
+) -> dict[Attribute, int]:
+    """Return new values of integers in layers that come to do what a removed layer did for all (T5's position bias)."""
+    heirs = {}
+    for attribute, value in new.items():
+        if renamed(attribute.module, layers) is not None:
+            continue
+        name = next(name for name in layers if attribute.module.startswith(f"{name}."))
+        index, _, inner = attribute.module[len(name) + 1 :].partition(".")
+        after = [i for i in layers[name] if i > int(index)]
+        heir = Attribute(f"{name}.{after[0]}.{inner}", attribute.path) if after else None
+        if heir is not None and heir not in new and _has(model, heir, read(model, attribute)):
+            heirs[heir] = value
+    return heirs
+
+
+def _has(model: nn.Module, attribute: Attribute, value: int) -> bool:
+    try:
+        return read(model, attribute) == value
+    except (AttributeError, IndexError, TypeError):
+        return False
 
 
 def refuse_compressed(model: PreTrainedModel) -> None:
@@ -224,6 +258,11 @@ def _unit_masks(
         group = groups[name]
         if not keep.all() and group.frozen is not None:
             raise TargetError(f"masks: group {name!r} cannot lose units: {group.frozen}.")
+        missing = [unit for unit in group.fixed_units if not keep[unit]]
+        if missing:
+            raise TargetError(
+                f"masks[{name!r}]: unit {missing[0]} cannot be removed; units that must stay: {group.fixed_units}."
+            )
         if not keep.any():
             raise ShrinkError(f"masks[{name!r}]: removes all {group.num_units} units; keep at least one.")
         if int(keep.sum()) < group.min_units:
@@ -290,6 +329,11 @@ def _kept_counts(
 def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     kept = keep.nonzero().flatten().tolist()
     silenced = (~keep).nonzero().flatten().tolist()[: size - len(kept)]
+    if silenced and group.kind == "layers":
+        raise ShrinkError(
+            f"masks[{group.name!r}]: keeps {len(kept)} layers, but uniform=True asks for {size}, as many as "
+            "another list keeps. Keep equal numbers, or shrink without uniform."
+        )
     if silenced and group.subsets:
         raise ShrinkError(
             f"masks[{group.name!r}]: keeps {len(kept)} units, but {size} are needed (uniform, multiple_of or the "
@@ -309,8 +353,11 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     dropped: dict[tuple[str, int], set[int]] = {}
     zero: Positions = {}
+    layers: dict[str, tuple[int, ...]] = {}
     for name, plan in plans.items():
         group = groups[name]
+        if group.modules and len(plan.kept) < plan.num_units:
+            layers[group.modules[0].rpartition(".")[0]] = plan.kept
         gone = sorted(set(range(group.num_units)) - set(plan.kept))
         for part in (*group.slices, *group.buffers):
             if gone:
@@ -325,13 +372,16 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
         size = tensors[name].shape[dim]
         keep.setdefault(name, {})[dim] = [i for i in range(size) if i not in positions]
     before = sum(p.numel() for p in model.parameters())
-    after = sum(_kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters())
+    after = sum(
+        _kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters() if renamed(name, layers) is not None
+    )
     return ShrinkPlan(
         model_class=type(model).__name__,
         groups={name: plan for name, plan in plans.items() if len(plan.kept) < plan.num_units or plan.silenced},
         keep=keep,
         zero=zero,
         num_parameters=(before, after),
+        layers=layers,
     )
 
 

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.subset import SubsetGate
 from hf_compress.shrinking import verify as verification
-from hf_compress.shrinking.apply import describe_sizes, plain_copy, silence, slice_in_place
+from hf_compress.shrinking.apply import plain_copy, silence, slice_in_place
+from hf_compress.shrinking.depth import drop_layers
+from hf_compress.shrinking.describe import describe_sizes
 from hf_compress.shrinking.plan import ShrinkPlan, check_request, plan_on, refuse_compressed
 
 
@@ -62,6 +65,7 @@ def shrink(
     plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)
     reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
     slice_in_place(duplicate, plan)
+    drop_layers(duplicate, plan.layers)
     describe_sizes(duplicate, plan, graph.numeric_attributes())
     if reference is not None:
 
@@ -87,14 +91,17 @@ def _masked_reference(
 def _masked(model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan) -> Iterator[PreTrainedModel]:
     """Silence pruned units for good, and let norms and routers see the kept ones alone while the context is open."""
     silence(model, plan.zero)
-    gates = []
+    gates: list[Any] = []
     for group in graph.groups:
-        if group.name in plan.groups and group.subsets:
-            gate = SubsetGate(group, model)
-            gates.append(gate)
-            mask = torch.zeros(group.num_units, dtype=torch.bool)
-            mask[list(plan.groups[group.name].kept)] = True
-            gate.set_mask(mask)
+        if group.name not in plan.groups:
+            continue
+        mask = torch.zeros(group.num_units, dtype=torch.bool)
+        mask[list(plan.groups[group.name].kept)] = True
+        if group.modules:
+            gates.append(LayerGates(group, model, mask.float()))
+        elif group.subsets:
+            gates.append(SubsetGate(group, model))
+            gates[-1].set_mask(mask)
     try:
         yield model
     finally:
