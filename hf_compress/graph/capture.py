@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from hf_compress.errors import GraphError
+from hf_compress.graph.fake import VALUE_ERRORS, fake_tensors, has_no_weights
 from hf_compress.graph.integers import IntegerTracer, Relation, traced_attributes
 
 MAX_INPUT_NAMES = 12
@@ -43,12 +44,16 @@ class Capture:
 def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     """Run ``model(**inputs)`` once in eval mode and record it. The model and the random state stay as they were.
 
+    A model on the meta device runs on fake tensors: only shapes are computed.
+
     Raises:
-        GraphError: If the forward pass fails on these inputs.
+        GraphError: If the forward pass fails on these inputs, or needs weights that the model does not have.
     """
-    recorder = _Recorder(model, inputs)
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
+        if has_no_weights(model):
+            inputs = stack.enter_context(fake_tensors(model, inputs))
+        recorder = _Recorder(model, inputs)
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(evaluating(model))
         stack.enter_context(recorder.module_stack())
@@ -57,6 +62,12 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
         stack.enter_context(recorder)
         try:
             result = model(**inputs)
+        except VALUE_ERRORS as error:
+            raise GraphError(
+                f"{type(model).__name__} is on the meta device, but its forward pass reads values of tensors, in "
+                f"{recorder.running() or type(model).__name__} ({type(error).__name__}: {error}). Load the model with "
+                "its weights and analyze that."
+            ) from error
         except Exception as error:
             given = {
                 k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in list(inputs.items())[:MAX_INPUT_NAMES]
@@ -106,10 +117,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors are kept until the end, else Python could reuse their ids. Example inputs are small.
         self._alive: list[Tensor] = []
         self._stack: list[str] = [""]
-        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), lambda: self._stack[-1])
+        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), self.running)
         for key, value in inputs.items():
             if isinstance(value, Tensor):
                 self._bind(value, self.graph.placeholder(key))
+
+    def running(self) -> str:
+        """Return the name of the module that is running now, or that was when the forward pass failed."""
+        return self._stack[-1]
 
     @contextmanager
     def module_stack(self) -> Iterator[None]:
