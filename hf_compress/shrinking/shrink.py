@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.fake import has_no_weights
 from hf_compress.shrinking import verify as verification
 from hf_compress.shrinking.apply import describe_sizes, plain_copy, silence, slice_in_place
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink, refuse_compressed
@@ -45,12 +46,17 @@ def shrink(
         original is untouched.
 
     Raises:
-        ShrinkError: If there are no masks, training is still running, the model is compressed already, or the
-            shrunk model differs from the masked one.
+        ShrinkError: If there are no masks, training is still running, the model is compressed already or has no
+            weights, or the shrunk model differs from the masked one.
         TargetError: If the masks ask for what the model does not have or must not lose.
     """
     model = _model_of(model_or_trainer)
     refuse_compressed(model)
+    if has_no_weights(model):
+        raise ShrinkError(
+            f"shrink: the {type(model).__name__} is on the meta device, so there are no weights to cut. Load it with "
+            "from_pretrained; plan_shrink(model, masks) works without weights."
+        )
     chosen = masks if masks is not None else _masks_of(model_or_trainer)
     duplicate = plain_copy(model)
     plan = plan_shrink(duplicate, chosen, example_inputs=example_inputs, uniform=uniform, multiple_of=multiple_of)
