@@ -66,7 +66,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
             raise GraphError(
                 f"{type(model).__name__} is on the meta device, but its forward pass reads values of tensors, in "
                 f"{recorder.running() or type(model).__name__} ({type(error).__name__}: {error}). Load the model with "
-                "its weights and analyze that."
+                "its weights and analyze that (hf-compress inspect: --load-weights)."
             ) from error
         except Exception as error:
             given = {
