@@ -4,6 +4,7 @@ The model's own Python runs eagerly, so nothing restricts what it may do; what t
 down with shapes, the parameter behind each ``get_attr`` and the module that made the call.
 """
 
+import gc
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from hf_compress.errors import GraphError
 from hf_compress.graph.fake import VALUE_ERRORS, fake_tensors, has_no_weights
@@ -51,6 +52,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     """
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
+        stack.enter_context(garbage_collection_paused())
         if has_no_weights(model):
             inputs = stack.enter_context(fake_tensors(model, inputs))
         recorder = _Recorder(model, inputs)
@@ -77,6 +79,22 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
                 f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on."
             ) from error
     return recorder.finish(main_outputs(result))
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Keep Python from looking for garbage while the context is open.
+
+    Recording makes many small objects that all stay. Python takes that as a reason to search all objects of the
+    process for garbage again and again, which takes longer than the recording.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def main_outputs(result: Any) -> list[Tensor]:
@@ -150,8 +168,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if func.namespace == "prim":
             return result
-        node_args, node_kwargs = tree_map_only(Tensor, self._node_of, (args, kwargs))
-        node = self.graph.create_node("call_function", func, tuple(node_args), node_kwargs)
+        node_kwargs = {key: self._with_nodes(value) for key, value in kwargs.items()}
+        # Named here: fx would search for a free name, which takes longer than all the rest.
+        name = f"{func.overloadpacket.__name__}_{len(self.graph.nodes)}"
+        node = self.graph.create_node("call_function", func, self._with_nodes(args), node_kwargs, name)
         node.meta["module"] = self._stack[-1]
         if isinstance(result, Tensor):
             self._bind(result, node)
@@ -164,6 +184,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     item.meta["module"] = self._stack[-1]
                     self._bind(leaf, item)
         return result
+
+    def _with_nodes(self, value: Any) -> Any:
+        """Replace tensors in arguments of an operator: there are only lists and tuples of them, so no pytree."""
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if isinstance(value, list | tuple):
+            return tuple([self._with_nodes(item) for item in value])
+        return value
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(tensor.shape)
