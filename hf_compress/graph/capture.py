@@ -4,6 +4,7 @@ The model's own Python runs eagerly, so nothing restricts what it may do; what t
 down with shapes, the parameter behind each ``get_attr`` and the module that made the call.
 """
 
+import gc
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves
 from transformers import PreTrainedModel
 
 from hf_compress.errors import GraphError
+from hf_compress.graph.fake import FAKE_EXPERTS, VALUE_ERRORS, fake_tensors, has_no_weights
 from hf_compress.graph.integers import IntegerTracer, NumericUse, Relation, traced_attributes
 from hf_compress.graph.multihead import loosened
 
@@ -63,17 +65,23 @@ class Capture:
 def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = None) -> Capture:
     """Run ``model(**inputs)`` once in eval mode and record it. The model and the random state stay as they were.
 
+    A model on the meta device runs on fake tensors: only shapes are computed.
+
     Args:
         model: The model.
         inputs: Keyword arguments for its forward.
         experts: How mixtures of experts compute meanwhile, as ``config._experts_implementation``.
 
     Raises:
-        GraphError: If the forward pass fails on these inputs.
+        GraphError: If the forward pass fails on these inputs, or needs weights that the model does not have.
     """
-    recorder = _Recorder(model, inputs)
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
+        stack.enter_context(garbage_collection_paused())
+        if has_no_weights(model):
+            inputs = stack.enter_context(fake_tensors(model, inputs))
+            experts = experts or FAKE_EXPERTS
+        recorder = _Recorder(model, inputs)
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(evaluating(model))
         stack.enter_context(_experts_computed(model, experts))
@@ -84,6 +92,12 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = N
         stack.enter_context(recorder)
         try:
             result = model(**inputs)
+        except VALUE_ERRORS as error:
+            raise GraphError(
+                f"{type(model).__name__} is on the meta device, but its forward pass reads values of tensors, in "
+                f"{recorder.running() or type(model).__name__} ({type(error).__name__}: {error}). Load the model with "
+                "its weights and analyze that (hf-compress inspect: --load-weights)."
+            ) from error
         except Exception as error:
             given = {
                 k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in list(inputs.items())[:MAX_INPUT_NAMES]
@@ -93,6 +107,22 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = N
                 f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on."
             ) from error
     return recorder.finish(main_outputs(result))
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Keep Python from looking for garbage while the context is open.
+
+    Recording makes many small objects that all stay. Python takes that as a reason to search all objects of the
+    process for garbage again and again, which takes longer than the recording.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def main_outputs(result: Any) -> list[Tensor]:
@@ -157,10 +187,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []
         self._stack: list[str] = [""]
         self.calls: list[ModuleCall] = []
-        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), lambda: self._stack[-1])
+        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), self.running)
         for key, value in inputs.items():
             if isinstance(value, Tensor):
                 self._bind(value, self.graph.placeholder(key))
+
+    def running(self) -> str:
+        """Return the name of the module that is running now, or that was when the forward pass failed."""
+        return self._stack[-1]
 
     @contextmanager
     def module_stack(self) -> Iterator[None]:
@@ -197,8 +231,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if func.namespace == "prim":
             return result
-        node_args, node_kwargs = tree_map_only(Tensor, self._node_of, (args, kwargs))
-        node = self.graph.create_node("call_function", func, tuple(node_args), node_kwargs)
+        node_kwargs = {key: self._with_nodes(value) for key, value in kwargs.items()}
+        # Named here: fx would search for a free name, which takes longer than all the rest.
+        name = f"{func.overloadpacket.__name__}_{len(self.graph.nodes)}"
+        node = self.graph.create_node("call_function", func, self._with_nodes(args), node_kwargs, name)
         node.meta["module"] = self._stack[-1]
         if isinstance(result, Tensor):
             self._bind(result, node)
@@ -216,6 +252,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the nodes of tensors: those of parameters are made, other unknown tensors have None."""
         leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
         return [self._node_of(t) if id(t) in self._names else self._nodes.get(id(t)) for t in leaves]
+
+    def _with_nodes(self, value: Any) -> Any:
+        """Replace tensors in arguments of an operator: there are only lists and tuples of them, so no pytree."""
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if isinstance(value, list | tuple):
+            return tuple([self._with_nodes(item) for item in value])
+        return value
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(tensor.shape)

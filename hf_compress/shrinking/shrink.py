@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.subset import SubsetGate
@@ -52,12 +53,17 @@ def shrink(
         original is untouched.
 
     Raises:
-        ShrinkError: If there are no masks, training is still running, the model is compressed already, or the
-            shrunk model differs from the masked one.
+        ShrinkError: If there are no masks, training is still running, the model is compressed already or has no
+            weights, or the shrunk model differs from the masked one.
         TargetError: If the masks ask for what the model does not have or must not lose.
     """
     model = _model_of(model_or_trainer)
     refuse_compressed(model)
+    if has_no_weights(model):
+        raise ShrinkError(
+            f"shrink: the {type(model).__name__} is on the meta device, so there are no weights to cut. Load it with "
+            "from_pretrained; plan_shrink(model, masks) works without weights."
+        )
     chosen = masks if masks is not None else _masks_of(model_or_trainer)
     check_request(chosen, multiple_of)
     duplicate = plain_copy(model)
