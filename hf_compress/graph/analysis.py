@@ -92,6 +92,8 @@ class _Interpreter:
         elif name in self.recorded.parameters:
             operand.source = (name, tuple(range(len(operand.dims))))
             self.parameters[name] = operand
+        else:
+            self._mark_all(operand, "constant", "a tensor that is neither parameter nor buffer", node.meta["module"])
         return operand
 
     def _mark_all(self, operand: Operand, role: str, op: str, module: str) -> None:

@@ -125,7 +125,8 @@ class Builder:
             return 1
         for part in slices:
             tensor = self.tensors[part.parameter]
-            if tensor.dim() == 3 and part.dim > 0 and "routed" in self.marks[self.terms[part.parameter, 0]]:
+            experts = atoms(self.terms[part.parameter, 0])
+            if tensor.dim() == 3 and part.dim > 0 and any("routed" in self.marks[atom] for atom in experts):
                 return max(1, GROUPED_MM_BYTES // tensor.element_size())
         return 1
 

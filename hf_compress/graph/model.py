@@ -21,6 +21,9 @@ from hf_compress.graph.layers import layer_groups
 from hf_compress.graph.solve import Equations
 from hf_compress.graph.subsets import SubsetSite
 
+MULTIPLES = (1, 2, 4, 8)
+"""Numbers of units that are tried together, where forward code takes a part of a size."""
+
 
 class ModelGraph:
     """What one recorded forward pass says about a model.
@@ -77,19 +80,24 @@ class ModelGraph:
                 self._by_atom[atom] = replace(self._checked(atom, group), subsets=self._with_attributes(atom, group))
 
     def _checked(self, atom: Dim, group: DimensionGroup) -> DimensionGroup:
-        try:
-            self.equations.solve({atom: atom.size - 1})
-        except ShrinkError as error:
-            together = [atom, *self._partners(atom)]
-            parts = math.gcd(*(other.size for other in together))
-            if parts == 1 or len(together) == 1:
-                return replace(group, frozen=str(error))
+        """Try to take units away: alone, in multiples, or together with groups that share an integer."""
+        first: ShrinkError | None = None
+        for multiple in (m for m in MULTIPLES if m < atom.size):
             try:
-                self.equations.solve({other: other.size - other.size // parts for other in together})
-            except ShrinkError as second:
-                return replace(group, frozen=str(second))
-            return replace(group, tied_to=tuple(self._by_atom[other].name for other in together[1:]))
-        return group
+                self.equations.solve({atom: atom.size - multiple})
+            except ShrinkError as error:
+                first = first or error
+            else:
+                return replace(group, multiple_of=math.lcm(multiple, group.multiple_of))
+        together = [atom, *self._partners(atom)]
+        parts = math.gcd(*(other.size for other in together))
+        if parts == 1 or len(together) == 1:
+            return replace(group, frozen=str(first))
+        try:
+            self.equations.solve({other: other.size - other.size // parts for other in together})
+        except ShrinkError as error:
+            return replace(group, frozen=str(error))
+        return replace(group, tied_to=tuple(self._by_atom[other].name for other in together[1:]))
 
     def _partners(self, atom: Dim) -> list[Dim]:
         """Return the other prunable atoms whose sizes are given by the same attributes."""

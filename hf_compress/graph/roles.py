@@ -7,6 +7,7 @@ FREEZING_ROLES = {
     "opaque": "{op}{where} is used in a form that is not understood",
     "output": "it is a dimension of {op}",
     "input": "it is a dimension of {op}",
+    "constant": "it is a dimension of {op}{where}",
     "position_dependent": "{op}{where} makes its content from the position",
     "numeric": "{op}{where} computes with its size",
     "convolution_group": "{op}{where} ties it to convolution groups",

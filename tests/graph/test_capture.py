@@ -1,6 +1,5 @@
 import copy
 import functools
-import inspect
 
 import pytest
 import tiny_models
@@ -12,11 +11,7 @@ from transformers import BertConfig, PreTrainedModel
 
 from hf_compress import GraphError, ShrinkError, dimension_groups, make_example_inputs, plan_shrink, shrink
 
-BUILDERS = {
-    name: build
-    for name, build in inspect.getmembers(tiny_models, inspect.isfunction)
-    if all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in inspect.signature(build).parameters.values())
-}
+BUILDERS = dict(tiny_models.ZOO)
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
