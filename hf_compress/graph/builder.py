@@ -121,8 +121,7 @@ class Builder:
         return list(sites.values()), None
 
     def _alignment(self, slices: tuple[ParameterSlice, ...]) -> int:
-        if getattr(self.model.config, "_experts_implementation", None) != "grouped_mm":
-            return 1
+        """Return what grouped products need; a stored model does not say that it was run without them."""
         for part in slices:
             tensor = self.tensors[part.parameter]
             experts = atoms(self.terms[part.parameter, 0])
@@ -135,6 +134,8 @@ class Builder:
             return "other" if "heads" in self.marks[atom] else "head_dim"
         if "heads" in self.marks[atom]:
             return "heads"
+        if "head_dim" in self.marks[atom]:  # of a single head
+            return "head_dim"
         if "routed" in self.marks[atom]:
             return "experts"
         if atom in self.hidden:
@@ -185,7 +186,7 @@ class Builder:
 
     def _touches_hidden(self, part: ParameterSlice) -> bool:
         others = [i for i in range(self.tensors[part.parameter].dim()) if i != part.dim]
-        return any(self.terms[part.parameter, i] in self.hidden for i in others)
+        return any(atom in self.hidden for i in others for atom in atoms(self.terms[part.parameter, i]))
 
 
 def _explain(text: str, mark: Mark) -> str:

@@ -144,11 +144,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attributes_kept(model):
             yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what forward passes store in modules while the context is open: caches of another size would stay behind."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    caches = [(value, dict(value)) for _, own in before for key, value in own.items() if _is_cache(key, value)]
+    try:
+        yield
+    finally:
+        for own, saved in before:
+            # Private attributes stay: transformers notes in them which hooks it has installed.
+            for key in [key for key in own if key not in saved and not key.startswith("_")]:
+                del own[key]
+            own.update((key, value) for key, value in saved.items() if not key.startswith("_"))
+        for cache, content in caches:
+            cache.clear()
+            cache.update(content)
+
+
+def _is_cache(key: str, value: Any) -> bool:
+    return type(value) is dict and not key.startswith("_")
 
 
 def mixes_experts(model: nn.Module) -> bool:

@@ -310,7 +310,9 @@ def _split(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any],
     sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
     dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()
     if isinstance(sizes, int):
-        yield from tracer.relation(sizes, result[0], dim, "split")
+        for part in result:
+            if part.shape[dim] == sizes:
+                yield from tracer.relation(sizes, part, dim, "split")
         return
     for size, part in zip(sizes or (), result, strict=False):
         yield from tracer.relation(size, part, dim, "split")

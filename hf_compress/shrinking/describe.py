@@ -12,7 +12,7 @@ from hf_compress.graph.integers import Attribute, read
 from hf_compress.shrinking.apply import loosened_modules
 from hf_compress.shrinking.depth import renamed
 from hf_compress.shrinking.plan import ShrinkPlan
-from hf_compress.shrinking.sizes import find_stock_config, non_persistent_buffers, tensor_shapes
+from hf_compress.shrinking.sizes import find_stock_config, non_persistent_buffers, same_floats, tensor_shapes
 
 FORMAT_VERSION = 1
 
@@ -61,6 +61,12 @@ def _renamed(attributes: Sequence[Attribute], plan: ShrinkPlan) -> list[Attribut
 def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     """Return the shapes that differ from what the config gives, of all that is stored."""
     built = build_empty(type(model), model.config)
+    if built is not None and not same_floats(built, model):
+        raise ShrinkError(
+            f"{type(model).__name__}: forward code reads a size from the model's own config, and with the new one the "
+            "architecture derives other numbers (a scale of attention), so the result could not be loaded again. "
+            "Exclude that structure. The original is untouched."
+        )
     theirs = _stored(built) if built is not None else {}
     ours = _stored(model)
     if theirs.keys() != ours.keys():

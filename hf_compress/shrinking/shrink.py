@@ -89,8 +89,16 @@ def _masked_reference(
     model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan, example_inputs: Mapping[str, Any] | None
 ) -> verification.Reference:
     """Turn ``model`` into the masked model and record what it computes; it is sliced next: one copy in memory."""
-    with _masked(model, graph, plan) as masked:
-        return verification.record_reference(masked, example_inputs)
+    try:
+        with _masked(model, graph, plan) as masked:
+            return verification.record_reference(masked, example_inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        names = ", ".join(repr(name) for name in plan.groups)
+        raise ShrinkError(
+            f"{type(model).__name__} does not run with units masked ({type(error).__name__}: {error}): a norm or "
+            "router cannot be run on a part of its units. Exclude the structure "
+            f"({names}). The original model is untouched."
+        ) from error
 
 
 @contextmanager

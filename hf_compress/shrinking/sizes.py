@@ -5,11 +5,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.graph.depth import build_empty
+from hf_compress.graph.depth import build_empty, submodule
 from hf_compress.graph.integers import Attribute, read
 
 MAX_CONFIG_TRIALS = 64
@@ -71,8 +73,10 @@ def find_stock_config(
         if (
             built is not None
             and _same_shapes(tensor_shapes(built), shapes, non_persistent_buffers(model))
-            and _same_floats(built, model)
+            and same_floats(built, model)
             and all(_read_or_none(built, attribute) == read(model, attribute) for attribute in attributes)
+            and _can_be_stored(config)
+            and _makes_the_same_buffers(config, model)
         ):
             return {name: new for name, _, new in chosen}
     return None
@@ -85,14 +89,35 @@ def _same_shapes(built: Mapping[str, torch.Size], ours: Mapping[str, torch.Size]
     )
 
 
-def _same_floats(built: nn.Module, model: nn.Module) -> bool:
+def same_floats(built: nn.Module, model: nn.Module) -> bool:
     """Whether the architecture derives the same numbers from the sizes: scales of attention and of embeddings."""
     for name, module in built.named_modules():
-        other = vars(model.get_submodule(name))  # names were compared before
+        found = submodule(model, name)
+        other = vars(found) if found is not None else {}
         for key, value in vars(module).items():
             if type(value) is float and not key.startswith("_") and other.get(key) != value:
                 return False
     return True
+
+
+def _can_be_stored(config: PretrainedConfig) -> bool:
+    """Whether a config passes its own checks when it is loaded."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception:  # noqa: BLE001 - whatever the config's class raises
+        return False
+    return True
+
+
+def _makes_the_same_buffers(config: PretrainedConfig, model: PreTrainedModel) -> bool:
+    """Whether buffers that are not stored come out as they are in the model: some hold numbers made from sizes."""
+    anew = non_persistent_buffers(model)
+    if not anew:
+        return True
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        built = dict(type(model)(copy.deepcopy(config)).named_buffers())
+    ours = dict(model.named_buffers())
+    return all(torch.equal(built[name], ours[name].to(built[name])) for name in anew & built.keys())
 
 
 def non_persistent_buffers(model: nn.Module) -> set[str]:

@@ -101,6 +101,8 @@ def attention(op: OpCall) -> Result:
         op.mark(query[3], "numeric")  # the kernel scales by the size itself
     op.mark(key[2], "softmax")
     op.mark(query[1], "heads")
+    for dim in (query[3], value[3]):
+        op.mark(dim, "head_dim")
     if query[1].size == key[1].size:
         op.unify(query[1], key[1])
     else:

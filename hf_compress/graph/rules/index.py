@@ -132,7 +132,7 @@ def masked(op: OpCall) -> Result:
     return broadcast(op, op.operands())
 
 
-@op_rule("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::item")
+@op_rule("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::item", "aten::_is_all_true")
 def to_python(op: OpCall) -> Result:
     """A value that Python reads; control flow is fixed by the recorded run."""
     return tuple([Dim(size) for size in shape] if shape is not None else None for shape in op.shapes)

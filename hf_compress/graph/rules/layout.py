@@ -341,7 +341,14 @@ def glu(op: OpCall) -> Result:
 
 
 @op_rule(
-    "aten::hardswish", "aten::hardsigmoid", "aten::rrelu_with_noise", "aten::_prelu_kernel", "aten::masked_scatter"
+    "aten::hardswish",
+    "aten::hardsigmoid",
+    "aten::rrelu_with_noise",
+    "aten::_prelu_kernel",
+    "aten::masked_scatter",
+    "aten::floor_divide",
+    "aten::polar",
+    "aten::bucketize",
 )
 def untagged_pointwise(op: OpCall) -> Result:
     """Pointwise operators that lack the dispatcher's tag; masked_scatter fills where the mask says, row after row."""

@@ -81,7 +81,7 @@ def cumulative(op: OpCall) -> Result:
 @op_rule(
     "aten::mean", "aten::sum", "aten::amax", "aten::amin", "aten::var", "aten::std", "aten::any", "aten::all",
     "aten::prod", "aten::logsumexp", "aten::norm", "aten::linalg_vector_norm", "aten::max", "aten::min",
-    "aten::argmax", "aten::argmin", "aten::var_mean", "aten::median", "aten::count_nonzero",
+    "aten::argmax", "aten::argmin", "aten::aminmax", "aten::var_mean", "aten::median", "aten::count_nonzero",
 )  # fmt: skip
 def reduction(op: OpCall) -> Result:
     """Reduce one, several or all dimensions."""
