@@ -50,10 +50,11 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     Raises:
         GraphError: If the forward pass fails on these inputs, or needs weights that the model does not have.
     """
+    fake = has_no_weights(model)
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
         stack.enter_context(garbage_collection_paused())
-        if has_no_weights(model):
+        if fake:
             inputs = stack.enter_context(fake_tensors(model, inputs))
         recorder = _Recorder(model, inputs)
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -71,12 +72,13 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
                 "its weights and analyze that (hf-compress inspect: --load-weights)."
             ) from error
         except Exception as error:
+            unless = ", or load its weights" if fake else ""
             given = {
                 k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in list(inputs.items())[:MAX_INPUT_NAMES]
             }
             raise GraphError(
                 f"{type(model).__name__}.forward failed on the example inputs {given}: "
-                f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on."
+                f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on{unless}."
             ) from error
     return recorder.finish(main_outputs(result))
 
