@@ -58,7 +58,7 @@ def fake_tensors(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[dict[s
         ones still tied, and whatever the forward pass stored in modules is gone.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # The tensors are kept as keys' owners until the end: ids of dead objects could come again.
+    # Tensors are kept with their fake ones: ids of dead objects could come again.
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -72,12 +72,18 @@ def fake_tensors(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[dict[s
     undo = _replace_tensors(model, fake)
     try:
         with _data_independent_experts(model), mode, _KnownValues(mode) as known:
-            yield tree_map_only(Tensor, lambda real: known.remember(fake(real), real), dict(inputs))
+            yield tree_map_only(Tensor, lambda given: known.remember(fake(given), _copy(given)), dict(inputs))
     finally:
         for owner, before in undo:
             owner.clear()
             owner.update(before)
         _forget_cached_results(model)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to where fake ones pretend to be: what is given stays, whatever a forward pass writes to it."""
+    with unset_fake_temporarily():
+        return tensor.detach().to(FAKE_DEVICE, copy=True)
 
 
 class _KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -117,13 +123,12 @@ class _KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the operator gives for the values of its arguments; None if some are unknown."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func.namespace == "prim" or torch.Tag.nondeterministic_seeded in func.tags:
-            return None
-        if not all(id(tensor) in self._known or not isinstance(tensor, FakeTensor) for tensor in given):
+        known = all(id(tensor) in self._known or not isinstance(tensor, FakeTensor) for tensor in given)
+        if not known or torch.Tag.nondeterministic_seeded in func.tags:
             if func._schema.is_mutable:
                 self._forget(given)
             return None
-        if not given and not _is_small(args, kwargs):
+        if func.namespace == "prim" or (not given and not _is_small(args, kwargs)):
             return None
         with unset_fake_temporarily():
             real_args, real_kwargs = tree_map_only(Tensor, self._value, (args, kwargs))

@@ -211,20 +211,33 @@ def test_values_of_inputs_are_known() -> None:
 
 
 class Overwriting(Keeping):
-    """Writes what is not known into what was, through a view."""
+    """Writes into an input, through a view."""
+
+    write = "known"
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = nn.functional.one_hot(input_ids % 8, 8).float()
-        seen = input_ids.clone()
-        seen[0].copy_(self.up(x).argmax(-1)[0])
-        return self.down(self.up(x)) + seen.sum().item()
+        if self.write == "known":
+            input_ids[0].copy_(torch.ones(5, dtype=torch.long))
+        elif self.write == "random":
+            input_ids[0].random_(3)
+        else:
+            input_ids[0].copy_(self.up(x).argmax(-1)[0])
+        return self.down(self.up(x)) + input_ids.sum().item()
 
 
-def test_values_that_were_written_over_are_not_known() -> None:
+@pytest.mark.parametrize("write", ["known", "random", "unknown"])
+def test_values_that_were_written_over_are_not_known(write) -> None:
     with torch.device("meta"):
         model = Overwriting(BertConfig())
-    with pytest.raises(GraphError, match=r"reads values of tensors, in Overwriting \(DataDependent"):
-        dimension_groups(model, {"input_ids": torch.arange(5).view(1, 5)})
+    model.write = write
+    inputs = {"input_ids": torch.arange(5).view(1, 5)}
+    if write == "known":
+        assert dimension_groups(model, inputs)
+    else:
+        with pytest.raises(GraphError, match=r"reads values of tensors, in Overwriting \(DataDependent"):
+            dimension_groups(model, inputs)
+    assert inputs["input_ids"].tolist() == [[0, 1, 2, 3, 4]]
 
 
 class Turned(Keeping):
