@@ -75,10 +75,11 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = N
     Raises:
         GraphError: If the forward pass fails on these inputs, or needs weights that the model does not have.
     """
+    fake = has_no_weights(model)
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
         stack.enter_context(garbage_collection_paused())
-        if has_no_weights(model):
+        if fake:
             inputs = stack.enter_context(fake_tensors(model, inputs))
             experts = experts or FAKE_EXPERTS
         recorder = _Recorder(model, inputs)
@@ -99,12 +100,13 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = N
                 "its weights and analyze that (hf-compress inspect: --load-weights)."
             ) from error
         except Exception as error:
+            unless = ", or load its weights" if fake else ""
             given = {
                 k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in list(inputs.items())[:MAX_INPUT_NAMES]
             }
             raise GraphError(
                 f"{type(model).__name__}.forward failed on the example inputs {given}: "
-                f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on."
+                f"{type(error).__name__}: {error}. Pass example_inputs that the model runs on{unless}."
             ) from error
     return recorder.finish(main_outputs(result))
 
@@ -175,7 +177,7 @@ def _is_cache(key: str, value: Any) -> bool:
 
 def mixes_experts(model: nn.Module) -> bool:
     """Return whether the model has mixtures of experts whose implementation can be chosen."""
-    return any(getattr(config, "_experts_implementation", None) is not None for config in _configs(model))
+    return any(isinstance(m, PreTrainedModel) and m._can_set_experts_implementation() for m in model.modules())
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from hf_compress.errors import GraphError, ShrinkError
 from hf_compress.graph.analysis import analyze
 from hf_compress.graph.builder import Builder
-from hf_compress.graph.capture import Capture, capture, mixes_experts
+from hf_compress.graph.capture import Capture, capture, garbage_collection_paused, mixes_experts
 from hf_compress.graph.dims import Dim, atoms, expand, find
 from hf_compress.graph.groups import KINDS, DimensionGroup, DimensionGroups
 from hf_compress.graph.initialization import with_multiples
@@ -37,7 +37,10 @@ class ModelGraph:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> None:
-        inputs = make_example_inputs(model) if example_inputs is None else example_inputs
+        with garbage_collection_paused():
+            self._analyze(model, make_example_inputs(model) if example_inputs is None else example_inputs)
+
+    def _analyze(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         recorded = _record(model, inputs)
         self.model = model
         self.analysis = analyze(recorded)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import BertConfig, PreTrainedModel
 
 from hf_compress import GraphError, ShrinkError, dimension_groups, make_example_inputs, plan_shrink, shrink
+from hf_compress.graph.capture import capture
 
 BUILDERS = dict(tiny_models.ZOO)
 
@@ -174,6 +175,86 @@ def test_a_forward_that_reads_values_needs_the_weights() -> None:
         model = Reading(BertConfig(vocab_size=20))
     with pytest.raises(GraphError, match=r"Reading is on the meta device.*reads values.*Load the model with its"):
         dimension_groups(model, inputs)
+
+
+class Counting(Keeping):
+    """Decides by values of the inputs, which are known: how many tokens, which of them count."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        longest = int(attention_mask.sum(dim=1).max())
+        if not attention_mask.any():
+            return self.down(self.scale)
+        hidden = self.up(input_ids[..., None].expand(-1, -1, 8).float())[:, :longest]
+        last = input_ids[:, :longest].eq(7)
+        if len(torch.unique_consecutive(last.sum(1))) > 1:
+            raise ValueError("all examples must have the same number of ends")
+        return self.down(hidden[last, :].view(len(hidden), -1, 12)[:, -1])
+
+
+def test_values_of_inputs_are_known() -> None:
+    inputs = {
+        "input_ids": torch.tensor([[1, 7, 2, 7], [7, 7, 3, 1]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+    expected = [described(group) for group in dimension_groups(Counting(BertConfig()), inputs)]
+    with torch.device("meta"):
+        model = Counting(BertConfig())
+    assert [described(group) for group in dimension_groups(model, inputs)] == expected
+    assert any(group["units"] == 12 for group in expected)
+    with pytest.raises(GraphError, match="same number of ends"):
+        dimension_groups(model, {**inputs, "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])})
+
+
+class Overwriting(Keeping):
+    """Writes into an input, through a view."""
+
+    write = "known"
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.one_hot(input_ids % 8, 8).float()
+        if self.write == "known":
+            input_ids[0].copy_(torch.ones(5, dtype=torch.long))
+        elif self.write == "random":
+            input_ids[0].random_(3)
+        else:
+            input_ids[0].copy_(self.up(x).argmax(-1)[0])
+        return self.down(self.up(x)) + input_ids.sum().item()
+
+
+@pytest.mark.parametrize("write", ["known", "random", "unknown"])
+def test_values_that_were_written_over_are_not_known(write) -> None:
+    with torch.device("meta"):
+        model = Overwriting(BertConfig())
+    model.write = write
+    inputs = {"input_ids": torch.arange(5).view(1, 5)}
+    if write == "known":
+        assert dimension_groups(model, inputs)
+    else:
+        with pytest.raises(GraphError, match=r"reads values of tensors, in Overwriting \(DataDependent"):
+            dimension_groups(model, inputs)
+    assert inputs["input_ids"].tolist() == [[0, 1, 2, 3, 4]]
+
+
+class Turned(Keeping):
+    """Multiplies a transposed tensor: torch does that in one way for weights that learn, in another for others."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.one_hot(input_ids % 8, 8).float()
+        return self.down(self.up(x.transpose(0, 1)).transpose(0, 1))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_frozen_and_learning_weights_run_the_same_operators_as_real_ones(learns) -> None:
+    real = Turned(BertConfig()).requires_grad_(learns)
+    with torch.device("meta"):
+        empty = Turned(BertConfig()).requires_grad_(learns)
+    inputs = {"input_ids": torch.arange(10).view(2, 5)}
+    products = [
+        [str(node.target) for node in capture(model, inputs).graph.nodes if "mm" in str(node.target)]
+        for model in (real, empty)
+    ]
+    assert products[0] == products[1]
+    assert len(products[0]) == 2
 
 
 def test_shrink_needs_weights() -> None:
