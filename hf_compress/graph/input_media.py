@@ -1,0 +1,247 @@
+"""Images, videos, audio and time series for any model.
+
+Models that take the same argument expect different layouts, and neither signature nor config always says which.
+Each function yields variants, the likeliest first; the caller keeps the first on which the model runs.
+"""
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_compress.graph.input_facts import ModelFacts, noise
+
+Inputs = dict[str, Tensor]
+
+IMAGE_SIZE = 96
+"""Pixels of an image where the config sets no size: three times the stride of most hierarchical models."""
+
+GRID = (2, 3)
+"""Rows and columns of merged patches per image, for models that take patches instead of images."""
+
+FRAMES = 52
+"""Spectrogram frames where the config sets no number: 13 after the usual reduction by 4."""
+
+ENCODED_FRAMES = 19
+"""What is left of a waveform after the convolutions: more than speaker heads convolve over."""
+
+DETECTED = 5
+SERIES_LENGTH = 32
+
+
+def image_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield image arguments in the layouts that the model may expect."""
+    if facts.takes("grid_thw") or facts.takes("image_grid_thw"):
+        yield _patch_rows(facts)
+    if facts.takes("spatial_shapes"):
+        yield _patch_sequences(facts)
+    channels = facts.number("num_channels", "in_channels", "in_chans", "num_input_channels", kind="vision", default=3)
+    height, width = image_size(facts)
+    frames = facts.lookup("num_frames", "frames_per_clip", kind="vision")
+    if facts.requires("pixel_values_videos"):
+        yield {"pixel_values_videos": noise(facts, frames or 2, channels, height, width)}
+    if not facts.takes("pixel_values"):
+        return
+    sizes = torch.tensor([[height, width]] * facts.batch_size)
+    if isinstance(frames, int):
+        yield {"pixel_values": noise(facts, frames, channels, height, width)}
+    resolutions = facts.lookup("image_grid_pinpoints")
+    if facts.takes("image_sizes") and resolutions:
+        tall, wide = min(resolutions, key=prod)  # an image of such a size is cut into tiles that fill it exactly
+        tiles = max(tall // height, 1) * max(wide // width, 1) + 1
+        original = torch.tensor([[tall, wide]] * facts.batch_size)
+        yield {"pixel_values": noise(facts, tiles, channels, height, width), "image_sizes": original}
+    plain = {"pixel_values": noise(facts, channels, height, width)}
+    yield plain
+    if facts.takes("image_sizes"):
+        yield {**plain, "image_sizes": sizes}
+    yield {"pixel_values": noise(facts, 1, channels, height, width)}
+
+
+def image_size(facts: ModelFacts) -> tuple[int, int]:
+    """Return height and width of the images that the model expects."""
+    size = facts.lookup("image_size", "img_size", kind="vision")
+    if isinstance(size, dict):
+        size = (size.get("height"), size.get("width"))
+    if isinstance(size, int):
+        size = (size, size)
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    patch = facts.number("patch_size", kind="vision", default=1)
+    side = IMAGE_SIZE // patch * patch or patch
+    return side, side
+
+
+def patch_count(facts: ModelFacts) -> int:
+    """Return how many patches an image, or a video of the configured frames, is cut into."""
+    patch = facts.lookup("patch_size", kind="vision")
+    vertical, horizontal = (patch, patch) if isinstance(patch, int) else patch
+    height, width = image_size(facts)
+    patches = (height // vertical) * (width // horizontal)
+    frames, tubelet = facts.lookup("num_frames", kind="vision"), facts.lookup("tubelet_size", kind="vision")
+    return patches * (frames // tubelet) if isinstance(frames, int) and isinstance(tubelet, int) else patches
+
+
+def _patch_rows(facts: ModelFacts) -> Inputs:
+    """Return flattened patches of all images [patches, values], with the grid of each image."""
+    merge = facts.number("spatial_merge_size", kind="vision", default=1)
+    patch = facts.number("patch_size", kind="vision", default=14)
+    frames = facts.number("temporal_patch_size", kind="vision", default=1)
+    channels = facts.number("in_channels", "num_channels", "in_chans", kind="vision", default=3)
+    height, width = (side * merge for side in GRID)
+    rows = facts.batch_size * height * width
+    grid = torch.tensor([[1, height, width]] * facts.batch_size)
+    values = torch.randn(rows, channels * frames * patch * patch, generator=facts.generator)
+    return (
+        {"hidden_states": values, "grid_thw": grid}
+        if facts.takes("grid_thw")
+        else {"pixel_values": values, "image_grid_thw": grid}
+    )
+
+
+def _patch_sequences(facts: ModelFacts) -> Inputs:
+    """Return flattened patches per image [batch, patches, values], with height, width and mask of each image."""
+    patch = facts.number("patch_size", kind="vision", default=16)
+    channels = facts.number("num_channels", kind="vision", default=3)
+    merge = facts.number("downsample_factor", kind="vision", default=1)
+    height, width = (side * merge for side in GRID)
+    made = {
+        "pixel_values": noise(facts, height * width, channels * patch * patch),
+        "spatial_shapes": torch.tensor([[height, width]] * facts.batch_size),
+    }
+    mask = torch.ones(facts.batch_size, height * width, dtype=torch.long)
+    return made | {name: mask for name in ("pixel_attention_mask",) if facts.takes(name)}
+
+
+def audio_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield audio arguments, spectrograms or waveforms, in the layouts that the model may expect."""
+    if facts.takes("input_features"):
+        bins = facts.number(
+            "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "feature_size",
+            "input_dim", kind="audio", default=80,
+        )  # fmt: skip
+        frames = facts.lookup("max_source_positions", kind="audio")
+        by_bin = noise(facts, bins, 2 * frames if isinstance(frames, int) else FRAMES)
+        by_time = noise(facts, FRAMES, bins)
+        layouts = (by_bin, by_time) if isinstance(frames, int) else (by_time, by_bin)
+        for value, time in zip(layouts, (-1, 1) if layouts[0] is by_bin else (1, -1), strict=True):
+            mask = torch.ones(facts.batch_size, value.shape[time], dtype=torch.long)
+            names = [n for n in ("input_features_mask", "feature_attention_mask") if facts.takes(n)]
+            yield {"input_features": value, **dict.fromkeys(names, mask)}
+    elif facts.takes("input_values"):
+        yield from _waveform_variants(facts)
+
+
+def _waveform_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    bins, frames = facts.lookup("num_mel_bins", kind="audio"), facts.lookup("max_length", kind="audio")
+    spectrogram = isinstance(bins, int) and isinstance(frames, int) and facts.lookup("patch_size") is not None
+    if spectrogram:
+        yield {"input_values": noise(facts, frames, bins)}
+        return
+    strides = facts.lookup("conv_stride", "upsampling_ratios", "downsampling_ratios", kind="audio") or (320,)
+    masked = facts.number("mask_time_length", kind="audio", default=0)
+    samples = prod(strides) * max(ENCODED_FRAMES, masked + 3)
+    channels = facts.number("audio_channels", kind="audio", default=1)
+    layouts = [noise(facts, samples), noise(facts, channels, samples)]
+    yield from ({"input_values": value} for value in (layouts[::-1] if facts.lookup("audio_channels") else layouts))
+
+
+def series_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield the past of a time series with what the model wants to know about it."""
+    if not facts.requires("past_values"):
+        return
+    context = facts.number("context_length", default=SERIES_LENGTH)
+    channels = facts.number("num_input_channels", "input_size", default=1)
+    lags = facts.lookup("lags_sequence") or (0,)
+    past, future = context + max(lags), facts.number("prediction_length", default=context)
+    width = (channels,) if channels > 1 or facts.lookup("num_input_channels") else ()
+    made: dict[str, Tensor] = {"past_values": noise(facts, past, *width)}
+    extra = facts.number("num_time_features", default=0)
+    static = {"static_categorical_features": facts.number("num_static_categorical_features", default=0)}
+    if extra or facts.requires("past_time_features"):
+        made["past_time_features"] = noise(facts, past, extra)
+        made["future_time_features"] = noise(facts, future, extra)
+        made["future_values"] = noise(facts, future, *width)
+        made["static_categorical_features"] = torch.zeros(
+            facts.batch_size, static["static_categorical_features"], dtype=torch.long
+        )
+        made["static_real_features"] = noise(facts, facts.number("num_static_real_features", default=0))
+    if facts.requires("past_observed_mask"):
+        made["past_observed_mask"] = torch.ones_like(made["past_values"])
+    yield {name: value for name, value in made.items() if facts.takes(name)}
+
+
+def masked_patches(facts: ModelFacts) -> Tensor | None:
+    """Return which patches are hidden, the same number in each example; None unless the model has a mask token."""
+    has_token = any(name.endswith("mask_token") for name, _ in facts.model.named_parameters())
+    if facts.lookup("patch_size", kind="vision") is None or not (has_token or facts.requires("bool_masked_pos")):
+        return None
+    count = patch_count(facts)
+    order = torch.rand(facts.batch_size, count, generator=facts.generator).argsort(dim=1)
+    return order < max(2 * count // 5, 1)
+
+
+def patch_noise(facts: ModelFacts) -> Tensor | None:
+    """Return the noise that decides which patches stay: else two runs of the model would differ."""
+    if not isinstance(facts.lookup("mask_ratio"), float) or facts.lookup("patch_size", kind="vision") is None:
+        return None
+    return torch.rand(facts.batch_size, patch_count(facts), generator=facts.generator)
+
+
+def object_features(facts: ModelFacts) -> Tensor | None:
+    """Return features of detected objects, for models that take those instead of an image."""
+    width = facts.lookup("visual_feat_dim", "visual_embedding_dim")
+    return noise(facts, DETECTED, width) if isinstance(width, int) else None
+
+
+def object_positions(facts: ModelFacts) -> Tensor | None:
+    """Return the boxes of detected objects."""
+    width = facts.lookup("visual_pos_dim")
+    return torch.rand(facts.batch_size, DETECTED, width, generator=facts.generator) if isinstance(width, int) else None
+
+
+def flat_patches(facts: ModelFacts) -> Tensor | None:
+    """Return patches, each preceded by its row and its column, counted from 1."""
+    patch = facts.lookup("patch_size", kind="vision")
+    if not isinstance(patch, int):
+        return None
+    channels = facts.number("num_channels", kind="vision", default=3)
+    rows, columns = GRID
+    places = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1)).float()
+    values = noise(facts, rows * columns, channels * patch * patch)
+    return torch.cat([places.expand(facts.batch_size, -1, -1), values], dim=-1)
+
+
+SIMPLE_MAKERS: dict[str, Callable[[ModelFacts], Tensor | None]] = {
+    "bool_masked_pos": masked_patches,
+    "noise": patch_noise,
+    "visual_feats": object_features,
+    "visual_embeds": object_features,
+    "visual_pos": object_positions,
+    "flattened_patches": flat_patches,
+}
+"""Arguments with one layout, by name."""
+
+MEDIA_ARGUMENTS: tuple[str, ...] = (
+    "pixel_values", "pixel_values_videos", "input_features", "input_values", "past_values", *SIMPLE_MAKERS,
+)  # fmt: skip
+
+
+def feature_rows(output: Any) -> int:
+    """Return how many embeddings the features of an image, video or audio are."""
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = getattr(output, "last_hidden_state", output)
+    return sum(leaf.numel() // leaf.shape[-1] for leaf in _tensors(features))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
