@@ -97,7 +97,9 @@ class ModelFacts:
     def token_id(self, kind: str, decoder: bool = False) -> int | None:
         """Return the id of a special token such as ``"pad"`` that is in the vocabulary."""
         vocabulary = self.vocabulary(decoder) or 0
-        for config in (self.text_config(decoder), self.config):
+        configs = [self.text_config(decoder), self.config]
+        # The copy that get_text_config makes of one side forgets the token a decoder starts with.
+        for config in reversed(configs) if kind == "decoder_start" else configs:
             value = getattr(config, f"{kind}_token_id", None)
             if isinstance(value, (list, tuple)) and value:
                 value = value[0]

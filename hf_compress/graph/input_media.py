@@ -115,29 +115,30 @@ def _patch_sequences(facts: ModelFacts) -> Inputs:
     return made | {name: mask for name in ("pixel_attention_mask",) if facts.takes(name)}
 
 
-def audio_variants(facts: ModelFacts) -> Iterator[Inputs]:
-    """Yield audio arguments, spectrograms or waveforms, in the layouts that the model may expect."""
-    if facts.takes("input_features"):
-        bins = facts.number(
-            "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "feature_size",
-            "input_dim", kind="audio", default=80,
-        )  # fmt: skip
-        frames = facts.lookup("max_source_positions", kind="audio")
-        by_bin = noise(facts, bins, 2 * frames if isinstance(frames, int) else FRAMES)
-        by_time = noise(facts, FRAMES, bins)
-        layouts = (by_bin, by_time) if isinstance(frames, int) else (by_time, by_bin)
-        for value, time in zip(layouts, (-1, 1) if layouts[0] is by_bin else (1, -1), strict=True):
-            mask = torch.ones(facts.batch_size, value.shape[time], dtype=torch.long)
-            names = [n for n in ("input_features_mask", "feature_attention_mask") if facts.takes(n)]
-            yield {"input_features": value, **dict.fromkeys(names, mask)}
-    elif facts.takes("input_values"):
-        yield from _waveform_variants(facts)
+def spectrogram_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield spectrograms, by time or by frequency first, with the masks that the model may want."""
+    if not facts.takes("input_features"):
+        return
+    bins = facts.number(
+        "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "feature_size",
+        "input_dim", kind="audio", default=80,
+    )  # fmt: skip
+    positions = facts.lookup("max_source_positions", kind="audio")
+    layouts = [(1, noise(facts, FRAMES, bins))]
+    if isinstance(positions, int):  # Whisper-like models take spectrograms of one length only
+        layouts.insert(0, (2, noise(facts, bins, 2 * positions)))
+    else:
+        layouts.append((2, noise(facts, bins, FRAMES)))
+    for time, value in layouts:
+        yield from _with_masks(facts, {"input_features": value}, value.shape[time])
 
 
-def _waveform_variants(facts: ModelFacts) -> Iterator[Inputs]:
+def waveform_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield waveforms, or the spectrograms that some models take under the same name."""
+    if not facts.takes("input_values") or (facts.takes("input_features") and not facts.requires("input_values")):
+        return
     bins, frames = facts.lookup("num_mel_bins", kind="audio"), facts.lookup("max_length", kind="audio")
-    spectrogram = isinstance(bins, int) and isinstance(frames, int) and facts.lookup("patch_size") is not None
-    if spectrogram:
+    if isinstance(bins, int) and isinstance(frames, int) and facts.lookup("patch_size") is not None:
         yield {"input_values": noise(facts, frames, bins)}
         return
     strides = facts.lookup("conv_stride", "upsampling_ratios", "downsampling_ratios", kind="audio") or (320,)
@@ -145,7 +146,18 @@ def _waveform_variants(facts: ModelFacts) -> Iterator[Inputs]:
     samples = prod(strides) * max(ENCODED_FRAMES, masked + 3)
     channels = facts.number("audio_channels", kind="audio", default=1)
     layouts = [noise(facts, samples), noise(facts, channels, samples)]
-    yield from ({"input_values": value} for value in (layouts[::-1] if facts.lookup("audio_channels") else layouts))
+    for value in layouts[::-1] if facts.lookup("audio_channels") else layouts:
+        yield from _with_masks(facts, {"input_values": value}, samples)
+
+
+def _with_masks(facts: ModelFacts, inputs: Inputs, length: int) -> Iterator[Inputs]:
+    """Yield the inputs with the masks that the model takes, then without what it does not insist on."""
+    names = ["input_features_mask", "feature_attention_mask", "padding_mask"]
+    names += [] if facts.takes("input_ids") else ["attention_mask"]
+    masks = dict.fromkeys(filter(facts.takes, names), torch.ones(facts.batch_size, length, dtype=torch.long))
+    yield {**inputs, **masks}
+    if masks and not any(map(facts.requires, masks)):
+        yield inputs
 
 
 def series_variants(facts: ModelFacts) -> Iterator[Inputs]:
@@ -243,5 +255,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-
-

@@ -59,7 +59,7 @@ class TextMaker:
         if separator is not None and self.length - start >= MIN_LENGTH_FOR_SEGMENTS - 1:
             # Question-answering heads look for the end of the question: one, then two separators, then one at the end.
             ids[:, start + 1 : start + 3] = separator
-        _mark_ends(facts, ids, separator if end is None else end, num_padded(facts, self.length))
+        _mark_ends(facts, ids, end if separator is None else separator, num_padded(facts, self.length))
         return ids
 
     def attention_mask(self) -> Tensor:

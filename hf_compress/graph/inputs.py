@@ -16,10 +16,11 @@ from hf_compress.graph.input_facts import ModelFacts
 from hf_compress.graph.input_media import (
     MEDIA_ARGUMENTS,
     SIMPLE_MAKERS,
-    audio_variants,
     feature_rows,
     image_variants,
     series_variants,
+    spectrogram_variants,
+    waveform_variants,
 )
 from hf_compress.graph.input_text import TEXT_ARGUMENTS, TextMaker, placeholder_id
 
@@ -54,14 +55,12 @@ def make_example_inputs(
     """
     _require_runnable(model)
     facts = ModelFacts(model, batch_size, length, seed)
-    choices = [_settled(facts, make, kind) for kind, make in _MEDIA.items()]
-    placeholders = {kind: count for (_, count), kind in zip(choices, _MEDIA, strict=True) if count}
     fixed = {name: make(facts) for name, make in SIMPLE_MAKERS.items() if facts.takes(name)}
-    fixed |= TextMaker(facts, placeholders).make()
-    candidates = [
-        _finished(facts, {**fixed, **{name: value for part in parts for name, value in part.items()}})
-        for parts in product(*(variants for variants, _ in choices))
-    ]
+    candidates = []
+    for options in product(*(_options(facts, make, kind) for make, kind in _MEDIA)):
+        placeholders = {kind: count for (_, count), (_, kind) in zip(options, _MEDIA, strict=True) if count}
+        media = {name: value for variant, _ in options for name, value in variant.items()}
+        candidates.append(_finished(facts, {**fixed, **TextMaker(facts, placeholders).make(), **media}))
     if not any(isinstance(value, Tensor) for value in candidates[0].values()):
         known = sorted({*TEXT_ARGUMENTS, *MEDIA_ARGUMENTS})
         raise GraphError(
@@ -71,7 +70,13 @@ def make_example_inputs(
     return candidates[0] if len(candidates) == 1 else _first_that_runs(model, candidates)
 
 
-_MEDIA: dict[str, Variants] = {"image": image_variants, "audio": audio_variants, "series": series_variants}
+_MEDIA: list[tuple[Variants, str]] = [
+    (image_variants, "image"),
+    (spectrogram_variants, "audio"),
+    (waveform_variants, "audio"),
+    (series_variants, "series"),
+]
+"""What makes the layouts of an input, and how its placeholders in the text are called."""
 
 
 def _require_runnable(model: nn.Module) -> None:
@@ -97,16 +102,20 @@ def _finished(facts: ModelFacts, inputs: Mapping[str, Tensor | None]) -> dict[st
     return finished
 
 
-def _settled(facts: ModelFacts, make: Variants, kind: str) -> tuple[list[dict[str, Tensor]], int]:
-    """Return the variants that are still open, and how many placeholder tokens an example needs for them.
+def _options(facts: ModelFacts, make: Variants, kind: str) -> list[tuple[dict[str, Tensor], int]]:
+    """Return the layouts that are still open, each with the number of placeholders an example needs for it.
 
     A model whose text holds placeholders turns an image into embeddings in a method of its own, which tells a
     layout that fits from one that does not, and how many embeddings there are.
     """
     variants = list(make(facts))
-    method = _feature_method(facts.model, kind)
-    if not variants or method is None or placeholder_id(facts, kind) is None:
-        return (variants[:1] if kind == "image" else variants) or [{}], 0
+    if not variants:
+        return [({}, 0)]
+    if placeholder_id(facts, kind) is None:
+        return [(variant, 0) for variant in (variants[:1] if kind == "image" else variants)]
+    method = _feature_method(facts.model, kind, set(variants[0]))
+    if method is None:  # the model puts all embeddings in the place of one token
+        return [(variant, 1) for variant in variants]
     failures = []
     for variant in variants:
         accepted = inspect.signature(method).parameters
@@ -117,13 +126,22 @@ def _settled(facts: ModelFacts, make: Variants, kind: str) -> tuple[list[dict[st
         except RUNTIME_ERRORS as error:
             failures.append(f"{type(error).__name__}: {error}")
             continue
-        return [variant], rows // facts.batch_size
+        return [(variant, rows // facts.batch_size)]
     warnings.warn(
         f"{type(facts.model).__name__}: no layout of {', '.join(variants[0])} worked ({failures[0]}); the example "
         f"inputs leave the {kind} out, and what reads it is not analyzed. Pass example_inputs to include it.",
         stacklevel=3,
     )
-    return [{}], 0
+    return [({}, 0)]
+
+
+def _feature_method(model: nn.Module, kind: str, inputs: set[str]) -> Callable[..., Any] | None:
+    """Return the method, of the model or what it wraps, that names one of ``inputs`` among its arguments."""
+    for module in model.modules():
+        method = getattr(module, f"get_{kind}_features", None)
+        if method is not None and inputs & set(inspect.signature(method).parameters):
+            return method  # type: ignore[no-any-return]
+    return None
 
 
 @contextmanager
@@ -132,14 +150,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), evaluating(model):
         yield
-
-
-def _feature_method(model: Any, kind: str) -> Callable[..., Any] | None:
-    for owner in (model, getattr(model, "base_model", None), getattr(model, "model", None)):
-        method = getattr(owner, f"get_{kind}_features", None)
-        if method is not None:
-            return method  # type: ignore[no-any-return]
-    return None
 
 
 def _first_that_runs(model: nn.Module, candidates: list[dict[str, Any]]) -> dict[str, Any]:

@@ -108,6 +108,9 @@ class _LabelMaker:
     def _labels(self) -> Iterator[Any]:
         if "pred_boxes" in self.outputs:
             yield self._objects()
+        depth = self.outputs.get("predicted_depth")
+        if depth is not None:
+            yield torch.rand(depth.shape, generator=self.facts.generator).to(depth) + 0.5
         if self.logits is not None:
             yield from _BY_DIMENSIONS.get(self.logits.dim(), _none)(self)
 
@@ -138,6 +141,7 @@ class _LabelMaker:
             labels = integers(facts, size, *tokens.shape).to(logits.device)
             yield self._ignoring(labels, tokens)
         elif isinstance(hidden, Tensor):
+            yield integers(facts, size, int(hidden.sum())).to(logits.device)
             yield integers(facts, size, *hidden.shape).to(logits.device)
         else:
             if size == facts.vocabulary():
