@@ -89,10 +89,17 @@ class ModelFacts:
 
         The rows of the embedding count, too: an index past them is a crash on a GPU, not an exception.
         """
-        declared = getattr(self.text_config(decoder), "vocab_size", None)
+        config = self.text_config(decoder)
+        # CANINE reads any code point and hashes it.
+        declared = getattr(config, "vocab_size", getattr(config, "num_hash_buckets", None))
         rows = _embedding_rows(self.model, decoder)
         sizes = [size for size in (declared, rows) if isinstance(size, int)]
         return min(sizes) if sizes else None
+
+    def decodes(self) -> bool:
+        """Whether the model reads ``decoder_input_ids``, not only passes them on to some language models."""
+        flags = [getattr(config, "is_encoder_decoder", False) for _, config in _nested(self.config)]
+        return self.takes("decoder_input_ids") and (any(flags) or not self.takes("input_ids"))
 
     def token_id(self, kind: str, decoder: bool = False) -> int | None:
         """Return the id of a special token such as ``"pad"`` that is in the vocabulary."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_compress.graph.input_facts import ModelFacts, noise
+from hf_compress.graph.input_facts import MAX_TOKEN_ID, ModelFacts, integers, noise
 
 Inputs = dict[str, Tensor]
 
@@ -40,7 +40,7 @@ def image_variants(facts: ModelFacts) -> Iterator[Inputs]:
     channels = facts.number("num_channels", "in_channels", "in_chans", "num_input_channels", kind="vision", default=3)
     height, width = image_size(facts)
     frames = facts.lookup("num_frames", "frames_per_clip", kind="vision")
-    if facts.requires("pixel_values_videos"):
+    if facts.takes("pixel_values_videos") and not facts.takes("pixel_values"):
         yield {"pixel_values_videos": noise(facts, frames or 2, channels, height, width)}
     if not facts.takes("pixel_values"):
         return
@@ -53,11 +53,14 @@ def image_variants(facts: ModelFacts) -> Iterator[Inputs]:
         tiles = max(tall // height, 1) * max(wide // width, 1) + 1
         original = torch.tensor([[tall, wide]] * facts.batch_size)
         yield {"pixel_values": noise(facts, tiles, channels, height, width), "image_sizes": original}
+    if facts.takes("aspect_ratio_ids"):
+        yield _tiles(facts, noise(facts, 1, facts.number("max_num_tiles", default=1), channels, height, width))
     plain = {"pixel_values": noise(facts, channels, height, width)}
     yield plain
     if facts.takes("image_sizes"):
         yield {**plain, "image_sizes": sizes}
     yield {"pixel_values": noise(facts, 1, channels, height, width)}
+    yield {"pixel_values": noise(facts, 2, channels, height, width)}  # models that match two images
 
 
 def image_size(facts: ModelFacts) -> tuple[int, int]:
@@ -82,6 +85,17 @@ def patch_count(facts: ModelFacts) -> int:
     patches = (height // vertical) * (width // horizontal)
     frames, tubelet = facts.lookup("num_frames", kind="vision"), facts.lookup("tubelet_size", kind="vision")
     return patches * (frames // tubelet) if isinstance(frames, int) and isinstance(tubelet, int) else patches
+
+
+def _tiles(facts: ModelFacts, pixels: Tensor) -> Inputs:
+    """Return one image of each example cut into tiles [batch, images, tiles, channels, height, width], one in use."""
+    mask = torch.zeros(pixels.shape[:3], dtype=torch.long)
+    mask[..., 0] = 1
+    return {
+        "pixel_values": pixels,
+        "aspect_ratio_ids": torch.ones(pixels.shape[:2], dtype=torch.long),
+        "aspect_ratio_mask": mask,
+    }
 
 
 def _patch_rows(facts: ModelFacts) -> Inputs:
@@ -120,8 +134,8 @@ def spectrogram_variants(facts: ModelFacts) -> Iterator[Inputs]:
     if not facts.takes("input_features"):
         return
     bins = facts.number(
-        "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "feature_size",
-        "input_dim", kind="audio", default=80,
+        "feature_projection_input_dim", "input_dim", "num_mel_bins", "input_feat_per_channel", "n_mels",
+        "feature_size", kind="audio", default=80,
     )  # fmt: skip
     positions = facts.lookup("max_source_positions", kind="audio")
     layouts = [(1, noise(facts, FRAMES, bins))]
@@ -129,6 +143,7 @@ def spectrogram_variants(facts: ModelFacts) -> Iterator[Inputs]:
         layouts.insert(0, (2, noise(facts, bins, 2 * positions)))
     else:
         layouts.append((2, noise(facts, bins, FRAMES)))
+    layouts.append((2, noise(facts, 1, FRAMES, bins)))
     for time, value in layouts:
         yield from _with_masks(facts, {"input_features": value}, value.shape[time])
 
@@ -216,14 +231,21 @@ def object_positions(facts: ModelFacts) -> Tensor | None:
 
 def flat_patches(facts: ModelFacts) -> Tensor | None:
     """Return patches, each preceded by its row and its column, counted from 1."""
-    patch = facts.lookup("patch_size", kind="vision")
-    if not isinstance(patch, int):
+    width = facts.lookup("patch_embed_hidden_size", kind="vision")
+    if not isinstance(width, int):
         return None
-    channels = facts.number("num_channels", kind="vision", default=3)
     rows, columns = GRID
     places = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1)).float()
-    values = noise(facts, rows * columns, channels * patch * patch)
+    values = noise(facts, rows * columns, width)
     return torch.cat([places.expand(facts.batch_size, -1, -1), values], dim=-1)
+
+
+def query_tokens(facts: ModelFacts) -> Tensor | None:
+    """Return the text that the transformer between image and language model reads with its queries."""
+    vocabulary = getattr(facts.lookup("qformer_config"), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        return None
+    return integers(facts, min(vocabulary, MAX_TOKEN_ID), facts.batch_size, facts.length)
 
 
 SIMPLE_MAKERS: dict[str, Callable[[ModelFacts], Tensor | None]] = {
@@ -232,6 +254,7 @@ SIMPLE_MAKERS: dict[str, Callable[[ModelFacts], Tensor | None]] = {
     "visual_feats": object_features,
     "visual_embeds": object_features,
     "visual_pos": object_positions,
+    "qformer_input_ids": query_tokens,
     "flattened_patches": flat_patches,
 }
 """Arguments with one layout, by name."""

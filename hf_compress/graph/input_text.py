@@ -43,7 +43,7 @@ class TextMaker:
                 value = maker(self) if self.facts.takes(name) else None
                 if value is not None:
                     made[name] = value.view(-1, self.choices, *value.shape[1:]) if self.choices > 1 else value
-        if self.facts.takes("decoder_input_ids") and self.facts.vocabulary(decoder=True) is not None:
+        if self.facts.decodes() and self.facts.vocabulary(decoder=True) is not None:
             made["decoder_input_ids"] = self._decoder_tokens()
         return made
 
@@ -55,6 +55,9 @@ class TextMaker:
         for kind, count in self.placeholders.items():
             ids[:, position : position + count] = placeholder_id(facts, kind) or 0
             position += count
+        question = facts.token_id("question")
+        if question is not None:
+            ids[:, start] = question
         separator, end = facts.token_id("sep"), facts.token_id("eos")
         if separator is not None and self.length - start >= MIN_LENGTH_FOR_SEGMENTS - 1:
             # Question-answering heads look for the end of the question: one, then two separators, then one at the end.

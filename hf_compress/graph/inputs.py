@@ -27,7 +27,7 @@ from hf_compress.graph.input_text import TEXT_ARGUMENTS, TextMaker, placeholder_
 DEFAULT_LENGTH = 11
 """Tokens per example: small, and no size that models use, so that nothing fits by accident."""
 
-RUNTIME_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+RUNTIME_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NameError, AssertionError)
 """What a forward pass raises on inputs of the wrong layout."""
 
 Variants = Callable[[ModelFacts], Iterator[dict[str, Tensor]]]
@@ -57,7 +57,7 @@ def make_example_inputs(
     facts = ModelFacts(model, batch_size, length, seed)
     fixed = {name: make(facts) for name, make in SIMPLE_MAKERS.items() if facts.takes(name)}
     candidates = []
-    for options in product(*(_options(facts, make, kind) for make, kind in _MEDIA)):
+    for options in product(*(_options(facts, make, kind, fixed) for make, kind in _MEDIA)):
         placeholders = {kind: count for (_, count), (_, kind) in zip(options, _MEDIA, strict=True) if count}
         media = {name: value for variant, _ in options for name, value in variant.items()}
         candidates.append(_finished(facts, {**fixed, **TextMaker(facts, placeholders).make(), **media}))
@@ -102,7 +102,9 @@ def _finished(facts: ModelFacts, inputs: Mapping[str, Tensor | None]) -> dict[st
     return finished
 
 
-def _options(facts: ModelFacts, make: Variants, kind: str) -> list[tuple[dict[str, Tensor], int]]:
+def _options(
+    facts: ModelFacts, make: Variants, kind: str, others: Mapping[str, Tensor | None]
+) -> list[tuple[dict[str, Tensor], int]]:
     """Return the layouts that are still open, each with the number of placeholders an example needs for it.
 
     A model whose text holds placeholders turns an image into embeddings in a method of its own, which tells a
@@ -112,14 +114,14 @@ def _options(facts: ModelFacts, make: Variants, kind: str) -> list[tuple[dict[st
     if not variants:
         return [({}, 0)]
     if placeholder_id(facts, kind) is None:
-        return [(variant, 0) for variant in (variants[:1] if kind == "image" else variants)]
+        return [(variant, 0) for variant in variants]
     method = _feature_method(facts.model, kind, set(variants[0]))
     if method is None:  # the model puts all embeddings in the place of one token
         return [(variant, 1) for variant in variants]
     failures = []
     for variant in variants:
         accepted = inspect.signature(method).parameters
-        given = {name: value for name, value in _finished(facts, variant).items() if name in accepted}
+        given = {name: value for name, value in _finished(facts, {**others, **variant}).items() if name in accepted}
         try:
             with undisturbed(facts.model):
                 rows = feature_rows(method(**given))

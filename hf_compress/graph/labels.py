@@ -81,7 +81,7 @@ class _LabelMaker:
         self.facts = ModelFacts(model, batch_size=len(tensors[0]) if tensors else 1, length=1, seed=seed)
         self.inputs = inputs
         self.outputs = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
-        self.logits = next((value for name, value in self.outputs.items() if "logits" in name), None)
+        self.logits = next((value for name, value in self.outputs.items() if "logits" in name or "score" in name), None)
         if self.logits is not None:
             self.facts.batch_size = len(self.logits)
 
@@ -108,9 +108,9 @@ class _LabelMaker:
     def _labels(self) -> Iterator[Any]:
         if "pred_boxes" in self.outputs:
             yield self._objects()
-        depth = self.outputs.get("predicted_depth")
-        if depth is not None:
-            yield torch.rand(depth.shape, generator=self.facts.generator).to(depth) + 0.5
+        for target in (self.outputs.get(name) for name in ("predicted_depth", "reconstruction")):
+            if target is not None:
+                yield torch.rand(target.shape, generator=self.facts.generator).to(target) + 0.5
         if self.logits is not None:
             yield from _BY_DIMENSIONS.get(self.logits.dim(), _none)(self)
 
@@ -140,6 +140,8 @@ class _LabelMaker:
         if isinstance(tokens, Tensor):
             labels = integers(facts, size, *tokens.shape).to(logits.device)
             yield self._ignoring(labels, tokens)
+            yield integers(facts, size, *logits.shape[:2]).to(logits.device)
+            yield integers(facts, 2, *logits.shape).to(logits)
         elif isinstance(hidden, Tensor):
             yield integers(facts, size, int(hidden.sum())).to(logits.device)
             yield integers(facts, size, *hidden.shape).to(logits.device)
@@ -193,9 +195,12 @@ class _LabelMaker:
     def _span(self) -> Labels:
         tokens = self.inputs.get("input_ids")
         logits = self.outputs.get("start_logits", tokens)
-        half = max(logits.shape[1] // 2, 1) if logits is not None else 1
-        start = self._classes(half)
-        return {"start_positions": start, "end_positions": start + self._classes(max(half // 2, 1))}
+        if logits is None:
+            return {}
+        half, shape = max(logits.shape[-1] // 2, 1), logits.shape[:-1]
+        start = integers(self.facts, half, *shape)
+        end = start + integers(self.facts, max(half // 2, 1), *shape)
+        return {"start_positions": start.to(logits.device), "end_positions": end.to(logits.device)}
 
     def _objects(self) -> list[dict[str, Tensor]]:
         """Return classes and boxes (center and size, relative) for each image, and masks if the head makes masks."""
