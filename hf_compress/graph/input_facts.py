@@ -96,11 +96,6 @@ class ModelFacts:
         sizes = [size for size in (declared, rows) if isinstance(size, int)]
         return min(sizes) if sizes else None
 
-    def decodes(self) -> bool:
-        """Whether the model reads ``decoder_input_ids``, not only passes them on to some language models."""
-        flags = [getattr(config, "is_encoder_decoder", False) for _, config in _nested(self.config)]
-        return self.takes("decoder_input_ids") and (any(flags) or not self.takes("input_ids"))
-
     def token_id(self, kind: str, decoder: bool = False) -> int | None:
         """Return the id of a special token such as ``"pad"`` that is in the vocabulary."""
         vocabulary = self.vocabulary(decoder) or 0
@@ -128,6 +123,12 @@ class ModelFacts:
             if isinstance(offset, int) and getattr(module, "num_embeddings", None) == limit:
                 reserved.append(offset + 1)
         return max(limit - max(reserved), 1)
+
+
+def decodes(facts: ModelFacts) -> bool:
+    """Whether the model reads ``decoder_input_ids``, not only passes them on to some language models."""
+    flags = [getattr(config, "is_encoder_decoder", False) for _, config in _nested(facts.config)]
+    return facts.takes("decoder_input_ids") and (any(flags) or not facts.takes("input_ids"))
 
 
 def noise(facts: ModelFacts, *shape: int) -> Tensor:

@@ -21,8 +21,8 @@ IMAGE_SIZE = 96
 GRID = (2, 3)
 """Rows and columns of merged patches per image, for models that take patches instead of images."""
 
-FRAMES = 52
-"""Spectrogram frames where the config sets no number: 13 after the usual reduction by 4."""
+FRAMES = 104
+"""Spectrogram frames where the config sets no number: 26 or 13 after the usual reductions by 4 or 8."""
 
 ENCODED_FRAMES = 19
 """What is left of a waveform after the convolutions: more than speaker heads convolve over."""
@@ -34,7 +34,7 @@ SERIES_LENGTH = 32
 def image_variants(facts: ModelFacts) -> Iterator[Inputs]:
     """Yield image arguments in the layouts that the model may expect."""
     if facts.takes("grid_thw") or facts.takes("image_grid_thw"):
-        yield _patch_rows(facts)
+        yield from _patch_rows(facts)
     if facts.takes("spatial_shapes"):
         yield _patch_sequences(facts)
     channels = facts.number("num_channels", "in_channels", "in_chans", "num_input_channels", kind="vision", default=3)
@@ -59,13 +59,16 @@ def image_variants(facts: ModelFacts) -> Iterator[Inputs]:
     yield plain
     if facts.takes("image_sizes"):
         yield {**plain, "image_sizes": sizes}
+    if facts.takes("pixel_attention_mask"):
+        mask = torch.ones(facts.batch_size, 1, height, width, dtype=torch.long)
+        yield {"pixel_values": noise(facts, 1, channels, height, width), "pixel_attention_mask": mask}
     yield {"pixel_values": noise(facts, 1, channels, height, width)}
     yield {"pixel_values": noise(facts, 2, channels, height, width)}  # models that match two images
 
 
 def image_size(facts: ModelFacts) -> tuple[int, int]:
     """Return height and width of the images that the model expects."""
-    size = facts.lookup("image_size", "img_size", kind="vision")
+    size = facts.lookup("image_size", "img_size", "input_size", kind="vision")
     if isinstance(size, dict):
         size = (size.get("height"), size.get("width"))
     if isinstance(size, int):
@@ -98,8 +101,8 @@ def _tiles(facts: ModelFacts, pixels: Tensor) -> Inputs:
     }
 
 
-def _patch_rows(facts: ModelFacts) -> Inputs:
-    """Return flattened patches of all images [patches, values], with the grid of each image."""
+def _patch_rows(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield the patches of all images one after the other, flattened or not, with the grid of each image."""
     merge = facts.number("spatial_merge_size", kind="vision", default=1)
     patch = facts.number("patch_size", kind="vision", default=14)
     frames = facts.number("temporal_patch_size", kind="vision", default=1)
@@ -108,11 +111,11 @@ def _patch_rows(facts: ModelFacts) -> Inputs:
     rows = facts.batch_size * height * width
     grid = torch.tensor([[1, height, width]] * facts.batch_size)
     values = torch.randn(rows, channels * frames * patch * patch, generator=facts.generator)
-    return (
-        {"hidden_states": values, "grid_thw": grid}
-        if facts.takes("grid_thw")
-        else {"pixel_values": values, "image_grid_thw": grid}
-    )
+    names = ("hidden_states", "grid_thw") if facts.takes("grid_thw") else ("pixel_values", "image_grid_thw")
+    yield dict(zip(names, (values, grid), strict=True))
+    squares = values.view(-1, channels, patch, patch)[:rows]
+    yield dict(zip(names, (squares, grid), strict=True))
+    yield dict(zip(names, (squares[None], grid), strict=True))
 
 
 def _patch_sequences(facts: ModelFacts) -> Inputs:
@@ -138,12 +141,13 @@ def spectrogram_variants(facts: ModelFacts) -> Iterator[Inputs]:
         "feature_size", kind="audio", default=80,
     )  # fmt: skip
     positions = facts.lookup("max_source_positions", kind="audio")
-    layouts = [(1, noise(facts, FRAMES, bins))]
+    frames = 2 * facts.number("n_window", kind="audio", default=FRAMES // 2)  # some encoders work on whole windows
+    layouts = [(1, noise(facts, frames, bins))]
     if isinstance(positions, int):  # Whisper-like models take spectrograms of one length only
         layouts.insert(0, (2, noise(facts, bins, 2 * positions)))
     else:
-        layouts.append((2, noise(facts, bins, FRAMES)))
-    layouts.append((2, noise(facts, 1, FRAMES, bins)))
+        layouts.append((2, noise(facts, bins, frames)))
+    layouts.append((2, noise(facts, 1, frames, bins)))
     for time, value in layouts:
         yield from _with_masks(facts, {"input_features": value}, value.shape[time])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_compress.graph.input_facts import MAX_TOKEN_ID, ModelFacts, integers
+from hf_compress.graph.input_facts import MAX_TOKEN_ID, ModelFacts, decodes, integers
 
 PADDED_TOKENS = 3
 """How many tokens of the last example are padding."""
@@ -43,7 +43,7 @@ class TextMaker:
                 value = maker(self) if self.facts.takes(name) else None
                 if value is not None:
                     made[name] = value.view(-1, self.choices, *value.shape[1:]) if self.choices > 1 else value
-        if self.facts.decodes() and self.facts.vocabulary(decoder=True) is not None:
+        if decodes(self.facts) and self.facts.vocabulary(decoder=True) is not None:
             made["decoder_input_ids"] = self._decoder_tokens()
         return made
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.errors import GraphError
-from hf_compress.graph.input_facts import ModelFacts, integers
+from hf_compress.graph.input_facts import ModelFacts, decodes, integers
 from hf_compress.graph.input_text import MEDIA_TYPES, placeholder_id, takes_choices
 from hf_compress.graph.inputs import RUNTIME_ERRORS, undisturbed
 
@@ -81,7 +81,8 @@ class _LabelMaker:
         self.facts = ModelFacts(model, batch_size=len(tensors[0]) if tensors else 1, length=1, seed=seed)
         self.inputs = inputs
         self.outputs = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
-        self.logits = next((value for name, value in self.outputs.items() if "logits" in name or "score" in name), None)
+        named = [value for word in ("logits", "score") for name, value in self.outputs.items() if word in name]
+        self.logits = named[0] if named else None
         if self.logits is not None:
             self.facts.batch_size = len(self.logits)
 
@@ -113,6 +114,10 @@ class _LabelMaker:
                 yield torch.rand(target.shape, generator=self.facts.generator).to(target) + 0.5
         if self.logits is not None:
             yield from _BY_DIMENSIONS.get(self.logits.dim(), _none)(self)
+        elif isinstance(self._tokens(), Tensor):  # heads that run their decoder on the labels only
+            tokens = self._tokens()
+            high = self.facts.vocabulary(decoder=decodes(self.facts)) or 1
+            yield self._ignoring(integers(self.facts, high, *tokens.shape).to(tokens.device), tokens)
 
     def by_example(self) -> Iterator[Tensor]:
         """Yield labels for logits [batch, classes]."""
@@ -135,7 +140,7 @@ class _LabelMaker:
         """Yield labels for logits [batch, positions, classes]."""
         logits, facts = self._logits(), self.facts
         _, positions, size = logits.shape
-        tokens = self.inputs.get("decoder_input_ids", self.inputs.get("input_ids"))
+        tokens = self._tokens()
         hidden = self.inputs.get("bool_masked_pos")
         if isinstance(tokens, Tensor):
             labels = integers(facts, size, *tokens.shape).to(logits.device)
@@ -157,6 +162,9 @@ class _LabelMaker:
         logits, pixels = self._logits(), self.inputs.get("pixel_values")
         size = pixels.shape[-2:] if isinstance(pixels, Tensor) else logits.shape[-2:]
         yield integers(self.facts, logits.shape[1], len(logits), *size).to(logits.device)
+
+    def _tokens(self) -> Any:
+        return self.inputs.get("decoder_input_ids", self.inputs.get("input_ids"))
 
     def _logits(self) -> Tensor:
         assert self.logits is not None

@@ -9,8 +9,8 @@ from head_models import HEADS, WITHOUT_LOSS, build, detr, encoder_decoder, llava
 from tiny_models import ENCODER
 from torch import Tensor, nn
 
-from hf_compress import GraphError, make_example_inputs
-from hf_compress.graph.labels import IGNORED, make_labels
+from hf_compress import GraphError, make_example_inputs, make_labels
+from hf_compress.graph.labels import IGNORED
 
 
 def tensors(inputs: dict[str, Any]) -> dict[str, Tensor]:
