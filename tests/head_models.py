@@ -70,6 +70,12 @@ def captioner() -> PreTrainedModel:
     return hf.VisionEncoderDecoderModel(with_start(config))
 
 
+def transcriber() -> PreTrainedModel:
+    decoder = hf.BertConfig(**ENCODER, is_decoder=True, add_cross_attention=True)
+    config = hf.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(hf.Wav2Vec2Config(**AUDIO), decoder)
+    return hf.SpeechEncoderDecoderModel(with_start(config))
+
+
 def with_start(config: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     return config
@@ -215,6 +221,7 @@ HEADS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5 classes": lambda: hf.T5ForSequenceClassification(hf.T5Config(**T5, num_labels=3)),
     "encoder-decoder": encoder_decoder,
     "captioner": captioner,
+    "transcriber": transcriber,
     "whisper": whisper,
     "whisper classes": lambda: whisper("ForAudioClassification"),
     "speech to text": speech_to_text,

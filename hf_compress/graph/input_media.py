@@ -132,7 +132,17 @@ def _patch_sequences(facts: ModelFacts) -> Inputs:
     return made | {name: mask for name in ("pixel_attention_mask",) if facts.takes(name)}
 
 
-def spectrogram_variants(facts: ModelFacts) -> Iterator[Inputs]:
+def audio_variants(facts: ModelFacts) -> Iterator[Inputs]:
+    """Yield audio arguments: spectrograms or waveforms, both for models that insist on both."""
+    spectrograms, waveforms = list(_spectrograms(facts)), list(_waveforms(facts))
+    if spectrograms and facts.requires("input_values"):
+        yield from ({**a, **b} for a in spectrograms for b in waveforms)
+    else:
+        yield from spectrograms
+        yield from waveforms
+
+
+def _spectrograms(facts: ModelFacts) -> Iterator[Inputs]:
     """Yield spectrograms, by time or by frequency first, with the masks that the model may want."""
     if not facts.takes("input_features"):
         return
@@ -152,9 +162,9 @@ def spectrogram_variants(facts: ModelFacts) -> Iterator[Inputs]:
         yield from _with_masks(facts, {"input_features": value}, value.shape[time])
 
 
-def waveform_variants(facts: ModelFacts) -> Iterator[Inputs]:
+def _waveforms(facts: ModelFacts) -> Iterator[Inputs]:
     """Yield waveforms, or the spectrograms that some models take under the same name."""
-    if not facts.takes("input_values") or (facts.takes("input_features") and not facts.requires("input_values")):
+    if not facts.takes("input_values"):
         return
     bins, frames = facts.lookup("num_mel_bins", kind="audio"), facts.lookup("max_length", kind="audio")
     if isinstance(bins, int) and isinstance(frames, int) and facts.lookup("patch_size") is not None:

@@ -95,7 +95,7 @@ class TextMaker:
         """Return where each token stands on its page: left, top, right, bottom."""
         largest = self.facts.lookup("max_2d_position_embeddings")
         if not isinstance(largest, int):
-            if not self.facts.requires("bbox"):
+            if not (self.facts.requires("bbox") or self.facts.lookup("dim_bbox")):
                 return None
             corners = torch.rand(self.rows, self.length, 4, generator=self.facts.generator)
         else:

@@ -16,18 +16,19 @@ from hf_compress.graph.input_facts import ModelFacts
 from hf_compress.graph.input_media import (
     MEDIA_ARGUMENTS,
     SIMPLE_MAKERS,
+    audio_variants,
     feature_rows,
     image_variants,
     series_variants,
-    spectrogram_variants,
-    waveform_variants,
 )
 from hf_compress.graph.input_text import TEXT_ARGUMENTS, TextMaker, placeholder_id
 
 DEFAULT_LENGTH = 11
 """Tokens per example: small, and no size that models use, so that nothing fits by accident."""
 
-RUNTIME_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NameError, AssertionError)
+RUNTIME_ERRORS = (
+    RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, NameError, AssertionError,
+)  # fmt: skip
 """What a forward pass raises on inputs of the wrong layout."""
 
 Variants = Callable[[ModelFacts], Iterator[dict[str, Tensor]]]
@@ -72,8 +73,7 @@ def make_example_inputs(
 
 _MEDIA: list[tuple[Variants, str]] = [
     (image_variants, "image"),
-    (spectrogram_variants, "audio"),
-    (waveform_variants, "audio"),
+    (audio_variants, "audio"),
     (series_variants, "series"),
 ]
 """What makes the layouts of an input, and how its placeholders in the text are called."""

@@ -225,9 +225,12 @@ class _LabelMaker:
     def _segments(self) -> Labels:
         """Return a class and a mask for each segment of each image."""
         objects = []
-        size = self.inputs["pixel_values"].shape[-2:]
+        pixels = self.inputs.get("pixel_values", self.inputs.get("pixel_values_videos"))
+        if pixels is None:
+            return {}
+        size = pixels.shape[-2:]
         num_labels, device = max(getattr(self.facts.config, "num_labels", 1), 1), self._device()
-        for _ in range(len(self.inputs["pixel_values"])):
+        for _ in range(len(pixels)):
             masks = integers(self.facts, 2, OBJECTS, *size).float().to(device)
             objects.append((masks, integers(self.facts, num_labels, OBJECTS).to(device)))
         return {"mask_labels": [m for m, _ in objects], "class_labels": [c for _, c in objects]}
