@@ -53,6 +53,9 @@ def make_example_inputs(
 
     Raises:
         GraphError: If the forward signature has no input that the config describes.
+
+    Warns:
+        UserWarning: If an image or a sound was left out because no known layout fits.
     """
     _require_runnable(model)
     facts = ModelFacts(model, batch_size, length, seed)
@@ -132,7 +135,7 @@ def _options(
     warnings.warn(
         f"{type(facts.model).__name__}: no layout of {', '.join(variants[0])} worked ({failures[0]}); the example "
         f"inputs leave the {kind} out, and what reads it is not analyzed. Pass example_inputs to include it.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return [({}, 0)]
 
