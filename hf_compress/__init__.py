@@ -25,6 +25,7 @@ from hf_compress.export import pretrained  # noqa: F401 - imported for the loade
 from hf_compress.export.quantized import export_quantized
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice
 from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.labels import make_labels
 from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
 from hf_compress.pruning import allocate, criteria  # noqa: F401 - imported for what they register
@@ -66,6 +67,7 @@ __all__ = [
     "dimension_groups",
     "export_quantized",
     "make_example_inputs",
+    "make_labels",
     "op_rule",
     "plan_shrink",
     "profile",

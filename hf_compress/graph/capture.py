@@ -18,9 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from transformers import PreTrainedModel
 
 from hf_compress.errors import GraphError
+from hf_compress.graph import integer_uses
 from hf_compress.graph.fake import FAKE_EXPERTS, VALUE_ERRORS, fake_tensors, has_no_weights
 from hf_compress.graph.integers import IntegerTracer, NumericUse, Relation, traced_attributes
 from hf_compress.graph.multihead import loosened
+
+assert integer_uses.recorders  # imported for what it registers
 
 MAX_INPUT_NAMES = 12
 
