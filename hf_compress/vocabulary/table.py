@@ -1,0 +1,242 @@
+"""Find a model's vocabulary: which parameters and buffers hold one row for each token, and how forward uses ids.
+
+Two sources must agree. The architecture, built without memory from its config with one more row, says which
+dimensions grow with the vocabulary; the recorded forward pass says that these are whole dimensions, that nothing else
+goes with them, and that token ids do nothing but look up rows and get compared.
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.errors import ShrinkError
+from hf_compress.graph.dims import atoms, find
+from hf_compress.graph.groups import FREEZING_ROLES, DimensionGroup, ModelGraph
+
+HARMLESS_ROLES = ("indexed", "output")
+"""What may happen to the vocabulary dimension: rows are looked up by id, and logits come out along it."""
+
+COMPARISONS = ("eq", "ne")
+
+LAYOUT = frozenset(
+    {"_to_copy", "_unsafe_view", "alias", "cat", "clone", "contiguous", "copy", "copy_", "detach", "expand", "flip"}
+    | {"gather", "getitem", "index", "index_select", "lift_fresh", "masked_fill", "masked_fill_", "permute", "repeat"}
+    | {"reshape", "roll", "select", "slice", "split", "squeeze", "stack", "t", "transpose", "unbind", "unsqueeze"}
+    | {"view", "where"}
+)
+"""Operators that move token ids around and leave them what they are."""
+
+INDEXING = ("gather", "index", "index_select")
+
+SHAPE_ONLY = frozenset(
+    {"empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "sym_size", "zeros_like"}
+)
+"""Operators that read nothing but the shape."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary of a model."""
+
+    table: str
+    """The embedding that is looked up with token ids."""
+
+    rows: int
+    """How many rows it has."""
+
+    dims: tuple[tuple[str, int], ...]
+    """Parameters and buffers with the dimension along which the rows lie; shared ones under one name."""
+
+    compared: tuple[tuple[int, str], ...]
+    """Numbers that forward code compares token ids with, and the module where."""
+
+
+def find_vocabulary(model: PreTrainedModel) -> Vocabulary:
+    """Find the rows that belong to tokens.
+
+    Raises:
+        ShrinkError: If there is no vocabulary, more than one, or one that is used in a way that is not understood.
+        GraphError: If the forward pass cannot be recorded.
+    """
+    graph = ModelGraph(model)
+    table, compared = _Ids(model, graph).follow()
+    rows = _tensors(model)[table].shape[0]
+    config = copy.deepcopy(model.config)
+    described = getattr(text_config(config), "vocab_size", None)
+    if described != rows:
+        raise ShrinkError(
+            f"prune_vocabulary: {table} has {rows} rows, but config.vocab_size is {described}. Repair it with "
+            "model.resize_token_embeddings(number of rows) first."
+        )
+    before = twin(model, config)
+    if _shapes(before) != _shapes(model):
+        odd = [name for name, shape in _shapes(model).items() if _shapes(before).get(name) != shape]
+        raise ShrinkError(
+            f"prune_vocabulary: the {type(model).__name__} has parameters that its config does not describe "
+            f"({', '.join(odd[:3]) or 'fewer than its class'}). Merge and unload adapters first; prune the vocabulary "
+            "before anything that makes layers uneven."
+        )
+    text_config(config).vocab_size = rows + 1
+    grown = _shapes(twin(model, config))
+    dims = _grown_dims(model, grown, rows)
+    _check_groups(graph, table, dims, rows)
+    return Vocabulary(table, rows, tuple(sorted(dims)), compared)
+
+
+def text_config(config: PretrainedConfig) -> Any:
+    """Return the config that holds ``vocab_size``."""
+    return config.get_text_config()
+
+
+def twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model's architecture from ``config`` on the meta device, without memory.
+
+    Raises:
+        ShrinkError: If the architecture refuses the config.
+    """
+    try:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(config))
+    except Exception as error:
+        raise ShrinkError(
+            f"prune_vocabulary: {type(model).__name__} cannot be built from its config with vocab_size "
+            f"{text_config(config).vocab_size} ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+
+
+def _grown_dims(model: PreTrainedModel, grown: dict[str, tuple[int, ...]], rows: int) -> set[tuple[str, int]]:
+    first_name: dict[int, str] = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        first_name[id(tensor)] = name
+    dims = set()
+    for name, tensor in _tensors(model).items():
+        for dim, (old, new) in enumerate(zip(tensor.shape, grown.get(name, ()), strict=True)):
+            if old != new:
+                if (old, new) != (rows, rows + 1):
+                    raise _refusal(model, f"the size of {name} follows config.vocab_size in a way of its own")
+                dims.add((first_name[id(tensor)], dim))
+    return dims
+
+
+def _check_groups(graph: ModelGraph, table: str, dims: set[tuple[str, int]], rows: int) -> None:
+    """Check that the recorded forward pass agrees on what belongs to the vocabulary."""
+    model = graph.model
+    if (table, 0) not in dims:
+        raise _refusal(model, f"the size of {table} does not follow config.vocab_size")
+    found: set[tuple[str, int]] = set()
+    for group in graph.groups:
+        parts = {(part.parameter, part.dim) for part in (*group.slices, *group.buffers)}
+        if parts & dims:
+            found |= parts
+            _check_group(graph, group, rows)
+    for name, dim in dims ^ found:
+        what = "goes together with it" if (name, dim) in found else "is not read by the forward pass that was recorded"
+        raise _refusal(model, f"dimension {dim} of {name} {what}")
+
+
+def _check_group(graph: ModelGraph, group: DimensionGroup, rows: int) -> None:
+    for part in (*group.slices, *group.buffers):
+        if part.index.shape != (rows, 1) or not torch.equal(part.index[:, 0], torch.arange(rows)):
+            raise _refusal(graph.model, f"a token owns more than one row of {part.parameter}")
+    part = group.slices[0]
+    atom = find(graph.analysis.parameters[part.parameter][part.dim])
+    for mark in graph.analysis.marks:
+        harmful = mark.role in FREEZING_ROLES and mark.role not in HARMLESS_ROLES
+        if harmful and any(find(other) is atom for other in atoms(mark.dim)):
+            where = f" in {mark.module}" if mark.module else ""
+            raise _refusal(graph.model, FREEZING_ROLES[mark.role].format(op=mark.op, where=where))
+
+
+def _refusal(model: nn.Module, reason: str) -> ShrinkError:
+    return ShrinkError(f"prune_vocabulary: the vocabulary of {type(model).__name__} cannot lose rows: {reason}.")
+
+
+class _Ids:
+    """Follows token ids through the recorded forward pass."""
+
+    def __init__(self, model: PreTrainedModel, graph: ModelGraph) -> None:
+        self.model = model
+        self.nodes = list(next(iter(graph.analysis.dims)).graph.nodes)
+        self.holding: set[fx.Node] = set()
+        self.storages: set[int] = set()
+        self.tables: dict[str, None] = {}
+        self.compared: dict[tuple[int, str], None] = {}
+
+    def follow(self) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """Return the table that ids look up, and what they are compared with."""
+        for node in self.nodes:
+            if node.op == "placeholder" and node.name.endswith("input_ids"):
+                self._hold(node)
+            elif node.op == "call_function":
+                self._call(node)
+        if not self.tables:
+            raise ShrinkError(
+                f"prune_vocabulary: the forward pass of {type(self.model).__name__} looks no token ids up in an "
+                "embedding, so it has no vocabulary to prune."
+            )
+        if len(self.tables) > 1:
+            raise _refusal(self.model, f"it has several vocabularies: {', '.join(self.tables)}")
+        return next(iter(self.tables)), tuple(self.compared)
+
+    def _hold(self, node: fx.Node) -> None:
+        self.holding.add(node)
+        if "storage" in node.meta:
+            self.storages.add(node.meta["storage"])
+
+    def _holds(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and (node in self.holding or node.meta.get("storage") in self.storages)
+
+    def _call(self, node: fx.Node) -> None:
+        if not any(self._holds(argument) for argument in node.all_input_nodes):
+            return
+        name = _name(node)
+        module = str(node.meta.get("module", ""))
+        if name == "embedding":
+            self._look_up(node)
+        elif name in COMPARISONS:
+            self.compared[self._compared_with(node, name, module), module] = None
+        elif name in LAYOUT and not (name in INDEXING and self._holds_indices(node)):
+            self._hold(node)
+            if name.endswith("_") and isinstance(node.args[0], fx.Node):
+                self._hold(node.args[0])
+        elif name not in SHAPE_ONLY:
+            raise _refusal(self.model, f"{name} in {module or 'its forward'} computes with token ids")
+
+    def _holds_indices(self, node: fx.Node) -> bool:
+        """Whether ids are what is indexed with, not what is indexed."""
+        return any(self._holds(argument) for argument in node.all_input_nodes if argument is not node.args[0])
+
+    def _look_up(self, node: fx.Node) -> None:
+        weight = node.args[0]
+        while isinstance(weight, fx.Node) and weight.op == "call_function" and _name(weight) in LAYOUT:
+            weight = weight.args[0]  # a cast, say
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            raise _refusal(self.model, f"{node.meta.get('module')} looks token ids up in a table that is computed")
+        self.tables[str(weight.target)] = None
+
+    def _compared_with(self, node: fx.Node, name: str, module: str) -> int:
+        other = node.args[1]
+        if not isinstance(other, int):
+            raise _refusal(self.model, f"{name} in {module or 'its forward'} compares token ids with a tensor")
+        return int(other)
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).partition("::")[2] if schema is not None else "getitem"
