@@ -85,17 +85,23 @@ class _Maker:
         vocabulary = getattr(self.text, "vocab_size", None)
         if not isinstance(vocabulary, int):
             return None
-        special = {getattr(self.text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "cls", "sep", "mask")}
+        special = {i for kind in ("pad", "bos", "eos", "cls", "sep", "mask") for i in self._ids_of(kind)}
         allowed = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special])
         picks = torch.randint(len(allowed), (self.batch_size, self.length), generator=self.generator)
         tokens = allowed[picks]
-        padding, end = getattr(self.text, "pad_token_id", None), getattr(self.text, "eos_token_id", None)
-        if isinstance(padding, int) and padding < vocabulary:
-            tokens[-1, self.length - self._num_padded() :] = padding
-        if isinstance(end, int) and end < vocabulary:  # some heads read the state at the end-of-sequence token
-            tokens[:-1, -1] = end
-            tokens[-1, self.length - self._num_padded() - 1] = end
+        padding, end = ([i for i in self._ids_of(kind) if 0 <= i < vocabulary] for kind in ("pad", "eos"))
+        if padding:
+            tokens[-1, self.length - self._num_padded() :] = padding[0]
+        if end:  # some heads read the state at the end-of-sequence token
+            tokens[:-1, -1] = end[0]
+            tokens[-1, self.length - self._num_padded() - 1] = end[0]
         return tokens
+
+    def _ids_of(self, kind: str) -> list[int]:
+        """One id, several (Llama 3 ends texts with any of three), or none."""
+        value = getattr(self.text, f"{kind}_token_id", None)
+        values = value if isinstance(value, list | tuple) else [value]
+        return [i for i in values if isinstance(i, int)]
 
     def attention_mask(self) -> Tensor | None:
         if not isinstance(getattr(self.text, "vocab_size", None), int):
