@@ -62,8 +62,8 @@ class Closure:
     def _always(self, byte_level: bool) -> set[str]:
         """Bytes, the unknown token, and the lowest score of Unigram.
 
-        The best segmentation stays the best of fewer if the same characters stay unknown, at the same score: that of
-        the unknown token is a constant below the lowest of all.
+        Unigram's best segmentation stays the best of fewer if unknown characters do not become better ones: their score
+        is a constant below the lowest of all.
         """
         model = self.model
         wanted: set[str] = {model["unk_token"]} if model.get("unk_token") is not None else set()
@@ -78,7 +78,10 @@ class Closure:
         return wanted & self.vocabulary.keys()
 
     def _spellings(self, tokens: Iterable[str]) -> set[str]:
-        """The tokens of single characters, in every form, for all characters that occur in ``tokens``."""
+        """The tokens of single characters, in every form, for all characters that occur in ``tokens``.
+
+        The given texts do not need them; others in the same characters would become unknown without.
+        """
         characters = {c for token in tokens for c in token.removeprefix(self.prefix).removesuffix(self.suffix)}
         ends = [(start, end) for start in ("", self.prefix) for end in ("", self.suffix)]
         return {f"{start}{c}{end}" for c in characters for start, end in ends} & self.vocabulary.keys()

@@ -1,6 +1,6 @@
 """Cut a model's vocabulary to the rows that stay, and make its configs and modules say so."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ def cut(model: PreTrainedModel, vocabulary: Vocabulary, renumbering: Renumbering
     def translate(token_id: int) -> int:
         return new_ids.get(token_id, token_id)  # ids beyond the old table name no token, before and after
 
-    _check_fixed_ids(model, vocabulary, translate)
+    _check_fixed_ids(model, vocabulary, new_ids)
     small = plain_copy(model)
     slice_in_place(small, _plan(model, vocabulary, renumbering))
     before = twin(model, model.config)
@@ -58,23 +58,24 @@ def _plan(model: PreTrainedModel, vocabulary: Vocabulary, renumbering: Renumberi
     )
 
 
-def _check_fixed_ids(model: PreTrainedModel, vocabulary: Vocabulary, translate: Callable[[int], int]) -> None:
+def _check_fixed_ids(model: PreTrainedModel, vocabulary: Vocabulary, new_ids: Mapping[int, int]) -> None:
     """Refuse new numbers for ids on which forward code depends and that no config tells it."""
     named = named_ids(model)
     for token_id, module in vocabulary.compared:
-        if token_id >= 0 and token_id not in named and translate(token_id) != token_id:
+        if 0 <= token_id < vocabulary.rows and token_id not in named and new_ids.get(token_id) != token_id:
+            new = f"its new id is {new_ids[token_id]}" if token_id in new_ids else "this token was dropped"
             raise ShrinkError(
                 f"prune_vocabulary: {module or 'forward'} compares token ids with {token_id}, which no config names, "
-                f"and this token's new id is {translate(token_id)}. Keep enough tokens that it can stay where it is."
+                f"and {new}. A number in the code cannot follow."
             )
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or module.padding_idx is None:
             continue
         pad = module.padding_idx
-        if not _is_vocabulary(model, vocabulary, module) and translate(pad) != pad:
+        if not _is_vocabulary(model, vocabulary, module) and new_ids.get(pad, pad) != pad:
             raise ShrinkError(
                 f"prune_vocabulary: {name or 'an embedding'} counts from the padding token's id {pad} as well, and its "
-                f"new id is {translate(pad)}. Keep more than {pad} tokens (keep_tokens), so that it can stay {pad}."
+                f"new id is {new_ids[pad]}. Keep more than {pad} tokens (keep_tokens), so that it can stay {pad}."
             )
 
 

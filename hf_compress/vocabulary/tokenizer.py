@@ -39,9 +39,6 @@ class Renumbering:
     old_ids: tuple[int, ...]
     """The old id by new id; rows of the embedding without a token come last."""
 
-    num_tokens: int
-    """How many of them have a token."""
-
     def new_ids(self) -> dict[int, int]:
         """Return the new id by old id."""
         return {old: new for new, old in enumerate(self.old_ids)}
@@ -56,8 +53,8 @@ def serialized(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ShrinkError(
             f"prune_vocabulary: the tokenizer is a {type(tokenizer).__name__}, which has no backend_tokenizer; "
-            "allowed: a PreTrainedTokenizerFast (of the tokenizers library). Load it with AutoTokenizer.from_pretrained, or "
-            "convert it and wrap the result: PreTrainedTokenizerFast(tokenizer_object=...)."
+            "allowed: a PreTrainedTokenizerFast (of the tokenizers library). Load it with AutoTokenizer, or convert it "
+            "and wrap the result: PreTrainedTokenizerFast(tokenizer_object=...)."
         )
     try:
         data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -124,8 +121,7 @@ def renumber(data: Mapping[str, Any], kept: set[str], pinned: Iterable[int], row
     rest = iter(movable)
     old_ids = [position if position in fixed else next(rest) for position in range(size)]
     old_ids += sorted(token["id"] for token in data["added_tokens"] if token["content"] not in vocabulary)
-    num_tokens = len(old_ids)
-    return Renumbering((*old_ids, *(row for row in sorted(rows) if row not in set(old_ids))), num_tokens)
+    return Renumbering((*old_ids, *sorted(set(rows) - set(old_ids))))
 
 
 def rewrite(data: Mapping[str, Any], renumbering: Renumbering) -> dict[str, Any]:
