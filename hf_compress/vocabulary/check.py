@@ -50,6 +50,7 @@ def check_model(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
     renumbering: Renumbering,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Check that both models give the same numbers for the texts, along the vocabulary for the rows that stay.
 
@@ -59,6 +60,8 @@ def check_model(
         tokenizer: The pruned tokenizer.
         texts: Texts of the corpus; the first few are used.
         renumbering: Which rows stayed.
+        example_inputs: What the model was recorded on, if not on inputs made from its config; the model must run on
+            the texts and on what in there is no tensor.
 
     Raises:
         ShrinkError: If they differ, or one does not run.
@@ -67,7 +70,7 @@ def check_model(
     tokenizer = copy.deepcopy(tokenizer)  # calling a tokenizer changes its padding and truncation
     for batch in _batches(tokenizer, texts):
         encoded = _tensors(new, tokenizer, batch)
-        inputs = _model_inputs(new, encoded)
+        inputs = _model_inputs(new, encoded, example_inputs)
         original = {name: old_ids[value] if name.endswith("input_ids") else value for name, value in inputs.items()}
         try:
             expected = verification.run(old, _to(original, old))
@@ -110,11 +113,19 @@ def _tensors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: 
     return dict(encoded)
 
 
-def _model_inputs(model: PreTrainedModel, encoded: Mapping[str, Tensor]) -> dict[str, Any]:
+def _model_inputs(
+    model: PreTrainedModel, encoded: Mapping[str, Tensor], example_inputs: Mapping[str, Any] | None
+) -> dict[str, Any]:
     ids = encoded["input_ids"]
-    inputs = make_example_inputs(model, batch_size=ids.shape[0], length=ids.shape[1])
     given = {**encoded, "decoder_input_ids": ids}
-    return {name: given.get(name, value) for name, value in inputs.items()}
+    if example_inputs is None:
+        inputs = make_example_inputs(model, batch_size=ids.shape[0], length=ids.shape[1])
+        return {name: given.get(name, value) for name, value in inputs.items()}
+    return {
+        name: given.get(name, value)
+        for name, value in example_inputs.items()
+        if name in given or not isinstance(value, Tensor)
+    }
 
 
 def _to(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:

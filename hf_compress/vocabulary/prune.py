@@ -25,6 +25,7 @@ def prune_vocabulary(
     keep_tokens: Iterable[str] = (),
     min_count: int = 1,
     multiple_of: int = 1,
+    example_inputs: Mapping[str, Any] | None = None,
     verify: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return copies of model and tokenizer without the tokens that ``texts`` never use.
@@ -46,6 +47,8 @@ def prune_vocabulary(
         min_count: Drop tokens that occur fewer times than this.
         multiple_of: Round the number of rows up to a multiple of this, for fast kernels: with further tokens, those
             that occur most and then those of the lowest ids, and then with rows that belong to no token.
+        example_inputs: Keyword arguments for the forward pass that is recorded; made from the config by default. Only
+            models that do not run on those need it, such as some that see images.
         verify: Compare tokens and outputs with those of the originals on texts of the corpus.
 
     Returns:
@@ -60,7 +63,7 @@ def prune_vocabulary(
     _check_arguments(model, min_count, multiple_of)
     data = rewriting.serialized(tokenizer)
     wanted = _known_tokens(keep_tokens, rewriting.token_ids(data))
-    vocabulary = find_vocabulary(model)
+    vocabulary = find_vocabulary(model, example_inputs)
     _check_fits(data, vocabulary)
     usage = count_tokens(plain_backend(tokenizer.backend_tokenizer), texts, _unknown_id(data))
     renumbering = _choose(model, data, vocabulary, usage, wanted, min_count, multiple_of)
@@ -68,7 +71,7 @@ def prune_vocabulary(
     small = cut(model, vocabulary, renumbering)
     if verify:
         check_tokenizer(tokenizer, small_tokenizer, usage.sample, renumbering)
-        check_model(model, small, small_tokenizer, usage.sample, renumbering)
+        check_model(model, small, small_tokenizer, usage.sample, renumbering, example_inputs)
     return small, small_tokenizer
 
 

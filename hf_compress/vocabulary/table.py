@@ -7,6 +7,7 @@ goes with them, and that token ids do nothing but look up rows and get compared.
 
 import copy
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,15 @@ from hf_compress.graph.groups import FREEZING_ROLES, DimensionGroup, ModelGraph
 HARMLESS_ROLES = ("indexed", "output")
 """What may happen to the vocabulary dimension: rows are looked up by id, and logits come out along it."""
 
+NUMBER_AT = {"constant_pad_nd": 2, "eq": 1, "fill": 1, "fill_": 1, "masked_fill": 2, "masked_fill_": 2, "ne": 1}
+"""Operators that compare token ids with a number or write it among them, with the place of the number."""
+
 COMPARISONS = ("eq", "ne")
 
 LAYOUT = frozenset(
-    {"_to_copy", "_unsafe_view", "alias", "cat", "clone", "contiguous", "copy", "copy_", "detach", "expand", "flip"}
-    | {"gather", "getitem", "index", "index_select", "lift_fresh", "masked_fill", "masked_fill_", "permute", "repeat"}
+    {"_to_copy", "_unsafe_view", "alias", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "copy_", "detach"}
+    | {"expand", "fill", "fill_", "flip", "gather", "getitem", "index", "index_select", "lift_fresh", "masked_fill"}
+    | {"masked_fill_", "permute", "repeat"}
     | {"reshape", "roll", "select", "slice", "split", "squeeze", "stack", "t", "transpose", "unbind", "unsqueeze"}
     | {"view", "where"}
 )
@@ -52,19 +57,23 @@ class Vocabulary:
     dims: tuple[tuple[str, int], ...]
     """Parameters and buffers with the dimension along which the rows lie; shared ones under one name."""
 
-    compared: tuple[tuple[int, str], ...]
-    """Numbers that forward code compares token ids with, and the module where."""
+    numbers: tuple[tuple[int, str], ...]
+    """Numbers that forward code compares token ids with or writes among them, and the module where."""
 
 
-def find_vocabulary(model: PreTrainedModel) -> Vocabulary:
+def find_vocabulary(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = None) -> Vocabulary:
     """Find the rows that belong to tokens.
+
+    Args:
+        model: The model; its forward pass is recorded.
+        example_inputs: Keyword arguments for the forward pass; made from the config by default.
 
     Raises:
         ShrinkError: If there is no vocabulary, more than one, or one that is used in a way that is not understood.
         GraphError: If the forward pass cannot be recorded.
     """
-    graph = ModelGraph(model)
-    table, compared = _Ids(model, graph).follow()
+    graph = ModelGraph(model, example_inputs)
+    table, numbers = _Ids(model, graph).follow()
     rows = _tensors(model)[table].shape[0]
     config = copy.deepcopy(model.config)
     described = getattr(text_config(config), "vocab_size", None)
@@ -85,7 +94,7 @@ def find_vocabulary(model: PreTrainedModel) -> Vocabulary:
     grown = _shapes(twin(model, config))
     dims = _grown_dims(model, grown, rows)
     _check_groups(graph, table, dims, rows)
-    return Vocabulary(table, rows, tuple(sorted(dims)), compared)
+    return Vocabulary(table, rows, tuple(sorted(dims)), numbers)
 
 
 def text_config(config: PretrainedConfig) -> Any:
@@ -139,14 +148,16 @@ def _check_groups(graph: ModelGraph, table: str, dims: set[tuple[str, int]], row
     model = graph.model
     if (table, 0) not in dims:
         raise _refusal(model, f"the size of {table} does not follow config.vocab_size")
+    # The architecture alone speaks for what is not read, such as the second bias of an untied BERT.
+    unread = {part for part in dims if part[0] not in graph.analysis.parameters}
     found: set[tuple[str, int]] = set()
     for group in graph.groups:
         parts = {(part.parameter, part.dim) for part in (*group.slices, *group.buffers)}
         if parts & dims:
             found |= parts
             _check_group(graph, group, rows)
-    for name, dim in dims ^ found:
-        what = "goes together with it" if (name, dim) in found else "is not read by the forward pass that was recorded"
+    for name, dim in (dims ^ found) - unread:
+        what = "goes together with it" if (name, dim) in found else "belongs to no group of dimensions"
         raise _refusal(model, f"dimension {dim} of {name} {what}")
 
 
@@ -176,10 +187,10 @@ class _Ids:
         self.holding: set[fx.Node] = set()
         self.storages: set[int] = set()
         self.tables: dict[str, None] = {}
-        self.compared: dict[tuple[int, str], None] = {}
+        self.numbers: dict[tuple[int, str], None] = {}
 
     def follow(self) -> tuple[str, tuple[tuple[int, str], ...]]:
-        """Return the table that ids look up, and what they are compared with."""
+        """Return the table that ids look up, and the numbers that are used as ids."""
         for node in self.nodes:
             if node.op == "placeholder" and node.name.endswith("input_ids"):
                 self._hold(node)
@@ -192,7 +203,7 @@ class _Ids:
             )
         if len(self.tables) > 1:
             raise _refusal(self.model, f"it has several vocabularies: {', '.join(self.tables)}")
-        return next(iter(self.tables)), tuple(self.compared)
+        return next(iter(self.tables)), tuple(self.numbers)
 
     def _hold(self, node: fx.Node) -> None:
         self.holding.add(node)
@@ -209,13 +220,14 @@ class _Ids:
         module = str(node.meta.get("module", ""))
         if name == "embedding":
             self._look_up(node)
-        elif name in COMPARISONS:
-            self.compared[self._compared_with(node, name, module), module] = None
-        elif name in LAYOUT and not (name in INDEXING and self._holds_indices(node)):
+            return
+        if name in NUMBER_AT:
+            self.numbers[self._number(node, name, module), module] = None
+        if name in LAYOUT and not (name in INDEXING and self._holds_indices(node)):
             self._hold(node)
             if name.endswith("_") and isinstance(node.args[0], fx.Node):
                 self._hold(node.args[0])
-        elif name not in SHAPE_ONLY:
+        elif name not in SHAPE_ONLY and name not in COMPARISONS:
             raise _refusal(self.model, f"{name} in {module or 'its forward'} computes with token ids")
 
     def _holds_indices(self, node: fx.Node) -> bool:
@@ -230,11 +242,12 @@ class _Ids:
             raise _refusal(self.model, f"{node.meta.get('module')} looks token ids up in a table that is computed")
         self.tables[str(weight.target)] = None
 
-    def _compared_with(self, node: fx.Node, name: str, module: str) -> int:
-        other = node.args[1]
-        if not isinstance(other, int):
-            raise _refusal(self.model, f"{name} in {module or 'its forward'} compares token ids with a tensor")
-        return int(other)
+    def _number(self, node: fx.Node, name: str, module: str) -> int:
+        place = NUMBER_AT[name]
+        number = node.args[place] if len(node.args) > place else 0
+        if not isinstance(number, int | float) or not float(number).is_integer():
+            raise _refusal(self.model, f"{name} in {module or 'its forward'} brings token ids and a tensor together")
+        return int(number)
 
 
 def _name(node: fx.Node) -> str:
