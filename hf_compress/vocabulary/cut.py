@@ -65,8 +65,8 @@ def _check_fixed_ids(model: PreTrainedModel, vocabulary: Vocabulary, new_ids: Ma
         if 0 <= token_id < vocabulary.rows and token_id not in named and new_ids.get(token_id) != token_id:
             new = f"its new id is {new_ids[token_id]}" if token_id in new_ids else "this token was dropped"
             raise ShrinkError(
-                f"prune_vocabulary: {module or 'forward'} compares token ids with {token_id} or writes it among them; no "
-                f"config names this id, and {new}. A number in the code cannot follow."
+                f"prune_vocabulary: {module or 'forward'} compares token ids with {token_id} or writes it there, no "
+                f"config names it, and {new}. A number in the code cannot follow."
             )
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or module.padding_idx is None:

@@ -142,13 +142,14 @@ def _choose(
             f"prune_vocabulary: no token but added ones occurs {min_count} times in the {usage.num_texts} texts. Pass "
             "the texts that the model will see, or a lower min_count."
         )
-    tokens = {token for token, i in ids.items() if i in used | named} | set(wanted)
-    kept = closure.of(tokens, usage.unknown)
-    rows = named - set(ids.values())
-    extra = sum(token["content"] not in vocabulary_of(section) for token in data["added_tokens"]) + len(rows)
+    staying = used | named
+    kept = closure.of({token for token, i in ids.items() if i in staying} | set(wanted), usage.unknown)
+    with_token = set(ids.values())
+    rows = named - with_token
+    extra = sum(token["content"] not in closure.vocabulary for token in data["added_tokens"]) + len(rows)
     kept = _filled(closure, kept, usage, -(len(kept) + extra) % multiple_of)
     missing = -(len(kept) + extra) % multiple_of
-    free = [row for row in range(vocabulary.rows) if row not in rows and row not in set(ids.values())]
+    free = [row for row in range(vocabulary.rows) if row not in rows and row not in with_token]
     renumbering = rewriting.renumber(data, kept, named | _unigram_unknown(section), {*rows, *free[:missing]})
     _check_smaller(renumbering, vocabulary, missing - len(free), multiple_of)
     return renumbering

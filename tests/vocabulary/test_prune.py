@@ -323,11 +323,11 @@ def test_an_id_in_the_code_is_refused_if_it_moves() -> None:
     model = tiny_models.randomize(HardCoded(vocabulary_models.gpt2(tokenizer).config))
     keep = tokenizer.convert_ids_to_tokens([number])
     with pytest.raises(
-        ShrinkError, match=rf"compares token ids with {number} .* no config names this id, and its new id is"
+        ShrinkError, match=rf"compares token ids with {number} .* no config names it, and its new id is"
     ):
         prune_vocabulary(model, tokenizer, TEXTS, keep_tokens=keep)
     with pytest.raises(
-        ShrinkError, match=rf"compares token ids with {number} .* no config names this id, and this token was dropped"
+        ShrinkError, match=rf"compares token ids with {number} .* no config names it, and this token was dropped"
     ):
         prune_vocabulary(model, tokenizer, TEXTS)
 
