@@ -10,6 +10,7 @@ import vocabulary_models
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_compress import ShrinkError, TargetError, make_example_inputs, prune_vocabulary, shrink
@@ -271,6 +272,12 @@ def test_models_that_are_compressed_or_wrapped(tmp_path) -> None:
     model = vocabulary_models.bert(tokenizer)
     with pytest.raises(ShrinkError, match="PreTrainedModel"):
         prune_vocabulary(nn.Linear(2, 2), tokenizer, TEXTS)
+    adapted = vocabulary_models.bert(tokenizer)
+    outer = get_peft_model(adapted, LoraConfig(target_modules=["query"]))
+    with pytest.raises(ShrinkError, match=r"PeftModel; allowed: .* Merge and unload PEFT adapters first"):
+        prune_vocabulary(outer, tokenizer, TEXTS)
+    with pytest.raises(ShrinkError, match=r"base_layer.* Merge and unload adapters first"):
+        prune_vocabulary(adapted, tokenizer, TEXTS)
     masks = {g.name: torch.arange(44) < 20 for g in dimension_groups(model) if g.kind == "ffn"}
     uneven = shrink(model, dict(list(masks.items())[:1]))
     with pytest.raises(ShrinkError, match="compressed already"):
