@@ -23,8 +23,9 @@ from hf_compress.errors import (
 )
 from hf_compress.export import pretrained  # noqa: F401 - imported for the loader it registers
 from hf_compress.export.quantized import export_quantized
-from hf_compress.graph.groups import DimensionGroup, ParameterSlice, dimension_groups
+from hf_compress.graph.groups import DimensionGroup, ParameterSlice
 from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
 from hf_compress.pruning import allocate, criteria  # noqa: F401 - imported for what they register
 from hf_compress.report.compare import compare

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from transformers.utils.hub import cached_file
 
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.export.card import write_card
+from hf_compress.export.pretrained import stored_method
 from hf_compress.export.quantized import export_quantized
-from hf_compress.graph.groups import dimension_groups
+from hf_compress.export.skeleton import build_skeleton
 from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.graph.model import dimension_groups
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
+from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
 from hf_compress.report.timing import DEFAULT_ROUNDS, compile_model
 
@@ -54,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_measuring(commands, loading)
 
     inspect = commands.add_parser("inspect", parents=[loading], help="list what can be pruned: the dimension groups")
-    inspect.add_argument("model", help=MODEL_HELP)
+    inspect.add_argument("model", help=f"{MODEL_HELP}; its config.json is enough")
+    inspect.add_argument("--kind", action="append", default=[], help="only this kind of groups; may be repeated")
+    inspect.add_argument("--all", action="store_true", help="a line for each group, not for each kind of layer")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--load-weights", action="store_true", help="analyze the loaded model, not its shapes alone")
     inspect.set_defaults(run=_inspect)
 
     card = commands.add_parser("card", help="write a model card again from the folder's results.json")
@@ -107,12 +115,8 @@ def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
     Raises:
         ConfigError: If the class is unknown or the model cannot be loaded.
     """
+    _, loader = _config_and_class(name, auto_class)
     try:
-        config = AutoConfig.from_pretrained(name)
-        wanted = auto_class or next(iter(config.architectures or []), None)
-        loader: Any = AutoModel if wanted is None else getattr(transformers, wanted, None)
-        if loader is None or not hasattr(loader, "from_pretrained"):
-            raise ConfigError(f"{name}: transformers has no class {wanted!r}; choose one with --auto-class.")
         model: Any = loader.from_pretrained(name)
     except LOADING_ERRORS as error:
         if isinstance(error, CompressionError):
@@ -122,8 +126,36 @@ def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
     return loaded
 
 
+def _config_and_class(name: str, auto_class: str | None) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
+    wanted = auto_class or next(iter(config.architectures or []), None)
+    loader: Any = AutoModel if wanted is None else getattr(transformers, wanted, None)
+    if loader is None or not hasattr(loader, "from_pretrained"):
+        raise ConfigError(f"{name}: transformers has no class {wanted!r}; choose one with --auto-class.")
+    return config, loader
+
+
 def _inspect(given: argparse.Namespace) -> str:
-    return str(dimension_groups(load_model(given.model, given.auto_class)))
+    start = time.perf_counter()
+    if given.load_weights:
+        model = load_model(given.model, given.auto_class)
+    else:
+        model = build_skeleton(*_config_and_class(given.model, given.auto_class))
+    groups = dimension_groups(model)
+    found = inspect_groups(model, groups, kinds=given.kind, seconds=time.perf_counter() - start)
+    if given.json:
+        return json.dumps(found.to_dict(), indent=2)
+    return f"{found.table(collapse=not given.all)}\n{found.summary()}{_compressed_note(model)}"
+
+
+def _compressed_note(model: PreTrainedModel) -> str:
+    method = stored_method(model)
+    if method is None:
+        return ""
+    return f"\n{method} has compressed it already: shrink() starts from the dense checkpoint, not from this one"
 
 
 def _profile(given: argparse.Namespace) -> str:

@@ -1,10 +1,13 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from transformers import AutoModelForSequenceClassification
 
-from hf_compress import cli
+from hf_compress import cli, shrink
 from hf_compress.config import Recipe
 from hf_compress.export.card import write_card
 from hf_compress.report.compare import Comparison, compare
@@ -24,11 +27,58 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_inspect_lists_the_dimension_groups(folder, capsys) -> None:
+def config_only(folder: str, tmp_path) -> str:
+    shutil.copy(Path(folder) / "config.json", tmp_path)
+    return str(tmp_path)
+
+
+def test_inspect_prints_a_line_for_each_kind_of_layer_and_a_summary(folder, capsys) -> None:
     code, out, _ = run(capsys, "inspect", folder)
     assert code == 0
-    assert "bert.encoder.layer.1" in out
+    assert "bert.encoder.layer.{0..1}.ffn" in out
+    assert len([line for line in out.splitlines() if line.startswith(("heads ", "ffn "))]) == 2
+    assert out.splitlines()[-1].startswith("BertForSequenceClassification: ")
+    code, out, _ = run(capsys, "inspect", folder, "--all")
+    assert code == 0
     assert len([line for line in out.splitlines() if line.startswith(("heads ", "ffn "))]) == 4
+
+
+def test_inspect_needs_no_weights_and_finds_the_same_with_them(folder, capsys, tmp_path) -> None:
+    described = {}
+    for path, options in ((config_only(folder, tmp_path), ()), (folder, ("--load-weights",))):
+        code, out, _ = run(capsys, "inspect", path, "--json", *options)
+        assert code == 0
+        described[path] = json.loads(out)
+        assert described[path].pop("seconds") >= 0
+    first, second = described.values()
+    assert first == second
+    assert first["prunable"]["heads"]["units"] == 8
+
+
+def test_inspect_one_kind(folder, capsys) -> None:
+    code, out, _ = run(capsys, "inspect", folder, "--kind", "heads", "--all", "--json")
+    assert code == 0
+    assert [group["num_units"] for group in json.loads(out)["groups"]] == [4, 4]
+
+
+def test_inspect_with_another_class(folder, capsys, tmp_path) -> None:
+    for name in ("AutoModel", "BertModel"):
+        code, out, _ = run(capsys, "inspect", config_only(folder, tmp_path), "--auto-class", name)
+        assert code == 0
+        assert "BertModel: " in out
+
+
+def test_inspect_shows_the_sizes_of_a_compressed_model(capsys, tmp_path) -> None:
+    small = shrink(tiny_models.bert(), {"bert.encoder.layer.0.ffn": torch.arange(44) < 20})
+    small.save_pretrained(tmp_path / "small")
+    for file in (tmp_path / "small").glob("*.safetensors"):
+        file.unlink()
+    code, out, _ = run(capsys, "inspect", str(tmp_path / "small"), "--kind", "ffn")
+    assert code == 0
+    units = [line.split()[2] for line in out.splitlines() if line.startswith("ffn ")]
+    assert units == ["20", "44"]
+    assert f"{small.num_parameters():,} parameters" in out
+    assert "hf_compress has compressed it already" in out
 
 
 def test_profile_in_words_and_as_json(folder, capsys) -> None:
@@ -84,6 +134,8 @@ def test_card_is_written_again(capsys, tmp_path) -> None:
     [
         (("card", "{tmp}"), "no results.json"),
         (("inspect", "{tmp}/missing"), "cannot be loaded"),
+        (("inspect", "{model}", "--kind", "head"), "closest match: 'heads'"),
+        (("inspect", "{model}", "--auto-class", "LlamaModel"), "LlamaModel cannot be built from a BertConfig"),
         (("profile", "{model}", "--auto-class", "AutoModelForNothing"), "no class 'AutoModelForNothing'"),
         (("export", "{model}", "{tmp}/out", "--format", "torchoa"), "closest match: 'torchao'"),
         (

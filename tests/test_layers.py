@@ -105,7 +105,7 @@ def test_every_part_has_a_layer() -> None:
         ("report", "def f():\n    import hf_compress.callbacks.base", ["callbacks"]),
         ("config", "import hf_compress", ["__init__"]),
         ("config", "from hf_compress import shrink", ["shrink"]),
-        ("callbacks", "from hf_compress.graph.groups import dimension_groups", []),
+        ("callbacks", "from hf_compress.graph.model import dimension_groups", []),
         ("graph", "from hf_compress.graph.dims import Dim", []),
     ],
 )

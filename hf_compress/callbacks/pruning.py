@@ -12,7 +12,8 @@ from hf_compress.callbacks.access import plain_model
 from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
 from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
-from hf_compress.graph.groups import DimensionGroup, DimensionGroups, dimension_groups
+from hf_compress.graph.groups import DimensionGroup, DimensionGroups
+from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
 from hf_compress.pruning.allocate import Allocator, Limits, achieved_sparsity, check_reachable, tolerance

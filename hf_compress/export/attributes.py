@@ -1,11 +1,11 @@
 """Integers of modules that a stored model needs changed, beside the shapes of its parameters."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from hf_compress.errors import ExportError
+from hf_compress.export.names import candidates
 from hf_compress.graph.integers import Attribute, read, write
 
 WHERE = "config.json, quantization_config.attributes"
@@ -51,7 +51,7 @@ def set_attributes(model: Any, attributes: Stored) -> None:
     modules = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix
     for stored, path, value in attributes:
-        names = _candidates(stored, prefix)
+        names = candidates(stored, prefix)
         name = next((n for n in names if n in modules and _is_integer(model, Attribute(n, path))), None)
         if name is None:
             raise ExportError(
@@ -59,12 +59,6 @@ def set_attributes(model: Any, attributes: Stored) -> None:
                 "checkpoint is of another architecture, or of a version of transformers that names things differently."
             )
         write(model, Attribute(name, path), value)
-
-
-def _candidates(name: str, prefix: str) -> Sequence[str]:
-    if name == prefix:
-        return name, ""
-    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
 def _is_integer(model: nn.Module, attribute: Attribute) -> bool:

@@ -6,7 +6,7 @@ was, and with it Auto classes, pipelines and widgets. If the weights are integer
 format does the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.attributes import checked_attributes, set_attributes
-from hf_compress.shrinking.apply import FORMAT_VERSION
+from hf_compress.export.buffers import checked_buffers, slice_buffers
+from hf_compress.export.names import resolve
+from hf_compress.graph.multihead import loosen
+from hf_compress.shrinking.describe import FORMAT_VERSION
 from hf_compress.shrinking.sizes import refresh_sizes
 
 METHOD = "hf_compress"
@@ -37,6 +40,8 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         shapes: Parameter name -> shape, for every parameter whose shape is not what the config alone gives.
         units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before}``.
         attributes: ``[module, path, value]`` for every integer of the forward code that follows the sizes.
+        buffers: Name -> dimension -> positions that stay, for buffers that are made anew instead of stored.
+        flexible: Names of ``nn.MultiheadAttention`` modules of other sizes than PyTorch's own forward allows.
         inner: The ``quantization_config`` of the weights' own format, or None for floating point.
         guard: Name of a parameter that is stored with a leading dimension of 1, see ``choose_guard``.
         version: Version of this form.
@@ -52,6 +57,8 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         shapes: Mapping[str, list[int]] | None = None,
         units: Mapping[str, Any] | None = None,
         attributes: Any = None,
+        buffers: Mapping[str, Any] | None = None,
+        flexible: Sequence[str] = (),
         inner: Mapping[str, Any] | None = None,
         guard: str | None = None,
         version: int = FORMAT_VERSION,
@@ -69,6 +76,8 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.units = dict(units or {})
         self.shapes = _checked_shapes(shapes)
         self.attributes = checked_attributes(attributes)
+        self.buffers = checked_buffers(buffers)
+        self.flexible = [str(name) for name in flexible]
         self.inner = dict(inner) if inner is not None else None
         self.guard = guard
 
@@ -76,7 +85,8 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return the stored form."""
         stored: dict[str, Any] = super().to_dict()
         stored["attributes"] = [[module, list(path), value] for module, path, value in self.attributes]
-        for optional in ("attributes", "inner", "guard"):
+        stored["buffers"] = {n: {str(d): kept for d, kept in dims.items()} for n, dims in self.buffers.items()}
+        for optional in ("attributes", "buffers", "flexible", "inner", "guard"):
             if not stored[optional]:
                 del stored[optional]
         return stored
@@ -119,12 +129,15 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.outer.shapes = resize_parameters(model, self.outer.shapes)
+        for name in resolve(self.outer.flexible, dict(model.named_modules()), model.base_model_prefix):
+            loosen(model.get_submodule(name))
         set_attributes(model, self.outer.attributes)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         model.config.quantization_config = self.outer
         _check_loaded(model, self.outer.shapes)
+        slice_buffers(model, self.outer.buffers)
         # Saving applies the conversions of loading in reverse, and transformers has no reverse for making integer
         # tensors. None is needed: get_state_dict_and_metadata takes them apart again.
         conversions = getattr(model, "_weight_conversions", None) or []

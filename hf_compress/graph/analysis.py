@@ -1,7 +1,9 @@
 """One pass over the recorded graph that gives every tensor dimension its term."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,6 +19,14 @@ from hf_compress.registry import op_rules
 assert rules.__all__  # imported for the rules it registers
 
 
+VALUE_PRESERVING = {
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::t", "aten::transpose", "aten::permute",
+    "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::slice", "aten::select", "aten::clone", "aten::detach",
+    "aten::_to_copy", "aten::alias", "aten::clamp", "aten::clamp_max", "aten::clamp_min", "aten::contiguous",
+}  # fmt: skip
+"""Operators after which integers that are positions along a dimension still are."""
+
+
 @dataclass
 class Analysis:
     """What the recorded operators say about the dimensions of the model's parameters."""
@@ -30,24 +40,38 @@ class Analysis:
     consumers: list[Consumer]
     """Parameter dimensions contracted with activations."""
 
-    dims: dict[fx.Node, list[Dim]]
-    """One term per dimension of every recorded tensor."""
+    operands: dict[fx.Node, Operand]
+    """Every recorded tensor."""
 
 
-def analyze(recorded: Capture) -> Analysis:
-    """Apply the operators' rules in program order."""
-    return _Interpreter(recorded).run()
+def analyze(recorded: Sequence[Capture]) -> Analysis:
+    """Apply the operators' rules in program order, to one recorded forward pass after the other.
+
+    Several passes (other modes, other inputs) share the parameters, so what one of them ties together stays together.
+    """
+    parameters: dict[str, Operand] = {}
+    marks: list[Mark] = []
+    consumers: dict[Consumer, None] = {}
+    operands: dict[fx.Node, Operand] = {}
+    for each in recorded:
+        interpreter = _Interpreter(each, parameters)
+        interpreter.run()
+        marks += interpreter.marks
+        consumers.update(dict.fromkeys(interpreter.consumers))
+        operands.update((node, value) for node, value in interpreter.values.items() if isinstance(value, Operand))
+    return Analysis({name: value.dims for name, value in parameters.items()}, marks, list(consumers), operands)
 
 
 class _Interpreter:
-    def __init__(self, recorded: Capture) -> None:
+    def __init__(self, recorded: Capture, parameters: dict[str, Operand]) -> None:
         self.recorded = recorded
-        self.live = _live_nodes(recorded)
+        self.parameters = parameters
+        self.live = live_nodes(recorded)
         self.values: dict[fx.Node, Operand | list[Operand | None]] = {}
         self.marks: list[Mark] = []
         self.consumers: list[Consumer] = []
 
-    def run(self) -> Analysis:
+    def run(self) -> None:
         for node in self.recorded.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self.values[node] = self._source(node)
@@ -57,16 +81,19 @@ class _Interpreter:
                 self.values[node] = self._call(node)
         for node in self.recorded.outputs:
             self._mark_all(self._operand(node), "output", "the model's output", node.meta["module"])
-        parameters = {name: self._operand(node).dims for name, node in self.recorded.parameters.items()}
-        dims = {node: value.dims for node, value in self.values.items() if isinstance(value, Operand)}
-        return Analysis(parameters, self.marks, self.consumers, dims)
 
     def _source(self, node: fx.Node) -> Operand:
+        name = str(node.target)
+        if name in self.parameters:
+            return self.parameters[name]
         operand = Operand([Dim(size) for size in node.meta["shape"]])
         if node.op == "placeholder":
             self._mark_all(operand, "input", f"input {node.name}", "")
-        elif node.target in self.recorded.parameters:
-            operand.source = (str(node.target), tuple(range(len(operand.dims))))
+        elif name in self.recorded.parameters:
+            operand.source = (name, tuple(range(len(operand.dims))))
+            self.parameters[name] = operand
+        else:
+            self._mark_all(operand, "constant", "a tensor that is neither parameter nor buffer", node.meta["module"])
         return operand
 
     def _mark_all(self, operand: Operand, role: str, op: str, module: str) -> None:
@@ -94,9 +121,15 @@ class _Interpreter:
         result = self._apply(node, call)
         self.marks += call.marks
         self.consumers += call.consumers if call.live else []
+        values = call.values
+        if not values and call.name in VALUE_PRESERVING:
+            values = (call.operands()[0].values,)
         if several:
-            return [None if dims is None else Operand(dims) for dims in result]  # type: ignore[arg-type]
-        return Operand(result, call.source)  # type: ignore[arg-type]
+            return [
+                None if dims is None else Operand(dims, call.source, domain)  # type: ignore[arg-type]
+                for dims, domain in zip_longest(result, values)
+            ]
+        return Operand(result, call.source, *values)  # type: ignore[arg-type]
 
     def _apply(self, node: fx.Node, call: OpCall) -> Result:
         rule = _rule_for(call.name, node.target)
@@ -146,7 +179,7 @@ def _rule_for(name: str, target: Any) -> Rule | None:
     return pointwise if torch.Tag.pointwise in target.tags else None
 
 
-def _live_nodes(recorded: Capture) -> set[fx.Node]:
+def live_nodes(recorded: Capture) -> set[fx.Node]:
     """Return the nodes on which the output depends; a write to a live storage is live."""
     live: set[fx.Node] = set(recorded.outputs)
     storages = {node.meta["storage"] for node in live}

@@ -4,21 +4,37 @@ The model's own Python runs eagerly, so nothing restricts what it may do; what t
 down with shapes, the parameter behind each ``get_attr`` and the module that made the call.
 """
 
+import gc
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves
+from transformers import PreTrainedModel
 
 from hf_compress.errors import GraphError
-from hf_compress.graph.integers import IntegerTracer, Relation, traced_attributes
+from hf_compress.graph.fake import FAKE_EXPERTS, VALUE_ERRORS, fake_tensors, has_no_weights
+from hf_compress.graph.integers import IntegerTracer, NumericUse, Relation, traced_attributes
+from hf_compress.graph.multihead import loosened
 
 MAX_INPUT_NAMES = 12
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module: the recorded tensors that went in and came out."""
+
+    module: str
+    inputs: list[fx.Node | None]
+    """Tensors among the arguments, in order, keyword arguments last; None for one that no recorded operator made."""
+
+    outputs: list[fx.Node | None] = field(default_factory=list)
+    """Tensors among the results, in order."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +55,49 @@ class Capture:
     relations: list[Relation]
     """What ties integers of the forward code to sizes of recorded tensors."""
 
+    numeric_uses: list[NumericUse]
+    """Integers that the forward code computes with as numbers."""
 
-def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+    calls: list[ModuleCall]
+    """Every call of a module, in the order in which they began."""
+
+
+def capture(model: nn.Module, inputs: Mapping[str, Any], experts: str | None = None) -> Capture:
     """Run ``model(**inputs)`` once in eval mode and record it. The model and the random state stay as they were.
 
+    A model on the meta device runs on fake tensors: only shapes are computed.
+
+    Args:
+        model: The model.
+        inputs: Keyword arguments for its forward.
+        experts: How mixtures of experts compute meanwhile, as ``config._experts_implementation``.
+
     Raises:
-        GraphError: If the forward pass fails on these inputs.
+        GraphError: If the forward pass fails on these inputs, or needs weights that the model does not have.
     """
-    recorder = _Recorder(model, inputs)
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with ExitStack() as stack:
+        stack.enter_context(garbage_collection_paused())
+        if has_no_weights(model):
+            inputs = stack.enter_context(fake_tensors(model, inputs))
+            experts = experts or FAKE_EXPERTS
+        recorder = _Recorder(model, inputs)
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(evaluating(model))
+        stack.enter_context(_experts_computed(model, experts))
+        stack.enter_context(loosened(model.modules()))
         stack.enter_context(recorder.module_stack())
         stack.enter_context(traced_attributes(model))
         stack.enter_context(recorder.integers)
         stack.enter_context(recorder)
         try:
             result = model(**inputs)
+        except VALUE_ERRORS as error:
+            raise GraphError(
+                f"{type(model).__name__} is on the meta device, but its forward pass reads values of tensors, in "
+                f"{recorder.running() or type(model).__name__} ({type(error).__name__}: {error}). Load the model with "
+                "its weights and analyze that (hf-compress inspect: --load-weights)."
+            ) from error
         except Exception as error:
             given = {
                 k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in list(inputs.items())[:MAX_INPUT_NAMES]
@@ -68,6 +109,22 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     return recorder.finish(main_outputs(result))
 
 
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Keep Python from looking for garbage while the context is open.
+
+    Recording makes many small objects that all stay. Python takes that as a reason to search all objects of the
+    process for garbage again and again, which takes longer than the recording.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def main_outputs(result: Any) -> list[Tensor]:
     """Return the tensors that count as the model's result: logits and loss if it has them, else plain tensors.
 
@@ -76,7 +133,8 @@ def main_outputs(result: Any) -> list[Tensor]:
     if isinstance(result, Mapping):
         named = {key: value for key, value in result.items() if isinstance(value, Tensor)}
         chosen = [value for key, value in named.items() if "logits" in key or key == "loss"]
-        return chosen or [value for key, value in named.items() if not key.startswith("encoder_")]
+        chosen = chosen or [value for key, value in named.items() if not key.startswith("encoder_")]
+        return chosen or [leaf for leaf in tree_leaves(dict(result)) if isinstance(leaf, Tensor)]
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
@@ -93,6 +151,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def mixes_experts(model: nn.Module) -> bool:
+    """Return whether the model has mixtures of experts whose implementation can be chosen."""
+    return any(getattr(config, "_experts_implementation", None) is not None for config in _configs(model))
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
+@contextmanager
+def _experts_computed(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    saved = [(config, getattr(config, "_experts_implementation", None)) for config in _configs(model)]
+    changed = [(config, own) for config, own in saved if own is not None and implementation is not None]
+    try:
+        for config, _ in changed:
+            config._experts_implementation = implementation
+        yield
+    finally:
+        for config, own in changed:
+            config._experts_implementation = own
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes each dispatched operator into an fx graph."""
 
@@ -106,21 +186,37 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors are kept until the end, else Python could reuse their ids. Example inputs are small.
         self._alive: list[Tensor] = []
         self._stack: list[str] = [""]
-        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), lambda: self._stack[-1])
+        self.calls: list[ModuleCall] = []
+        self.integers = IntegerTracer(lambda tensor: self._nodes.get(id(tensor)), self.running)
         for key, value in inputs.items():
             if isinstance(value, Tensor):
                 self._bind(value, self.graph.placeholder(key))
+
+    def running(self) -> str:
+        """Return the name of the module that is running now, or that was when the forward pass failed."""
+        return self._stack[-1]
 
     @contextmanager
     def module_stack(self) -> Iterator[None]:
         """Track which module is running, while the context is open."""
         handles: list[Any] = []
+        running: list[ModuleCall] = []
 
-        def leave(*_: Any) -> None:
+        def enter(name: str, args: Any, kwargs: Any) -> None:
+            self._stack.append(name)
+            running.append(ModuleCall(name, self._known((args, kwargs))))
+            self.calls.append(running[-1])
+
+        def leave(_module: Any, _args: Any, result: Any) -> None:
             self._stack.pop()
+            running.pop().outputs = self._known(result)
 
         for name, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
+                )
+            )
             handles.append(module.register_forward_hook(leave, always_call=True))
         try:
             yield
@@ -135,8 +231,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if func.namespace == "prim":
             return result
-        node_args, node_kwargs = tree_map_only(Tensor, self._node_of, (args, kwargs))
-        node = self.graph.create_node("call_function", func, tuple(node_args), node_kwargs)
+        node_kwargs = {key: self._with_nodes(value) for key, value in kwargs.items()}
+        # Named here: fx would search for a free name, which takes longer than all the rest.
+        name = f"{func.overloadpacket.__name__}_{len(self.graph.nodes)}"
+        node = self.graph.create_node("call_function", func, self._with_nodes(args), node_kwargs, name)
         node.meta["module"] = self._stack[-1]
         if isinstance(result, Tensor):
             self._bind(result, node)
@@ -149,6 +247,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     item.meta["module"] = self._stack[-1]
                     self._bind(leaf, item)
         return result
+
+    def _known(self, values: Any) -> list[fx.Node | None]:
+        """Return the nodes of tensors: those of parameters are made, other unknown tensors have None."""
+        leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return [self._node_of(t) if id(t) in self._names else self._nodes.get(id(t)) for t in leaves]
+
+    def _with_nodes(self, value: Any) -> Any:
+        """Replace tensors in arguments of an operator: there are only lists and tuples of them, so no pytree."""
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if isinstance(value, list | tuple):
+            return tuple([self._with_nodes(item) for item in value])
+        return value
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(tensor.shape)
@@ -182,4 +293,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph.output(nodes)
         self._alive.clear()
         self._nodes.clear()
-        return Capture(self.graph, self.parameters, nodes, self.integers.relations)
+        return Capture(
+            self.graph, self.parameters, nodes, self.integers.relations, self.integers.numeric_uses, self.calls
+        )

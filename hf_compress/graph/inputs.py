@@ -28,7 +28,8 @@ def make_example_inputs(
         seed: Seed of a private generator: the global random state stays as it was.
 
     Returns:
-        Tensors on the model's device by forward argument; the last text example ends in padding.
+        Tensors on the model's device (the CPU for a model on the meta device) by forward argument; the last text
+        example ends in padding.
 
     Raises:
         GraphError: If the forward signature has no input that the config describes.
@@ -39,8 +40,7 @@ def make_example_inputs(
             "arguments that it runs on."
         )
     parameter = next(model.parameters())
-    if parameter.device.type == "meta":
-        raise GraphError(f"{type(model).__name__} is on the meta device and cannot be run; load its weights first.")
+    device = "cpu" if parameter.is_meta else parameter.device
     maker = _Maker(model.config, batch_size, length, seed)
     inputs: dict[str, Any] = {}
     for name in _forward_names(model):
@@ -48,7 +48,7 @@ def make_example_inputs(
         value = make(maker) if make is not None else None
         if value is not None:
             dtype = parameter.dtype if value.is_floating_point() else value.dtype
-            inputs[name] = value.to(parameter.device, dtype)
+            inputs[name] = value.to(device, dtype)
     if not inputs:
         raise GraphError(
             f"{type(model).__name__}.forward takes none of {', '.join(sorted(_MAKERS))}; pass example_inputs, a dict "

@@ -78,6 +78,19 @@ class Relation:
     """The module that called it."""
 
 
+@dataclass(frozen=True)
+class NumericUse:
+    """``expression`` enters a computation as a number, so it must stay what it is."""
+
+    expression: Expression
+    function: str
+    module: str
+
+
+_running: list["IntegerTracer"] = []
+"""The tracers that are recording, innermost last: conversions to float are told to them."""
+
+
 class TracedInt(int):
     """An int that knows how it was computed."""
 
@@ -97,6 +110,32 @@ class TracedInt(int):
 
     def __neg__(self) -> int:
         return TracedInt(-int(self), Operation("sub", 0, self.expression))
+
+    def __float__(self) -> float:
+        _note_numeric(self, "a conversion to float")
+        return float(int(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        _note_numeric(self, "a division")
+        _note_numeric(other, "a division")
+        return int(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        _note_numeric(self, "a division")
+        return other / int(self)
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        _note_numeric(self, "a power")
+        return pow(int(self), other, modulo)
+
+    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
+        _note_numeric(self, "a power")
+        return pow(other, int(self), modulo)
+
+
+def _note_numeric(value: Any, function: str) -> None:
+    if _running and isinstance(value, TracedInt):
+        _running[-1].note_numeric(value, function)
 
 
 def expression_of(value: int) -> Expression:
@@ -178,6 +217,20 @@ class IntegerTracer(TorchFunctionMode):
         self.node_of = node_of
         self.current_module = current_module
         self.relations: list[Relation] = []
+        self.numeric_uses: list[NumericUse] = []
+
+    def __enter__(self) -> "IntegerTracer":
+        _running.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+        _running.remove(self)
+
+    def note_numeric(self, value: TracedInt, function: str) -> None:
+        """Write down that an integer is computed with."""
+        self.numeric_uses.append(NumericUse(value.expression, function, self.current_module()))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,6 +238,10 @@ class IntegerTracer(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in _NUMERIC:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, TracedInt):
+                    self.note_numeric(value, name.strip("_"))
         if name == "size" or (name == "__get__" and getattr(func, "__self__", None) is Tensor.shape):
             return self._traced_size(args, kwargs, result)
         record = _RECORDERS.get(name)
@@ -209,6 +266,14 @@ class IntegerTracer(TorchFunctionMode):
         node = self.node_of(tensor) if isinstance(tensor, Tensor) else None
         if node is not None and isinstance(value, int) and not isinstance(value, bool):
             yield Relation(expression_of(value), node, dim, prefix, function, self.current_module())
+
+
+_NUMERIC = {
+    f"{prefix}{name}{suffix}"
+    for name in ("add", "sub", "mul", "div", "truediv", "pow", "floordiv", "mod")
+    for prefix, suffix in (("", ""), ("__", "__"), ("__r", "__"), ("__i", "__"), ("", "_"))
+} | {"rsub", "true_divide", "floor_divide", "remainder", "fmod", "tensor", "as_tensor", "masked_fill", "eq", "gt", "lt"}
+"""Python-level functions that compute with an integer argument instead of taking it as a size."""
 
 
 Recorder = Callable[[IntegerTracer, tuple[Any, ...], dict[str, Any], Any], Iterator[Relation]]
@@ -256,6 +321,37 @@ def _norm(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], 
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
     for i, size in enumerate(shape):
         yield from tracer.relation(size, result, result.dim() - len(shape) + i, "a norm")
+
+
+@_recorder("group_norm")
+def _group_norm(
+    tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[Relation]:
+    """One group for every channel must stay so."""
+    groups = args[1] if len(args) > 1 else kwargs["num_groups"]
+    if groups == result.shape[1]:
+        yield from tracer.relation(groups, result, 1, "a group norm")
+
+
+@_recorder("conv1d", "conv2d", "conv3d")
+def _convolution(
+    tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[Relation]:
+    """Depthwise: one group for every channel must stay so."""
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    if groups > 1 and groups == args[0].shape[1] == result.shape[1]:
+        yield from tracer.relation(groups, args[0], 1, "a depthwise convolution")
+
+
+@_recorder("histc")
+def _histc(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Relation]:
+    yield from tracer.relation(args[1] if len(args) > 1 else kwargs.get("bins"), result, 0, "histc")
+
+
+@_recorder("one_hot")
+def _one_hot(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Relation]:
+    classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+    yield from tracer.relation(classes, result, result.dim() - 1, "one_hot")
 
 
 @_recorder("chunk")

@@ -19,6 +19,9 @@ from typing import Any
 from hf_compress.graph.dims import ConflictError, Dim, unify
 from hf_compress.registry import op_rules
 
+Source = tuple[str, tuple[int | None, ...]]
+"""A parameter's name and, per tensor dimension, the parameter's dimension (None for a new one)."""
+
 
 @dataclass(eq=False)
 class Operand:
@@ -27,8 +30,11 @@ class Operand:
     dims: list[Dim]
     """One per tensor dimension, outermost first."""
 
-    source: tuple[str, tuple[int, ...]] | None = None
-    """If the tensor is a parameter, perhaps transposed: its name and, per dimension, the parameter's dimension."""
+    source: Source | None = None
+    """Where the values come from, if the tensor is a parameter, perhaps transposed or with some rows picked."""
+
+    values: Dim | None = None
+    """For integers that are positions along a dimension (as topk returns): that dimension."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,6 +50,8 @@ class Mark:
     role: str
     op: str
     module: str
+    amount: int = 1
+    """For ``ranked``: how many positions are picked."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Consumer:
 
     parameter: str
     dim: int
+    module: str
+    """Name of the module that made the call: not the parameter's own where weights are tied."""
 
 
 Result = list[Dim] | tuple[list[Dim] | None, ...]
@@ -87,7 +97,11 @@ class OpCall:
 
     marks: list[Mark] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
-    source: tuple[str, tuple[int, ...]] | None = None
+    source: Source | None = None
+    """Set by a rule whose result is (part of) a parameter."""
+
+    values: tuple[Dim | None, ...] = ()
+    """Set by a rule whose results hold positions along a dimension, one entry per result."""
 
     def tensor(self, name: str) -> Operand:
         """Return the argument ``name``, which must be a tensor."""
@@ -116,10 +130,22 @@ class OpCall:
             self.mark(a, "conflict")
             self.mark(b, "conflict")
 
-    def mark(self, dim: Dim, role: str) -> None:
-        """Give ``dim`` a role; see ``hf_compress.graph.groups`` for those that freeze."""
+    def mark(self, dim: Dim, role: str, amount: int = 1) -> None:
+        """Give ``dim`` a role; see ``hf_compress.graph.roles`` for those that freeze."""
         if self.live or role == "conflict":
-            self.marks.append(Mark(dim, role, self.name, self.module))
+            self.marks.append(Mark(dim, role, self.name, self.module, amount))
+
+    def look_up(self, dim: Dim, indices: Operand) -> None:
+        """Say that positions along ``dim`` are picked by number.
+
+        If the numbers are positions along another dimension (a router ranks its logits, tokens pick their experts),
+        the two are the same units, and removing one renumbers both.
+        """
+        if indices.values is not None and indices.values.size == dim.size:
+            self.unify(indices.values, dim)
+            self.mark(dim, "routed")
+        else:
+            self.mark(dim, "indexed")
 
     def contract(self, a: Operand, i: int, b: Operand, j: int) -> None:
         """Say that dimension ``i`` of ``a`` is summed over together with dimension ``j`` of ``b``."""
@@ -128,10 +154,12 @@ class OpCall:
         if len(weights) == 1:
             (weight, dim), *_ = weights
             assert weight.source is not None
-            self.consumers.append(Consumer(weight.source[0], weight.source[1][dim]))
-            self.mark(b.dims[j], "contracted")
-        else:
-            self.mark(b.dims[j], "contracted_activations")
+            owned = weight.source[1][dim]
+            if owned is not None:
+                self.consumers.append(Consumer(weight.source[0], owned, self.module))
+                self.mark(b.dims[j], "contracted")
+                return
+        self.mark(b.dims[j], "contracted_activations")
 
     def freeze(self, role: str = "opaque") -> Result:
         """Freeze everything the call touches and return fresh, frozen result dimensions."""

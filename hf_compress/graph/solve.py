@@ -1,10 +1,11 @@
 """Solve for the attributes that must change when dimensions shrink."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hf_compress.errors import ShrinkError
-from hf_compress.graph.dims import Dim, find
-from hf_compress.graph.integers import OPERATORS, Attribute, Expression, Operation, Relation, Size
+from hf_compress.graph.dims import Dim, atoms, find
+from hf_compress.graph.integers import OPERATORS, Attribute, Expression, NumericUse, Operation, Relation, Size
 
 
 def new_size(dim: Dim, kept: Mapping[Dim, int]) -> int:
@@ -46,100 +47,192 @@ def new_prefix(dim: Dim, length: int, kept: Mapping[Dim, int]) -> int | None:
 
 
 class Equations:
-    """The relations of a recorded forward pass, with dimensions that know their new sizes.
+    """The relations of recorded forward passes, with dimensions that know their sizes.
 
     Args:
-        relations: What the recorded forward pass needs.
-        dims: Returns the term of a recorded tensor's dimension.
+        relations: What the forward passes need of integers that become sizes.
+        numeric_uses: Integers that must stay what they are.
+        dim_of: Returns the term of a recorded tensor's dimension.
         current: Returns the value that an attribute has now.
-        kept: New number of units by atom.
     """
 
     def __init__(
         self,
         relations: Iterable[Relation],
-        dims: Callable[[Relation | Size], Dim],
+        numeric_uses: Iterable[NumericUse],
+        dim_of: Callable[[Relation | Size], Dim],
         current: Callable[[Attribute], int],
-        kept: Mapping[Dim, int],
     ) -> None:
-        self.relations = list(relations)
-        self.dims = dims
-        self.current = current
-        self.kept = kept
-        self.values: dict[Attribute, int] = {}
-        self.bound: dict[Attribute, Relation] = {}
+        self.dim_of = dim_of
+        self._read = current
+        self._current: dict[Attribute, int] = {}
+        self._by_atom: dict[Dim, list[Relation | NumericUse]] = defaultdict(list)
+        self._by_attribute: dict[Attribute, list[Relation | NumericUse]] = defaultdict(list)
+        needs: list[Relation | NumericUse] = [*relations, *numeric_uses]
+        for need in dict.fromkeys(needs):
+            dims = [dim_of(size) for size in _sizes(need.expression)]
+            if isinstance(need, Relation):
+                dims.append(dim_of(need))
+            for atom in dict.fromkeys(atom for dim in dims for atom in atoms(dim)):
+                self._by_atom[atom].append(need)
+            for attribute in dict.fromkeys(_attributes(need.expression)):
+                self._by_attribute[attribute].append(need)
 
-    def solve(self) -> dict[Attribute, int]:
+    def solve(self, kept: Mapping[Dim, int]) -> dict[Attribute, int]:
         """Return new values of the attributes that must change.
+
+        Args:
+            kept: New number of units by atom.
 
         Raises:
             ShrinkError: If no values make every relation hold.
         """
-        for relation in self.relations:
-            if isinstance(relation.expression, Attribute):
-                self._bind(relation.expression, relation)
-        for relation in self.relations:
-            if not isinstance(relation.expression, Attribute):
-                self._satisfy(relation)
-        return {name: value for name, value in self.values.items() if value != self.current(name)}
+        return _Solution(self, {find(atom): count for atom, count in kept.items()}).run()
 
-    def _target(self, relation: Relation) -> int:
-        dim = self.dims(relation)
-        size = new_size(dim, self.kept) if relation.prefix is None else new_prefix(dim, relation.prefix, self.kept)
-        if size is None:
-            raise ShrinkError(
-                f"{relation.function} in {relation.module or 'the model'} cuts a dimension within the units to be "
-                "removed, so removing them would move what it reads. Exclude that group."
-            )
-        return size
+    def touching(self, atom: Dim) -> list["Relation | NumericUse"]:
+        """Return what speaks of sizes that contain ``atom``."""
+        return self._by_atom.get(find(atom), [])
 
-    def _bind(self, attribute: Attribute, relation: Relation) -> None:
-        target = self._target(relation)
-        if self.values.setdefault(attribute, target) != target:
-            raise ShrinkError(
-                f"attribute {attribute} would have to be {self.values[attribute]} for {self.bound[attribute].function} "
-                f"and {target} for {relation.function} in {relation.module or 'the model'}. Keep the same number of "
-                "units in the groups that share it."
-            )
-        self.bound.setdefault(attribute, relation)
+    def using(self, attribute: Attribute) -> list["Relation | NumericUse"]:
+        """Return what speaks of ``attribute``."""
+        return self._by_attribute[attribute]
 
-    def _satisfy(self, relation: Relation) -> None:
-        target = self._target(relation)
-        if self._evaluate(relation.expression) == target:
-            return
-        free = [a for a in dict.fromkeys(_attributes(relation.expression)) if a not in self.bound]
-        if len(free) == 1 and self._search(free[0], relation, target):
-            self.bound[free[0]] = relation
-            return
-        raise ShrinkError(
-            f"{relation.function} in {relation.module or 'the model'} uses a size that it computes as "
-            f"{describe(relation.expression)}; after shrinking that gives {self._evaluate(relation.expression)}, but "
-            f"{target} is needed. This structure cannot shrink by itself here; exclude it, or keep the groups that "
-            "share the size equal."
-        )
+    def numeric_attributes(self) -> list[Attribute]:
+        """Return the attributes that the forward code computes with as numbers."""
+        return [a for a, needs in self._by_attribute.items() if any(isinstance(need, NumericUse) for need in needs)]
 
-    def _search(self, attribute: Attribute, relation: Relation, target: int) -> bool:
-        """Try values of the one unknown: expressions are short and sizes are small numbers."""
-        old = self.values.get(attribute, self.current(attribute))
-        for value in range(1, 4 * abs(old) + 2):
-            self.values[attribute] = value
-            if self._evaluate(relation.expression) == target:
-                return True
-        self.values.pop(attribute)
-        return False
+    def current(self, attribute: Attribute) -> int:
+        """Return the value that an attribute has now."""
+        if attribute not in self._current:
+            self._current[attribute] = self._read(attribute)
+        return self._current[attribute]
 
-    def _evaluate(self, expression: Expression) -> int | None:
+    def value(self, expression: Expression, values: Mapping[Attribute, int], kept: Mapping[Dim, int]) -> int | None:
+        """Evaluate an expression; None where it divides by zero."""
         if isinstance(expression, Attribute):
-            return self.values.get(expression, self.current(expression))
+            return values.get(expression, self.current(expression))
         if isinstance(expression, Size):
-            return new_size(self.dims(expression), self.kept)
+            return new_size(self.dim_of(expression), kept)
         if isinstance(expression, Operation):
-            left, right = self._evaluate(expression.left), self._evaluate(expression.right)
+            left, right = self.value(expression.left, values, kept), self.value(expression.right, values, kept)
             divides_by_zero = expression.name in ("floordiv", "mod") and right == 0
             if left is None or right is None or divides_by_zero:
                 return None
             return OPERATORS[expression.name](left, right)
         return int(expression)
+
+    def target(self, need: Relation | NumericUse, kept: Mapping[Dim, int]) -> int | None:
+        """Return what the expression of ``need`` must give.
+
+        Raises:
+            ShrinkError: If a slice would have to begin or end within units that go.
+        """
+        if isinstance(need, NumericUse):
+            return self.value(need.expression, {}, {})
+        dim = self.dim_of(need)
+        size = new_size(dim, kept) if need.prefix is None else new_prefix(dim, need.prefix, kept)
+        if size is None:
+            raise ShrinkError(
+                f"{need.function} in {need.module or 'the model'} cuts a dimension within the units to be removed, so "
+                "removing them would move what it reads. Exclude that group."
+            )
+        return size
+
+
+class _Solution:
+    """One set of new sizes: follows, from the relations that the sizes touch, which attributes must change."""
+
+    def __init__(self, equations: Equations, kept: Mapping[Dim, int]) -> None:
+        self.equations = equations
+        self.kept = kept
+        self.values: dict[Attribute, int] = {}
+        self.reasons: dict[Attribute, Relation | NumericUse] = {}
+        self.seen: dict[Relation | NumericUse, None] = {}
+        self.later: list[Relation | NumericUse] = []
+
+    def run(self) -> dict[Attribute, int]:
+        self._follow(need for atom in self.kept for need in self.equations.touching(atom))
+        while self.later:
+            self._satisfy(self.later.pop(0))
+        for need in self.seen:  # a value that was found late may break what held before
+            self._check(need)
+        return {name: value for name, value in self.values.items() if value != self.equations.current(name)}
+
+    def _follow(self, needs: Iterable[Relation | NumericUse]) -> None:
+        queue = list(needs)
+        while queue:
+            need = queue.pop(0)
+            if need in self.seen:
+                continue
+            self.seen[need] = None
+            if isinstance(need.expression, Attribute):
+                queue += self._set(need.expression, self.equations.target(need, self.kept), need)
+            else:
+                self.later.append(need)
+
+    def _set(self, attribute: Attribute, value: int | None, need: Relation | NumericUse) -> list[Relation | NumericUse]:
+        """Give an attribute its value and return what has to be looked at because of that."""
+        assert value is not None
+        if attribute in self.values:
+            if self.values[attribute] != value:
+                raise self._clash(attribute, value, need)
+            return []
+        self.values[attribute], self.reasons[attribute] = value, need
+        return self.equations.using(attribute) if value != self.equations.current(attribute) else []
+
+    def _clash(self, attribute: Attribute, value: int, need: Relation | NumericUse) -> ShrinkError:
+        texts = []
+        for wanted, why in ((self.values[attribute], self.reasons[attribute]), (value, need)):
+            kind = " as a number" if isinstance(why, NumericUse) else ""
+            texts.append(f"{wanted} for {why.function}{kind} in {why.module or 'the model'}")
+        return ShrinkError(
+            f"attribute {attribute} would have to be {texts[0]} and {texts[1]}. Keep the same number of units in the "
+            "groups that share it."
+        )
+
+    def _satisfy(self, need: Relation | NumericUse) -> None:
+        target = self.equations.target(need, self.kept)
+        if self._value(need) == target:
+            return
+        for attribute in dict.fromkeys(_attributes(need.expression)):
+            self._follow(n for n in self.equations.using(attribute) if isinstance(n.expression, Attribute))
+        if self._value(need) == target:
+            return
+        free = [a for a in dict.fromkeys(_attributes(need.expression)) if a not in self.values]
+        if len(free) == 1 and target is not None:
+            found = self._search(free[0], need, target)
+            if found is not None:
+                self._follow(self._set(free[0], found, need))
+                return
+        raise self._unsolvable(need, target)
+
+    def _search(self, attribute: Attribute, need: Relation | NumericUse, target: int) -> int | None:
+        """Try values of the one unknown: expressions are short and sizes are small numbers."""
+        for value in range(1, 4 * abs(self.equations.current(attribute)) + 2):
+            if self.equations.value(need.expression, {**self.values, attribute: value}, self.kept) == target:
+                return value
+        return None
+
+    def _check(self, need: Relation | NumericUse) -> None:
+        target = self.equations.target(need, self.kept)
+        if self._value(need) != target:
+            raise self._unsolvable(need, target)
+
+    def _value(self, need: Relation | NumericUse) -> int | None:
+        return self.equations.value(need.expression, self.values, self.kept)
+
+    def _unsolvable(self, need: Relation | NumericUse, target: int | None) -> ShrinkError:
+        where = need.module or "the model"
+        if isinstance(need, NumericUse):
+            return ShrinkError(
+                f"{need.function} in {where} computes with the number {describe(need.expression)}, which would change "
+                f"from {target} to {self._value(need)} with the sizes. Exclude that structure."
+            )
+        return ShrinkError(
+            f"{need.function} in {where} uses a size that it computes as {describe(need.expression)}; after shrinking "
+            f"that gives {self._value(need)}, but {target} is needed. This structure cannot shrink by itself here; "
+            "exclude it, or keep the groups that share the size equal."
+        )
 
 
 def _attributes(expression: Expression) -> Iterator[Attribute]:
@@ -148,6 +241,14 @@ def _attributes(expression: Expression) -> Iterator[Attribute]:
     elif isinstance(expression, Operation):
         yield from _attributes(expression.left)
         yield from _attributes(expression.right)
+
+
+def _sizes(expression: Expression) -> Iterator[Size]:
+    if isinstance(expression, Size):
+        yield expression
+    elif isinstance(expression, Operation):
+        yield from _sizes(expression.left)
+        yield from _sizes(expression.right)
 
 
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}

@@ -24,9 +24,23 @@ class InputGate(Protocol):
     def __call__(self) -> Tensor: ...  # noqa: D102
 
 
+class ParameterGate(Protocol):
+    """Returns what stands in for the parameter ``name`` of a module while it runs."""
+
+    name: str
+
+    def __call__(self, parameter: Tensor) -> Tensor: ...  # noqa: D102
+
+
+class CallTransform(Protocol):
+    """Called instead of a module's forward, with the module, that forward, and the arguments."""
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...  # noqa: D102
+
+
 @dataclass(eq=False)
 class Attachment:
-    """What is attached to one leaf module, in the order in which it acts.
+    """What is attached to one module, in the order in which it acts.
 
     The gate comes first, so that quantizers see what a physically smaller layer would see: removed channels
     are zeros in the input and are hidden from the weight's scale.
@@ -41,9 +55,28 @@ class Attachment:
     weight_transform: Callable[[Tensor, Tensor | None], Tensor] | None = None
     """Called with the weight and the detached input factors broadcast against it (or None); a fake quantizer."""
 
+    parameter_gates: list[ParameterGate] = field(default_factory=list)
+    """Change the module's own parameters while it runs: the only way into parameters that no leaf module holds."""
+
+    subset: CallTransform | None = None
+    """Runs the module on the kept units alone."""
+
+    layer: CallTransform | None = None
+    """Mixes what the module returns with what it was given."""
+
     def is_empty(self) -> bool:
         """Return whether nothing is attached any more."""
-        return not self.input_gates and self.input_transform is None and self.weight_transform is None
+        return not (self.acts_on_leaf() or self.parameter_gates or self.subset or self.layer)
+
+    def acts_on_leaf(self) -> bool:
+        """Return whether input or weight of a leaf module pass through something."""
+        return bool(self.input_gates) or self.input_transform is not None or self.weight_transform is not None
+
+    def clear(self) -> None:
+        """Take everything off."""
+        self.input_gates.clear()
+        self.parameter_gates.clear()
+        self.input_transform = self.weight_transform = self.subset = self.layer = None
 
     def factors(self) -> Tensor | None:
         """Return the product of all input gates, [in_features], or None without gates."""
@@ -96,15 +129,15 @@ def attach(name: str, module: nn.Module) -> Attachment:
 
     Args:
         name: The module's name, for messages.
-        module: A Linear, Conv1D, Conv1d or Conv2d.
+        module: Any module; input gates and transforms need one of ``LEAF_KINDS``, see ``leaf_kind``.
 
     Raises:
-        TargetError: If the module's forward is not the one of a known leaf class.
+        TargetError: If the module's forward was replaced on the instance.
     """
     current = attachment_of(module)
     if current is not None:
         return current
-    leaf_kind(name, module)
+    refuse_patched(name, module)
     module.__dict__[_ATTRIBUTE] = Attachment()
     module.__class__ = _subclass(type(module))
     attachment: Attachment = module.__dict__[_ATTRIBUTE]
@@ -130,11 +163,7 @@ def leaf_kind(name: str, module: nn.Module) -> LeafKind:
     Raises:
         TargetError: If the class is unknown, overrides the known forward, or was patched on the instance.
     """
-    if "forward" in module.__dict__:
-        raise TargetError(
-            f"module {name!r}: its forward was replaced on the instance (device_map hooks do this), so nothing can "
-            "be attached to it. Load the model without device_map, or remove the hooks first."
-        )
+    refuse_patched(name, module)
     for base, kind in LEAF_KINDS.items():
         if isinstance(module, base) and (attachment_of(module) is not None or type(module).forward is base.forward):
             return kind
@@ -144,8 +173,56 @@ def leaf_kind(name: str, module: nn.Module) -> LeafKind:
     )
 
 
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
+def is_leaf(module: nn.Module) -> bool:
+    """Return whether the module is of a class whose input and weight are known."""
+    return isinstance(module, tuple(LEAF_KINDS))
+
+
+def refuse_patched(name: str, module: nn.Module) -> None:
+    """Check that the module's class decides how it computes.
+
+    Raises:
+        TargetError: If its forward was replaced on the instance.
+    """
+    if "forward" in module.__dict__:
+        raise TargetError(
+            f"module {name!r}: its forward was replaced on the instance (device_map hooks do this), so nothing can "
+            "be attached to it. Load the model without device_map, or remove the hooks first."
+        )
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attachment: Attachment = self.__dict__[_ATTRIBUTE]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _substituted(self, attachment.parameter_gates):
+            if attachment.acts_on_leaf():
+                return _leaf_forward(self, attachment, *args, **kwargs)
+            return type(self).__mro__[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def on_subset(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if attachment.subset is None else attachment.subset(self, forward, args, kwargs)
+
+    return on_subset(*args, **kwargs) if attachment.layer is None else attachment.layer(self, on_subset, args, kwargs)
+
+
+@contextmanager
+def _substituted(module: nn.Module, gates: list[ParameterGate]) -> Iterator[None]:
+    """Let the module see changed parameters; the dictionary entry is swapped, so that nothing else does."""
+    if not gates:
+        yield
+        return
+    parameters: dict[str, Any] = module._parameters
+    saved = {gate.name: parameters[gate.name] for gate in gates}
+    try:
+        for gate in gates:
+            parameters[gate.name] = gate(parameters[gate.name])
+        yield
+    finally:
+        parameters.update(saved)
+
+
+def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor) -> Tensor:
     kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(self, base))
     weight: Any = self.weight
     factors = attachment.factors()
@@ -167,7 +244,7 @@ def _broadcast(factors: Tensor, num_dims: int, dim: int) -> Tensor:
 
 def _subclass(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _swapped:
-        name = f"Instrumented{base.__name__}"
+        name = f"Instrumented_{base.__module__.replace('.', '_')}_{base.__name__}"
         # A module-level name keeps instances picklable.
         globals()[name] = _swapped[base] = type(name, (base,), {"forward": _forward, "__module__": __name__})
     return _swapped[base]
@@ -192,6 +269,5 @@ def detach_all(model: nn.Module) -> None:
     for module in model.modules():
         attachment = attachment_of(module)
         if attachment is not None:
-            attachment.input_gates.clear()
-            attachment.input_transform = attachment.weight_transform = None
+            attachment.clear()
             detach_if_empty(module)

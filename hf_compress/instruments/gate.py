@@ -5,19 +5,23 @@ the gate is the unit's first-order importance.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.errors import TargetError
-from hf_compress.graph.groups import DimensionGroup, ParameterSlice, unit_of_position
-from hf_compress.instruments.attach import attach, attachment_of, detach_if_empty, leaf_kind
+from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
+from hf_compress.instruments.attach import attach, detach_if_empty, is_leaf, leaf_kind, refuse_patched
+from hf_compress.instruments.subset import SubsetGate
 
 
 class Gate:
-    """The gates of one dimension group, attached to its consumers.
+    """The gates of one dimension group, attached to whatever reads its units.
 
     The tensor belongs to the callback, never to the model: checkpoints and the Trainer's optimizer do not see it.
+    Norms and routers take no part in the gradient: what a unit does reaches the loss through its consumers.
     """
 
     def __init__(self, group: DimensionGroup, model: nn.Module, *, needs_gradient: bool) -> None:
@@ -26,17 +30,31 @@ class Gate:
         sites = [_site(model, group, part) for part in group.gates]  # all are checked before the first is touched
         device = next(model.parameters()).device
         self.value = torch.ones(group.num_units, device=device, requires_grad=needs_gradient)
-        self._inputs: list[tuple[nn.Module, _ExpandedGate]] = []
-        for name, module, part in sites:
-            size = model.get_parameter(part.parameter).shape[part.dim]
-            expanded = _ExpandedGate(self, unit_of_position(part, size).to(device))
-            attach(name, module).input_gates.append(expanded)
-            self._inputs.append((module, expanded))
+        self._installed: list[tuple[nn.Module, list[Any], Any]] = []
+        for site in sites:
+            self._install(site)
+        for part in group.sources:
+            name = part.parameter.rpartition(".")[0]
+            self._install(_Site(name, model.get_submodule(name), part, is_input=False))
+        self._subsets = SubsetGate(group, model)
+
+    def _install(self, site: "_Site") -> None:
+        size = self.model.get_parameter(site.part.parameter).shape[site.part.dim]
+        factors = _ExpandedGate(self, unit_of_position(site.part, size).to(self.value.device))
+        attachment = attach(site.name, site.module)
+        if site.is_input:
+            attachment.input_gates.append(factors)
+            self._installed.append((site.module, attachment.input_gates, factors))
+        else:
+            gate = _ParameterFactors(site.part.parameter.rpartition(".")[2], site.part.dim, factors)
+            attachment.parameter_gates.append(gate)
+            self._installed.append((site.module, attachment.parameter_gates, gate))
 
     def set_mask(self, mask: Tensor) -> None:
         """Open the gates where ``mask`` [num_units] is True and close the others, in place."""
         with torch.no_grad():
             self.value.copy_(mask)
+        self._subsets.set_mask(mask)
 
     def take_gradient(self) -> Tensor | None:
         """Return the gradient gathered since the last call, [num_units], and forget it."""
@@ -45,12 +63,12 @@ class Gate:
 
     def remove(self) -> None:
         """Detach from all consumers."""
-        for module, expanded in self._inputs:
-            attachment = attachment_of(module)
-            if attachment is not None and expanded in attachment.input_gates:
-                attachment.input_gates.remove(expanded)
-                detach_if_empty(module)
-        self._inputs.clear()
+        for module, attached, mine in self._installed:
+            if mine in attached:
+                attached.remove(mine)
+            detach_if_empty(module)
+        self._installed.clear()
+        self._subsets.remove()
 
     def fold(self, mask: Tensor) -> None:
         """Zero all weights of masked units: the model keeps its shapes and computes as if gated.
@@ -82,6 +100,20 @@ class _ExpandedGate:
         return value[self.owner]
 
 
+class _ParameterFactors:
+    """Multiplies a parameter along one dimension."""
+
+    def __init__(self, name: str, dim: int, factors: _ExpandedGate) -> None:
+        self.name = name
+        self.dim = dim
+        self.factors = factors
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        shape = [1] * parameter.dim()
+        shape[self.dim] = -1
+        return parameter * self.factors().to(parameter.dtype).view(shape)
+
+
 def unit_weights(model: nn.Module, group: DimensionGroup) -> Tensor:
     """Return all weights of each unit of a group, [num_units, weights per unit]."""
     parts = []
@@ -102,12 +134,28 @@ def check_gateable(model: nn.Module, groups: Sequence[DimensionGroup]) -> None:
             _site(model, group, part)
 
 
-def _site(model: nn.Module, group: DimensionGroup, part: ParameterSlice) -> tuple[str, nn.Module, ParameterSlice]:
-    name, _, parameter = part.parameter.rpartition(".")
-    module = model.get_submodule(name)
-    if parameter != "weight" or leaf_kind(name, module).weight_in_dim != part.dim:
-        raise TargetError(
-            f"group {group.name!r}: its consumer {part.parameter!r} (dimension {part.dim}) is not the input side of a "
-            f"{type(module).__name__} weight, so no gate can be attached. Exclude the group."
-        )
-    return name, module, part
+@dataclass(frozen=True)
+class _Site:
+    """One place where a gate acts."""
+
+    name: str
+    module: nn.Module
+    part: ParameterSlice
+    is_input: bool
+    """Whether it multiplies the input of a leaf module; else it multiplies the parameter."""
+
+
+def _site(model: nn.Module, group: DimensionGroup, part: ConsumerSlice) -> _Site:
+    module = model.get_submodule(part.module)
+    owner, _, parameter = part.parameter.rpartition(".")
+    weight = module._parameters.get("weight")
+    if weight is not None and weight is model.get_parameter(part.parameter) and is_leaf(module):
+        if leaf_kind(part.module, module).weight_in_dim == part.dim:
+            return _Site(part.module, module, part, is_input=True)
+    elif owner == part.module and parameter in module._parameters:
+        refuse_patched(part.module, module)
+        return _Site(part.module, module, part, is_input=False)
+    raise TargetError(
+        f"group {group.name!r}: its consumer {part.parameter!r} (dimension {part.dim}) is read by "
+        f"{part.module!r}, a {type(module).__name__}, where no gate can be attached. Exclude the group."
+    )

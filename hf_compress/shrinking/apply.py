@@ -1,8 +1,7 @@
-"""Execute a plan on a copy of the model: silence consumers, slice parameters, describe the new sizes."""
+"""Execute a plan on a copy of the model: silence pruned units, slice parameters."""
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +9,10 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.integers import Attribute, write
+from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
-from hf_compress.shrinking.sizes import find_stock_config, parameter_shapes, refresh_sizes
-
-FORMAT_VERSION = 1
+from hf_compress.shrinking.sizes import refresh_sizes
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -50,6 +48,8 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
     """
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     check_fits(tensors, plan)
+    for name in loosened_modules(model, plan):
+        loosen(model.get_submodule(name))
     for name, dims in plan.keep.items():
         tensor = tensors[name]
         data = tensor.data
@@ -59,6 +59,12 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
     for attribute in plan.attributes:
         write(model, Attribute(attribute.module, attribute.path), attribute.value)
     refresh_sizes(model)
+
+
+def loosened_modules(model: nn.Module, plan: ShrinkPlan) -> list[str]:
+    """Return the names of PyTorch's own attention modules whose parameters the plan cuts."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return [name for name in names if any(cut.startswith(f"{name}.") for cut in plan.keep)]
 
 
 def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
@@ -78,40 +84,3 @@ def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
                         f"plan: positions of {name!r} along dimension {dim} do not fit its shape {shape}; the plan was "
                         f"made for a {plan.model_class} of other sizes."
                     )
-
-
-def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan) -> None:
-    """Make the config say the new sizes: with stock fields if the architecture can, else for the loader.
-
-    Args:
-        model: The sliced model; its config still has the old sizes.
-        plan: The plan that was applied.
-    """
-    shapes = parameter_shapes(model)
-    attributes = [Attribute(a.module, a.path) for a in plan.attributes]
-    stock = find_stock_config(model, shapes, attributes, _size_changes(plan))
-    if stock is not None:
-        for name, value in stock.items():
-            setattr(model.config, name, value)
-        return
-    changed = {name for name in plan.keep if name in shapes}
-    by_identity = {id(p): name for name, p in model.named_parameters()}
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if by_identity[id(p)] in changed]
-    facts = {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()}
-    uneven: dict[str, Any] = {
-        "quant_method": "hf_compress",
-        "version": FORMAT_VERSION,
-        "units": facts,
-        "shapes": {name: shapes[name] for name in names},
-    }
-    if plan.attributes:
-        uneven["attributes"] = [[a.module, list(a.path), a.value] for a in plan.attributes]
-    model.config.quantization_config = uneven
-
-
-def _size_changes(plan: ShrinkPlan) -> dict[int, set[int]]:
-    """Old number of units -> the new numbers that groups of this size came to."""
-    changes: dict[int, set[int]] = {}
-    for group in plan.groups.values():
-        changes.setdefault(group.num_units, set()).add(len(group.kept))
-    return changes

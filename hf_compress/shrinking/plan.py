@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError, TargetError, choices
-from hf_compress.graph.groups import DimensionGroup, ModelGraph, ParameterSlice
+from hf_compress.graph.groups import DimensionGroup, ParameterSlice
+from hf_compress.graph.integers import Attribute, read
+from hf_compress.graph.model import ModelGraph
+from hf_compress.shrinking.depth import renamed
 
 Positions = dict[str, dict[int, list[int]]]
 """Parameter or buffer name -> dimension -> positions along it, ascending."""
@@ -65,10 +69,15 @@ class ShrinkPlan:
     """Positions that stay, for every parameter and buffer that shrinks."""
 
     zero: Positions
-    """Positions of consumer weights that the masks silence, in the original numbering."""
+    """Positions of weights that the masks silence, in the original numbering: consumers, and producers of what two
+    activations contract with each other."""
 
     num_parameters: tuple[int, int]
     """Parameters before and after."""
+
+    layers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Lists of layers that lose some: name of the module list -> layers that stay. All other parts of the plan speak of
+    the model before that."""
 
     attributes: tuple[AttributeValue, ...] = ()
     """Integers that forward code reads and that must change with the sizes."""
@@ -108,7 +117,9 @@ class ShrinkPlan:
             attributes = tuple(
                 AttributeValue(str(a["module"]), tuple(a["path"]), int(a["value"])) for a in data["attributes"]
             )
+            layers = {name: tuple(int(i) for i in kept) for name, kept in data["layers"].items()}
             return cls(
+                layers=layers,
                 model_class=data["model_class"],
                 groups=groups,
                 keep=keep,
@@ -144,25 +155,66 @@ def plan_shrink(
         TargetError: If a mask names no group or parameter, or asks for units of a frozen group.
     """
     refuse_compressed(model)
+    check_request(masks, multiple_of)
+    return plan_on(ModelGraph(model, example_inputs), masks or {}, uniform=uniform, multiple_of=multiple_of)
+
+
+def check_request(masks: Any, multiple_of: Any) -> None:
+    """Check what can be checked without looking at the model.
+
+    Raises:
+        ShrinkError: If there are no masks, or ``multiple_of`` is no count.
+    """
+    if not isinstance(masks, Mapping | None):
+        raise ShrinkError(f"plan_shrink: masks is a {type(masks).__name__}; pass a dict of group name: bool tensor.")
     if not masks:
         raise ShrinkError(
             "plan_shrink: no masks given, so there is nothing to remove. Train with a PruningCallback and pass the "
             "trainer to shrink(), or pass masks={group name: bool tensor}; dimension_groups(model) lists the groups."
         )
-    if not isinstance(masks, Mapping):
-        raise ShrinkError(f"plan_shrink: masks is a {type(masks).__name__}; pass a dict of group name: bool tensor.")
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise ShrinkError(f"plan_shrink: multiple_of={multiple_of!r}; allowed: an int >= 1.")
-    graph = ModelGraph(model, example_inputs)
+
+
+def plan_on(
+    graph: ModelGraph, masks: Mapping[str, Tensor], *, uniform: bool = False, multiple_of: int = 1
+) -> ShrinkPlan:
+    """Turn masks into a plan for a model that is analyzed already; see ``plan_shrink``."""
     groups = {group.name: group for group in graph.groups}
-    wanted = _unit_masks(model, groups, masks)
+    wanted = _unit_masks(graph.model, groups, masks)
     sizes = _kept_counts(groups, wanted, uniform, multiple_of)
     plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items()})
-    attributes = tuple(AttributeValue(where.module, where.path, value) for where, value in new.items())
-    return replace(_build(model, groups, plans), attributes=attributes)
+    plan = _build(graph.model, groups, plans)
+    inherited = _inherited(graph.model, plan.layers, new)
+    attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
+    return replace(plan, attributes=attributes)
+
+
+def _inherited(
+    model: nn.Module, layers: Mapping[str, tuple[int, ...]], new: Mapping[Attribute, int]
+) -> dict[Attribute, int]:
+    """Return new values of integers in layers that come to do what a removed layer did for all (T5's position bias)."""
+    heirs = {}
+    for attribute, value in new.items():
+        if renamed(attribute.module, layers) is not None:
+            continue
+        name = next(name for name in layers if attribute.module.startswith(f"{name}."))
+        index, _, inner = attribute.module[len(name) + 1 :].partition(".")
+        after = [i for i in layers[name] if i > int(index)]
+        heir = Attribute(f"{name}.{after[0]}.{inner}", attribute.path) if after else None
+        if heir is not None and heir not in new and _has(model, heir, read(model, attribute)):
+            heirs[heir] = value
+    return heirs
+
+
+def _has(model: nn.Module, attribute: Attribute, value: int) -> bool:
+    try:
+        return read(model, attribute) == value
+    except (AttributeError, IndexError, TypeError):
+        return False
 
 
 def refuse_compressed(model: PreTrainedModel) -> None:
@@ -206,8 +258,18 @@ def _unit_masks(
         group = groups[name]
         if not keep.all() and group.frozen is not None:
             raise TargetError(f"masks: group {name!r} cannot lose units: {group.frozen}.")
+        missing = [unit for unit in group.fixed_units if not keep[unit]]
+        if missing:
+            raise TargetError(
+                f"masks[{name!r}]: unit {missing[0]} cannot be removed; units that must stay: {group.fixed_units}."
+            )
         if not keep.any():
             raise ShrinkError(f"masks[{name!r}]: removes all {group.num_units} units; keep at least one.")
+        if int(keep.sum()) < group.min_units:
+            raise ShrinkError(
+                f"masks[{name!r}]: keeps {int(keep.sum())} of {group.num_units} units; at least {group.min_units} are "
+                "needed, because so many are chosen for every token."
+            )
     return wanted
 
 
@@ -250,10 +312,10 @@ def _kept_counts(
     sizes = {}
     for name, keep in wanted.items():
         size = int(keep.sum())
-        single_rows = all(part.index.shape[1] == 1 for part in groups[name].gates)
-        if single_rows and multiple_of > 1:
-            size = min(-(-size // multiple_of) * multiple_of, groups[name].num_units)
-        sizes[name] = size
+        group = groups[name]
+        single_rows = group.kind in ("ffn", "hidden") and all(part.index.shape[1] == 1 for part in group.gates)
+        step = math.lcm(multiple_of if single_rows else 1, group.multiple_of)
+        sizes[name] = min(-(-size // step) * step, group.num_units)
     if uniform:
         largest: dict[str, int] = {}
         for group in groups.values():
@@ -267,6 +329,17 @@ def _kept_counts(
 def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     kept = keep.nonzero().flatten().tolist()
     silenced = (~keep).nonzero().flatten().tolist()[: size - len(kept)]
+    if silenced and group.kind == "layers":
+        raise ShrinkError(
+            f"masks[{group.name!r}]: keeps {len(kept)} layers, but uniform=True asks for {size}, as many as "
+            "another list keeps. Keep equal numbers, or shrink without uniform."
+        )
+    if silenced and group.subsets:
+        raise ShrinkError(
+            f"masks[{group.name!r}]: keeps {len(kept)} units, but {size} are needed (uniform, multiple_of or the "
+            f"kernel's alignment), and units that {group.subsets[0].module!r} sees cannot stay without effect. Keep "
+            f"{size} or {max(size - len(silenced), 0)} units by the mask itself."
+        )
     return GroupPlan(
         kind=group.kind,
         num_units=group.num_units,
@@ -276,33 +349,39 @@ def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     )
 
 
-def _build(model: PreTrainedModel, groups: Mapping[str, DimensionGroup], plans: dict[str, GroupPlan]) -> ShrinkPlan:
+def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[str, GroupPlan]) -> ShrinkPlan:
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     dropped: dict[tuple[str, int], set[int]] = {}
     zero: Positions = {}
+    layers: dict[str, tuple[int, ...]] = {}
     for name, plan in plans.items():
         group = groups[name]
+        if group.modules and len(plan.kept) < plan.num_units:
+            layers[group.modules[0].rpartition(".")[0]] = plan.kept
         gone = sorted(set(range(group.num_units)) - set(plan.kept))
         for part in (*group.slices, *group.buffers):
             if gone:
                 dropped.setdefault((part.parameter, part.dim), set()).update(_positions(part, gone))
-        for part in group.gates:
+        for part in (*group.gates, *group.sources):
             silent = _positions(part, sorted({*gone, *plan.silenced}))
             if silent:
                 where = zero.setdefault(part.parameter, {}).setdefault(part.dim, [])
-                where.extend(silent)
+                where.extend(position for position in silent if position not in where)
     keep: Positions = {}
     for (name, dim), positions in dropped.items():
         size = tensors[name].shape[dim]
         keep.setdefault(name, {})[dim] = [i for i in range(size) if i not in positions]
     before = sum(p.numel() for p in model.parameters())
-    after = sum(_kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters())
+    after = sum(
+        _kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters() if renamed(name, layers) is not None
+    )
     return ShrinkPlan(
         model_class=type(model).__name__,
         groups={name: plan for name, plan in plans.items() if len(plan.kept) < plan.num_units or plan.silenced},
         keep=keep,
         zero=zero,
         num_parameters=(before, after),
+        layers=layers,
     )
 
 

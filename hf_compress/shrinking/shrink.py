@@ -1,15 +1,23 @@
 """``shrink``: from a trained model and masks to a physically smaller model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.fake import has_no_weights
+from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.layer import LayerGates
+from hf_compress.instruments.subset import SubsetGate
 from hf_compress.shrinking import verify as verification
-from hf_compress.shrinking.apply import describe_sizes, plain_copy, silence, slice_in_place
-from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink, refuse_compressed
+from hf_compress.shrinking.apply import plain_copy, silence, slice_in_place
+from hf_compress.shrinking.depth import drop_layers
+from hf_compress.shrinking.describe import describe_sizes
+from hf_compress.shrinking.plan import ShrinkPlan, check_request, plan_on, refuse_compressed
 
 
 @runtime_checkable
@@ -45,40 +53,66 @@ def shrink(
         original is untouched.
 
     Raises:
-        ShrinkError: If there are no masks, training is still running, the model is compressed already, or the
-            shrunk model differs from the masked one.
+        ShrinkError: If there are no masks, training is still running, the model is compressed already or has no
+            weights, or the shrunk model differs from the masked one.
         TargetError: If the masks ask for what the model does not have or must not lose.
     """
     model = _model_of(model_or_trainer)
     refuse_compressed(model)
+    if has_no_weights(model):
+        raise ShrinkError(
+            f"shrink: the {type(model).__name__} is on the meta device, so there are no weights to cut. Load it with "
+            "from_pretrained; plan_shrink(model, masks) works without weights."
+        )
     chosen = masks if masks is not None else _masks_of(model_or_trainer)
+    check_request(chosen, multiple_of)
     duplicate = plain_copy(model)
-    plan = plan_shrink(duplicate, chosen, example_inputs=example_inputs, uniform=uniform, multiple_of=multiple_of)
-    return _execute(duplicate, model, plan, example_inputs, verify)
-
-
-def _execute(
-    duplicate: PreTrainedModel,
-    model: PreTrainedModel,
-    plan: ShrinkPlan,
-    example_inputs: Mapping[str, Any] | None,
-    check: bool,
-) -> PreTrainedModel:
-    """Turn ``duplicate`` into the masked model, record it, then slice it: one copy in memory."""
-    silence(duplicate, plan.zero)
-    reference = verification.record_reference(duplicate, example_inputs) if check else None
+    graph = ModelGraph(duplicate, example_inputs)
+    plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)
+    reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
     slice_in_place(duplicate, plan)
+    drop_layers(duplicate, plan.layers)
+    describe_sizes(duplicate, plan, graph.numeric_attributes())
     if reference is not None:
 
-        def masked_again() -> PreTrainedModel:
-            masked = plain_copy(model)
-            silence(masked, plan.zero)
-            return masked
+        @contextmanager
+        def masked_again() -> Iterator[PreTrainedModel]:
+            with _masked(plain_copy(model), graph, plan) as masked:
+                yield masked
 
         verification.verify(duplicate, reference, masked_again)
-    describe_sizes(duplicate, plan)
     duplicate.train(False)
     return duplicate
+
+
+def _masked_reference(
+    model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan, example_inputs: Mapping[str, Any] | None
+) -> verification.Reference:
+    """Turn ``model`` into the masked model and record what it computes; it is sliced next: one copy in memory."""
+    with _masked(model, graph, plan) as masked:
+        return verification.record_reference(masked, example_inputs)
+
+
+@contextmanager
+def _masked(model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan) -> Iterator[PreTrainedModel]:
+    """Silence pruned units for good, and let norms and routers see the kept ones alone while the context is open."""
+    silence(model, plan.zero)
+    gates: list[Any] = []
+    for group in graph.groups:
+        if group.name not in plan.groups:
+            continue
+        mask = torch.zeros(group.num_units, dtype=torch.bool)
+        mask[list(plan.groups[group.name].kept)] = True
+        if group.modules:
+            gates.append(LayerGates(group, model, mask.float()))
+        elif group.subsets:
+            gates.append(SubsetGate(group, model))
+            gates[-1].set_mask(mask)
+    try:
+        yield model
+    finally:
+        for gate in gates:
+            gate.remove()
 
 
 def _model_of(model_or_trainer: Any) -> PreTrainedModel:

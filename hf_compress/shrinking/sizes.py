@@ -3,13 +3,13 @@
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.graph.depth import build_empty
 from hf_compress.graph.integers import Attribute, read
 
 MAX_CONFIG_TRIALS = 64
@@ -36,21 +36,24 @@ def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def tensor_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shape of every parameter and buffer by name, tied parameters under each of their names."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    shapes.update((name, buffer.shape) for name, buffer in model.named_buffers())
+    return shapes
+
+
 def find_stock_config(
-    model: PreTrainedModel,
-    shapes: Mapping[str, list[int]],
-    attributes: Sequence[Attribute],
-    changes: Mapping[int, set[int]],
+    model: PreTrainedModel, attributes: Sequence[Attribute], changes: Mapping[int, set[int]]
 ) -> dict[str, int] | None:
-    """Look for config values with which the architecture itself builds the given shapes.
+    """Look for config values with which the architecture itself builds a model of these sizes.
 
     No table of architectures: integer config fields that hold an old size are set to the new one and the model is
-    built on the meta device; only an exact match of every parameter's shape and of every attribute counts.
+    built on the meta device; only an exact match of every shape, every attribute and every derived number counts.
 
     Args:
-        model: The shrunk model; its config still describes the old sizes.
-        shapes: The shapes to reach, by parameter name.
-        attributes: Integers of the forward code that the model has changed; the config must give the same.
+        model: The shrunk model; its config still describes the old widths.
+        attributes: Integers of the forward code that the config must give as they are in the model.
         changes: Old number of units -> the new numbers it became; more than one means uneven layers.
 
     Returns:
@@ -58,19 +61,46 @@ def find_stock_config(
     """
     if any(len(new) > 1 for new in changes.values()):
         return None
+    shapes = tensor_shapes(model)
     fields = [(name, old, next(iter(changes[old]))) for name, old in _integer_fields(model.config) if old in changes]
     for chosen in itertools.islice(_subsets(fields), MAX_CONFIG_TRIALS):
         config = copy.deepcopy(model.config)
         for name, _, new in chosen:
             setattr(config, name, new)
-        built = _build(type(model), config)
+        built = build_empty(type(model), config)
         if (
             built is not None
-            and parameter_shapes(built) == dict(shapes)
+            and _same_shapes(tensor_shapes(built), shapes, non_persistent_buffers(model))
+            and _same_floats(built, model)
             and all(_read_or_none(built, attribute) == read(model, attribute) for attribute in attributes)
         ):
             return {name: new for name, _, new in chosen}
     return None
+
+
+def _same_shapes(built: Mapping[str, torch.Size], ours: Mapping[str, torch.Size], anew: set[str]) -> bool:
+    """Compare shapes; buffers that are made anew may be fewer, since they may have been for layers that are gone."""
+    return (built.keys() ^ ours.keys()) <= anew and all(
+        ours[name] == built[name] for name in built.keys() & ours.keys()
+    )
+
+
+def _same_floats(built: nn.Module, model: nn.Module) -> bool:
+    """Whether the architecture derives the same numbers from the sizes: scales of attention and of embeddings."""
+    for name, module in built.named_modules():
+        other = vars(model.get_submodule(name))  # names were compared before
+        for key, value in vars(module).items():
+            if type(value) is float and not key.startswith("_") and other.get(key) != value:
+                return False
+    return True
+
+
+def non_persistent_buffers(model: nn.Module) -> set[str]:
+    """Return the names of buffers that are made anew when a model is built, and are not stored."""
+    names = set()
+    for prefix, module in model.named_modules():
+        names |= {f"{prefix}.{name}" if prefix else name for name in module._non_persistent_buffers_set}
+    return names
 
 
 def _integer_fields(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
@@ -80,7 +110,7 @@ def _integer_fields(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def _subsets(fields: list[tuple[str, int, int]]) -> Iterator[tuple[tuple[str, int, int], ...]]:
-    for size in range(1, len(fields) + 1):
+    for size in range(len(fields) + 1):
         yield from itertools.combinations(fields, size)
 
 
@@ -88,12 +118,4 @@ def _read_or_none(model: nn.Module, attribute: Attribute) -> int | None:
     try:
         return read(model, attribute)
     except (AttributeError, IndexError):
-        return None
-
-
-def _build(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel | None:
-    try:
-        with torch.device("meta"):
-            return model_class(config)
-    except Exception:  # noqa: BLE001 - a config that the architecture refuses, in whatever way, is no candidate
         return None

@@ -57,7 +57,7 @@ def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> 
     Args:
         shrunk: The sliced model.
         reference: What the masked model of the original sizes gave.
-        masked_again: Called without arguments for the masked model, only to name the first module that differs.
+        masked_again: Returns a context manager that gives the masked model, only to name the first module that differs.
 
     Raises:
         ShrinkError: If the shrunk model fails to run or gives other numbers.
@@ -74,7 +74,8 @@ def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> 
         errors = [relative_error(a, b) for a, b in zip(expected, actual, strict=True)]
         allowed = [TOLERANCES.get(t.dtype, 1e-5) for t in expected]
         if any(error > limit for error, limit in zip(errors, allowed, strict=True)):
-            where = first_difference(masked_again(), shrunk, inputs, max(allowed))
+            with masked_again() as masked:
+                where = first_difference(masked, shrunk, inputs, max(allowed))
             raise ShrinkError(
                 f"{type(shrunk).__name__}: the shrunk model differs from the masked one by {max(errors):.1e} (allowed: "
                 f"{max(allowed):.0e}); first module that differs: {where}. The result was discarded and the original "

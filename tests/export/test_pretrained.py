@@ -21,7 +21,7 @@ from uneven_models import (
 
 from hf_compress.errors import ExportError
 from hf_compress.export.pretrained import CompressedConfig, is_uneven, resize_parameters
-from hf_compress.graph.groups import dimension_groups
+from hf_compress.graph.model import dimension_groups
 from hf_compress.shrinking.shrink import shrink
 from hf_compress.shrinking.sizes import parameter_shapes
 

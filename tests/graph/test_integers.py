@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import tiny_models
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
-from hf_compress import ShrinkError, dimension_groups, plan_shrink, shrink
+from hf_compress import TargetError, dimension_groups, plan_shrink, shrink
 from hf_compress.graph.capture import capture
 from hf_compress.graph.dims import Dim, concat, product
 from hf_compress.graph.inputs import make_example_inputs
@@ -85,6 +86,8 @@ class Reader(PreTrainedModel):
             hidden = hidden.reshape(batch, width)
         elif self.how == "constant":
             hidden = torch.cat([hidden[:, :5], hidden[:, 5:]], dim=1)
+        elif self.how == "number":
+            hidden = hidden * width**-0.5
         elif self.how == "input":
             hidden = hidden.reshape(batch, x.shape[1] * 2)
         return self.down(hidden)
@@ -121,17 +124,30 @@ def test_runtime_sizes_need_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "size", "kept", "message"),
+    ("how", "size", "message"),
     [
-        ("product", 12, 7, r"computes as \(model.half \* 2\); after shrinking that gives 12, but 7 is needed"),
-        ("input", 12, 7, r"\(a tensor's size\(1\) \* 2\); after shrinking that gives 12, but 7 is needed"),
-        ("constant", 5, 4, r"a slice in the model uses a size that it computes as 5"),
+        ("input", 12, r"\(a tensor's size\(1\) \* 2\); after shrinking that gives 12, but 11 is needed"),
+        ("constant", 5, r"a slice in the model uses a size that it computes as 5"),
+        ("number", 12, r"a power in the model computes with the number a tensor's size\(1\)"),
     ],
 )
-def test_sizes_that_cannot_follow_are_refused_before_anything_is_cut(how, size, kept, message) -> None:
+def test_sizes_that_cannot_follow_freeze_the_group_with_the_reason(how, size, message) -> None:
     model = Reader(how)
-    with pytest.raises(ShrinkError, match=message):
-        plan_shrink(model, {ffn(model, size).name: keep(size, kept)}, example_inputs=INPUTS)
+    (group,) = [g for g in dimension_groups(model, INPUTS) if g.num_units == size]
+    assert re.search(message, group.frozen)
+    with pytest.raises(TargetError, match="cannot lose units"):
+        plan_shrink(model, {group.name: keep(size, size - 1)}, example_inputs=INPUTS)
+
+
+def test_sizes_that_are_taken_in_parts_shrink_in_multiples() -> None:
+    """Half of the size is an attribute: seven units need eight, one of them without effect."""
+    model = Reader("product")
+    group = ffn(model, 12)
+    assert group.multiple_of == 2
+    plan = plan_shrink(model, {group.name: keep(12, 7)}, example_inputs=INPUTS)
+    assert plan.groups[group.name].kept == tuple(range(8)) and plan.groups[group.name].silenced == (7,)
+    small = shrink(model, {group.name: keep(12, 7)}, example_inputs=INPUTS)
+    assert small.half == 4 and small.down.weight[:, 7].count_nonzero() == 0
 
 
 def test_writing_to_a_shared_config_gives_the_module_its_own() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress import TargetError, dimension_groups, make_example_inputs
-from hf_compress.instruments.attach import attach, attachment_of, detach_all, detach_if_empty
+from hf_compress.instruments.attach import attach, attachment_of, detach_all, detach_if_empty, leaf_kind
 from hf_compress.instruments.gate import Gate, unit_weights
 
 
@@ -75,7 +75,8 @@ def test_state_dict_and_class_come_back() -> None:
 def test_gates_of_two_groups_share_a_consumer() -> None:
     """head_dim and heads both lie along the attention output's input."""
     model = tiny_models.bert()
-    heads, inner = groups_of(model, "heads")[0], groups_of(model, "head_dim")[0]
+    heads, inner = groups_of(model, "heads")[0], groups_of(model, "head_dim")[1]
+    assert [part.parameter for part in inner.gates] == ["bert.encoder.layer.0.attention.output.dense.weight"]
     first, second = (Gate(g, model, needs_gradient=False) for g in (heads, inner))
     first.set_mask(torch.tensor([True, False, True, True]))
     second.set_mask(torch.arange(8) > 0)
@@ -127,7 +128,7 @@ def test_a_module_with_its_own_forward_is_refused() -> None:
             return super().forward(x) + 1
 
     with pytest.raises(TargetError, match="cannot attach to Odd"):
-        attach("odd", Odd(2, 2))
+        leaf_kind("odd", Odd(2, 2))
     patched = nn.Linear(2, 2)
     patched.forward = lambda x: x
     with pytest.raises(TargetError, match="replaced on the instance"):

@@ -52,6 +52,18 @@ def _batched(op: OpCall, a: Operand, b: Operand) -> list[Dim]:
     return [a.dims[0], a.dims[1], b.dims[2]]
 
 
+@op_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped(op: OpCall) -> Result:
+    """Rows [t, k], sorted by expert, @ [e, k, n] -> [t, n]; offs [e] says where each expert's rows end."""
+    x, weight, offsets = (op.operands() + [None] * 3)[:3]
+    if x is None or weight is None or offsets is None or len(x.dims) != 2 or len(weight.dims) != 3:
+        return op.freeze()
+    op.contract(x, 1, weight, 1)
+    op.unify(weight.dims[0], offsets.dims[0])
+    op.mark(weight.dims[0], "routed")
+    return [x.dims[0], weight.dims[2]]
+
+
 @op_rule("aten::mv")
 def mv(op: OpCall) -> Result:
     """[m, k] @ [k] -> [m]."""
@@ -85,6 +97,8 @@ def attention(op: OpCall) -> Result:
     for a, b in ((query[0], key[0]), (query[0], value[0]), (key[1], value[1]), (key[2], value[2]), (query[3], key[3])):
         op.unify(a, b)
     op.mark(query[3], "contracted_activations")
+    if op.arguments.get("scale") is None:
+        op.mark(query[3], "numeric")  # the kernel scales by the size itself
     op.mark(key[2], "softmax")
     op.mark(query[1], "heads")
     if query[1].size == key[1].size:
@@ -134,8 +148,10 @@ def convolution(op: OpCall) -> Result:
 
 def _grouped(op: OpCall, x: Operand, weight: Operand, groups: int) -> None:
     group_in, inner = split_product(x.dims[1], groups)
-    group_out, _ = split_product(weight.dims[0], groups)
+    group_out, repeated = split_product(weight.dims[0], groups)
     op.unify(group_in, group_out)
+    if inner.size == 1 and repeated.size == 1:  # depthwise: a channel goes with its own filter
+        return
     op.mark(group_in, "convolution_group")
     op.unify(inner, weight.dims[1])
     op.mark(inner, "convolution_group")

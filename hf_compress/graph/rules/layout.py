@@ -1,6 +1,8 @@
 """Operators that create, move, cut or join data without mixing it; and pointwise operators."""
 
-from hf_compress.graph.dims import Dim, concat, product, split_concat, split_product, take_factors
+from collections.abc import Iterator
+
+from hf_compress.graph.dims import ConflictError, Dim, concat, product, split_concat, split_product, take_factors
 from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule, unify_trailing
 
 
@@ -85,12 +87,42 @@ def copy(op: OpCall) -> Result:
     "aten::_reshape_alias",
 )
 def reshape(op: OpCall) -> Result:
-    """Regroup row-major factors."""
-    rest = list(op.tensor("self").dims)
-    result = []
-    for size in op.shapes[0] or ():
-        taken, rest = take_factors(rest, size)
-        result.append(product(taken))
+    """Regroup row-major factors. What is cut at odd places is frozen; its neighbors are not."""
+    dims, shape = op.tensor("self").dims, op.shapes[0] or ()
+    if 0 in shape:  # sizes say nothing then; dimensions that look the same are taken to be the same
+        offset = len(dims) - len(shape)
+        pairs = [(dims[i + offset] if i + offset >= 0 else Dim(1), size) for i, size in enumerate(shape)]
+        return [dim if dim.size == size else Dim(size) for dim, size in pairs]
+    result: list[Dim] = []
+    for before, after in _blocks([dim.size for dim in dims], shape):
+        result += _regroup(op, dims[before], shape[after])
+    return result
+
+
+def _blocks(old: list[int], new: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """Yield the smallest runs of old and new sizes that hold equally many elements."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, second = i, j
+        left = right = 1
+        while (first == i and second == j) or left != right:
+            if j == len(new) or (i < len(old) and left <= right):
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        yield slice(first, i), slice(second, j)
+
+
+def _regroup(op: OpCall, dims: list[Dim], sizes: tuple[int, ...]) -> list[Dim]:
+    rest, result = list(dims), []
+    try:
+        for size in sizes:
+            taken, rest = take_factors(rest, size)
+            result.append(product(taken))
+    except ConflictError:
+        result = [Dim(size) for size in sizes]
+        for dim in (*dims, *result):
+            op.mark(dim, "conflict")
     return result
 
 
@@ -126,8 +158,11 @@ def _permuted(op: OpCall, order: list[int]) -> list[Dim]:
 @op_rule("aten::unsqueeze")
 def unsqueeze(op: OpCall) -> Result:
     """Insert a dimension of size 1."""
-    dims = list(op.tensor("self").dims)
-    dims.insert(op.axis("dim", len(dims) + 1), Dim(1))
+    x = op.tensor("self")
+    dims, at = list(x.dims), op.axis("dim", len(x.dims) + 1)
+    dims.insert(at, Dim(1))
+    if x.source is not None:
+        op.source = (x.source[0], (*x.source[1][:at], None, *x.source[1][at:]))
     return dims
 
 
@@ -155,7 +190,14 @@ def as_strided(op: OpCall) -> Result:
 @op_rule("aten::expand", "aten::broadcast_to")
 def expand(op: OpCall) -> Result:
     """Broadcast to a larger shape."""
-    return broadcast(op, [op.tensor("self")])
+    x, shape = op.tensor("self"), op.shapes[0] or ()
+    if x.source is not None:
+        new = len(shape) - len(x.dims)
+        kept = [
+            own if dim.size == size else None for dim, own, size in zip(x.dims, x.source[1], shape[new:], strict=True)
+        ]
+        op.source = (x.source[0], (*[None] * new, *kept))
+    return broadcast(op, [x])
 
 
 @op_rule("aten::repeat")
@@ -181,16 +223,17 @@ def repeat_interleave(op: OpCall) -> Result:
 @op_rule("aten::slice")
 def slice_(op: OpCall) -> Result:
     """A range along one dimension; a step that divides the size picks one factor."""
-    dims = list(op.tensor("self").dims)
-    axis = op.axis("dim", len(dims))
+    x = op.tensor("self")
+    dims, axis = list(x.dims), op.axis("dim", len(x.dims))
+    _keep_source(op, x, axis)
     size, kept = dims[axis].size, (op.shapes[0] or ())[axis]
-    start, stop, step = slice(op.arguments["start"], op.arguments["end"], op.arguments["step"]).indices(size)
+    start, _, step = slice(op.arguments["start"], op.arguments["end"], op.arguments["step"]).indices(size)
     if kept == size:
         return dims
-    if step == 1 and kept > 0:
-        sizes = [start, kept, size - stop]
-        parts = split_concat(dims[axis], [n for n in sizes if n > 0])
-        dims[axis] = parts[1 if start > 0 else 0]
+    if kept == 0:
+        dims[axis] = Dim(0)
+    elif step == 1:
+        dims[axis] = _cut_out(op, dims[axis], start, kept)
     elif step > 1 and size % step == 0 and start < step and kept == size // step:
         dims[axis], inner = split_product(dims[axis], kept)
         op.mark(inner, "selected")
@@ -199,6 +242,23 @@ def slice_(op: OpCall) -> Result:
         dims[axis] = Dim(kept)
         op.mark(dims[axis], "opaque")
     return dims
+
+
+def _keep_source(op: OpCall, x: Operand, axis: int) -> None:
+    """A part of a parameter along one dimension has the parameter's other dimensions."""
+    if x.source is not None:
+        op.source = (x.source[0], tuple(None if i == axis else own for i, own in enumerate(x.source[1])))
+
+
+def _cut_out(op: OpCall, dim: Dim, start: int, kept: int) -> Dim:
+    sizes = [start, kept, dim.size - start - kept]
+    try:
+        return split_concat(dim, [n for n in sizes if n > 0])[1 if start > 0 else 0]
+    except ConflictError:
+        cut = Dim(kept)
+        op.mark(dim, "conflict")
+        op.mark(cut, "conflict")
+        return cut
 
 
 @op_rule("aten::select")
@@ -223,8 +283,9 @@ def unbind(op: OpCall) -> Result:
 )  # fmt: skip
 def split(op: OpCall) -> Result:
     """Cut one dimension into consecutive parts."""
-    dims = op.tensor("self").dims
-    axis = op.axis("dim", len(dims))
+    x = op.tensor("self")
+    dims, axis = x.dims, op.axis("dim", len(x.dims))
+    _keep_source(op, x, axis)
     parts = split_concat(dims[axis], [shape[axis] for shape in op.shapes if shape is not None])
     return tuple([*dims[:axis], part, *dims[axis + 1 :]] for part in parts)
 
@@ -266,6 +327,29 @@ def pad(op: OpCall) -> Result:
         axis = len(dims) - 1 - i
         dims[axis] = concat([part for part in (Dim(before), dims[axis], Dim(after)) if part.size > 0])
     return dims
+
+
+@op_rule("aten::glu")
+def glu(op: OpCall) -> Result:
+    """The first half of a dimension times the sigmoid of the second."""
+    dims = list(op.tensor("self").dims)
+    axis = op.axis("dim", len(dims))
+    value, gate = split_concat(dims[axis], [dims[axis].size // 2] * 2)
+    op.unify(value, gate)
+    dims[axis] = value
+    return dims
+
+
+@op_rule(
+    "aten::hardswish", "aten::hardsigmoid", "aten::rrelu_with_noise", "aten::_prelu_kernel", "aten::masked_scatter"
+)
+def untagged_pointwise(op: OpCall) -> Result:
+    """Pointwise operators that lack the dispatcher's tag; masked_scatter fills where the mask says, row after row."""
+    x, *others = op.operands()
+    for other in others:
+        if other.dims and x.dims and other.dims[-1].size == x.dims[-1].size:
+            op.unify(other.dims[-1], x.dims[-1])
+    return list(x.dims)
 
 
 @op_rule("aten::roll", "aten::flip")

@@ -33,9 +33,11 @@ def group_norm(op: OpCall) -> Result:
     x = op.tensor("input")
     groups = int(op.arguments["group"])
     outer, inner = split_product(x.dims[1], groups)
-    op.mark(outer, "convolution_group")
-    for dim in (inner, *x.dims[2:]):
-        op.mark(dim, "normalized")
+    if inner.size > 1:  # else every channel is normalized by itself
+        op.mark(outer, "convolution_group")
+        op.mark(inner, "normalized")
+    for dim in x.dims[2:]:
+        op.mark(dim, "spatial")
     for operand in (op.optional("weight"), op.optional("bias")):
         if operand is not None:
             op.unify(operand.dims[0], x.dims[1])
@@ -72,7 +74,7 @@ def softmax(op: OpCall) -> Result:
 def cumulative(op: OpCall) -> Result:
     """Running reductions: a position depends on all those before it."""
     x = op.tensor("self")
-    op.mark(x.dims[op.axis("dim", len(x.dims))], "reduced")
+    op.mark(x.dims[op.axis("dim", len(x.dims))], "accumulated")
     return list(x.dims)
 
 
@@ -93,6 +95,9 @@ def reduction(op: OpCall) -> Result:
     for i in axes:
         if i < len(x.dims):
             op.mark(x.dims[i], "averaged" if op.name == "aten::mean" else "reduced")
+    if op.name in ("aten::argmax", "aten::argmin") and len(axes) == 1:
+        (axis,) = axes
+        op.values = (x.dims[axis],)
     results = [_reduced(x, axes, shape) for shape in op.shapes]
     return results[0] or [] if len(results) == 1 else tuple(results)
 
@@ -107,23 +112,23 @@ def _reduced(x: Operand, axes: set[int], shape: tuple[int, ...] | None) -> list[
 
 @op_rule("aten::topk", "aten::sort", "aten::kthvalue")
 def ranking(op: OpCall) -> Result:
-    """Order or pick by value."""
+    """Order or pick by value; the second result tells positions along the ranked dimension."""
     x = op.tensor("self")
     axis = op.axis("dim", len(x.dims)) if "dim" in op.arguments else len(x.dims) - 1
-    op.mark(x.dims[axis], "ranked")
     kept = Dim((op.shapes[0] or ())[axis])
+    op.mark(x.dims[axis], "ranked", kept.size if op.name == "aten::topk" else 1)
+    op.values = (x.values, x.dims[axis])
     dims = [kept if i == axis else dim for i, dim in enumerate(x.dims)]
     return tuple(list(dims) for _ in op.shapes)
 
 
-@op_rule("aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool1d", "aten::avg_pool2d", "aten::max_pool2d_with_indices")
-def pooling(op: OpCall) -> Result:
-    """[n, c, ...]: pool over space."""
-    x = op.tensor("self")
-    for dim in x.dims[2:]:
-        op.mark(dim, "spatial")
-    results = [[*x.dims[:2], *(Dim(size) for size in (shape or ())[2:])] for shape in op.shapes]
-    return results[0] if len(results) == 1 else tuple(results)
+@op_rule("aten::histc", "aten::bincount")
+def histogram(op: OpCall) -> Result:
+    """Count how often each number occurs; numbers of units give one count per unit."""
+    x, (shape, *_) = op.operands()[0], op.shapes
+    if x.values is None or shape != (x.values.size,):
+        return op.freeze()
+    return [x.values]
 
 
 @op_rule("aten::nll_loss_forward", "aten::nll_loss2d_forward")

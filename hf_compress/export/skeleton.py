@@ -1,0 +1,44 @@
+"""The model that a config describes, on the meta device: every shape, no weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ConfigError
+from hf_compress.export.attributes import set_attributes
+from hf_compress.export.pretrained import METHOD, CompressedConfig, resize_parameters, stored_method
+
+
+def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
+    """Build a model without weights; of a compressed model, with the sizes that it really has.
+
+    Args:
+        config: Config of the model, as ``AutoConfig`` loads it.
+        model_class: A model class of transformers, or an Auto class.
+
+    Raises:
+        ConfigError: If the class cannot be built from the config.
+        ExportError: If the sizes stored in the config do not fit the architecture.
+    """
+    build = getattr(model_class, "from_config", model_class)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = build(config).eval()
+    # Constructors of models fail in whatever way their code does.
+    except Exception as error:
+        raise ConfigError(
+            f"{model_class.__name__} cannot be built from a {type(config).__name__} ({type(error).__name__}: {error}). "
+            "Choose the class with --auto-class."
+        ) from error
+    if stored_method(model) == METHOD:
+        stored = config.quantization_config
+        sizes = stored if isinstance(stored, CompressedConfig) else _parsed(stored)
+        resize_parameters(model, sizes.shapes)
+        set_attributes(model, sizes.attributes)
+    return model
+
+
+def _parsed(stored: Mapping[str, Any]) -> CompressedConfig:
+    return CompressedConfig(**stored)

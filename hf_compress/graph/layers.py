@@ -1,0 +1,133 @@
+"""Whole layers as units: lists of modules through which one tensor of unchanged shape passes."""
+
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from hf_compress.graph.analysis import live_nodes
+from hf_compress.graph.capture import Capture, ModuleCall
+from hf_compress.graph.depth import build_empty, edited, find_depth_edits, misfit
+from hf_compress.graph.groups import DimensionGroup
+
+
+def layer_groups(model: nn.Module, recorded: Capture) -> list[DimensionGroup]:
+    """Return one group for every list of layers that runs in order; a unit is a layer.
+
+    A layer that is removed passes its input on. Lists from which nothing can be removed carry the reason.
+    """
+    calls: dict[str, list[ModuleCall]] = defaultdict(list)
+    for call in recorded.calls:
+        calls[call.module].append(call)
+    live = live_nodes(recorded)
+    groups = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        names = [f"{name}.{key}" for key, _ in module.named_children()]
+        if len({type(child) for child in module}) > 1 or any(len(calls[child]) != 1 for child in names):
+            continue
+        chain = _Chain(recorded, live, [calls[child][0] for child in names])
+        if not chain.is_sequence():
+            continue
+        sizes = [sum(p.numel() for p in child.parameters()) for child in module]
+        if not any(sizes):
+            continue
+        reason = chain.reason()
+        fixed: tuple[int, ...] = ()
+        if reason is None:
+            reason, fixed = _removable(model, name, len(names))
+        groups.append(
+            DimensionGroup(
+                kind="layers",
+                name=f"{name}.layers" if not name.endswith("layers") else name,
+                num_units=len(names),
+                modules=tuple(names),
+                frozen=reason,
+                fixed_units=fixed,
+                parameters_per_unit=max(sizes),
+            )
+        )
+    return groups
+
+
+def _removable(model: nn.Module, name: str, count: int) -> tuple[str | None, tuple[int, ...]]:
+    """Return why no layer can go (or None), and the layers that must stay."""
+    if not isinstance(model, PreTrainedModel):
+        return "the model has no config that could say how many layers there are", ()
+    edits = find_depth_edits(model, {name: range(1, count)})
+    if edits is None:
+        return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
+    if _misfits(model, name, range(1, count)) is None:
+        return None, ()
+    # Layers differ from place to place: each has to be tried.
+    reasons = {i: _misfits(model, name, [k for k in range(count) if k != i]) for i in range(count)}
+    fixed = tuple(i for i, reason in reasons.items() if reason is not None)
+    return reasons[0] if len(fixed) == count else None, fixed
+
+
+def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int]) -> str | None:
+    edits = find_depth_edits(model, {name: kept})
+    shallow = build_empty(type(model), edited(model.config, edits)) if edits is not None else None
+    if shallow is None:
+        return f"{type(model.config).__name__} cannot describe it without them"
+    moves = ((index, place) for place, index in enumerate(kept) if index != place)
+    parts = ((model.get_submodule(f"{name}.{i}"), shallow.get_submodule(f"{name}.{p}"), i, p) for i, p in moves)
+    return next((reason for reason in (misfit(*part) for part in parts) if reason is not None), None)
+
+
+class _Chain:
+    """The recorded calls of one list of layers."""
+
+    def __init__(self, recorded: Capture, live: set[fx.Node], calls: list[ModuleCall]) -> None:
+        self.recorded = recorded
+        self.live = live
+        self.calls = calls
+        self.inputs = [_main(call.inputs) for call in calls]
+        self.outputs = [_main(call.outputs) for call in calls]
+
+    def is_sequence(self) -> bool:
+        """Whether each layer reads what the one before returns."""
+        links = zip(self.inputs[1:], self.outputs, strict=False)
+        return None not in self.inputs + self.outputs and any(read is given for read, given in links)
+
+    def reason(self) -> str | None:
+        """Return why no layer can go, or None."""
+        for i, call in enumerate(self.calls):
+            before, after = self.inputs[i], self.outputs[i]
+            assert before is not None and after is not None
+            if before.meta["shape"] != after.meta["shape"]:
+                return f"{call.module} turns {before.meta['shape']} into {after.meta['shape']}"
+            if i and before is not self.outputs[i - 1]:
+                return f"{call.module} does not read what {self.calls[i - 1].module} returns"
+        return self._read_elsewhere()
+
+    def _read_elsewhere(self) -> str | None:
+        following = dict(zip(self.outputs[:-1], (call.module for call in self.calls[1:]), strict=True))
+        for node, reader in following.items():
+            for user in node.users:  # type: ignore[union-attr]
+                if user in self.live and not _within(user, reader):
+                    where = user.meta.get("module") or "the model"
+                    return f"{_describe(user)} in {where} reads what a layer before {reader} returns"
+        return None
+
+
+def _main(nodes: list[fx.Node | None]) -> fx.Node | None:
+    """Return the first floating-point tensor: by convention the hidden states."""
+    for node in nodes:
+        if node is not None and node.meta["dtype"].is_floating_point and len(node.meta["shape"]) > 1:
+            return node
+    return None
+
+
+def _within(node: fx.Node, module: str) -> bool:
+    where = str(node.meta.get("module", ""))
+    return where == module or where.startswith(f"{module}.")
+
+
+def _describe(node: fx.Node) -> str:
+    target: Any = node.target
+    return "the model's output" if node.op == "output" else "getitem" if target is operator.getitem else str(target)

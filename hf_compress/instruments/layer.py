@@ -1,0 +1,55 @@
+"""One gate per whole layer: at 0 the layer passes its input on, as if it were not there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from hf_compress.graph.groups import DimensionGroup
+from hf_compress.instruments.attach import attach, attachment_of, detach_if_empty
+
+
+class LayerGates:
+    """The gates of one list of layers.
+
+    What a layer computes beside its main result still reaches the others (T5's first layer makes the position bias
+    for all), just as it does when the layer is removed and the bias moves to the next.
+    """
+
+    def __init__(self, group: DimensionGroup, model: nn.Module, value: Tensor) -> None:
+        self._modules = [model.get_submodule(name) for name in group.modules]
+        for index, (name, module) in enumerate(zip(group.modules, self._modules, strict=True)):
+            attach(name, module).layer = _Mix(value, index)
+
+    def remove(self) -> None:
+        """Detach from all layers."""
+        for module in self._modules:
+            attachment = attachment_of(module)
+            if attachment is not None:
+                attachment.layer = None
+                detach_if_empty(module)
+        self._modules.clear()
+
+
+class _Mix:
+    """Returns gate * output + (1 - gate) * input; exact at both ends."""
+
+    def __init__(self, value: Tensor, index: int) -> None:
+        self.value = value
+        self.index = index
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        given = next(x for x in tree_leaves((args, kwargs)) if _is_hidden_state(x))
+        leaves, structure = tree_flatten(result)
+        at = next(i for i, x in enumerate(leaves) if _is_hidden_state(x))
+        gate = self.value[self.index].to(given.dtype)
+        leaves[at] = gate * leaves[at] + (1 - gate) * given
+        return tree_unflatten(leaves, structure)
+
+
+def _is_hidden_state(x: Any) -> bool:
+    """The first floating-point tensor of an argument list, as in ``hf_compress.graph.layers``."""
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 1

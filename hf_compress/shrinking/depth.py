@@ -1,0 +1,89 @@
+"""Take whole layers out: the rest moves up, and becomes what the architecture itself builds at these places."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ShrinkError
+from hf_compress.graph.depth import build_empty, differences, edited, find_depth_edits, misfit, submodule
+
+Kept = Mapping[str, Sequence[int]]
+"""Name of a list of layers -> positions that stay, ascending."""
+
+
+def renamed(name: str, kept: Kept) -> str | None:
+    """Return what a module or parameter is called once layers are gone, or None if it went with them."""
+    for layers, positions in kept.items():
+        if name.startswith(f"{layers}."):
+            index, dot, rest = name[len(layers) + 1 :].partition(".")
+            if int(index) not in positions:
+                return None
+            return f"{layers}.{list(positions).index(int(index))}{dot}{rest}"
+    return name
+
+
+def drop_layers(model: PreTrainedModel, kept: Kept) -> None:
+    """Remove layers in place and make the config say so.
+
+    Args:
+        model: The model; parameters may be sliced already, the config not.
+        kept: What stays.
+
+    Raises:
+        ShrinkError: If the architecture builds other modules at these places, so that the result could not be loaded.
+    """
+    if not kept:
+        return
+    edits = find_depth_edits(model, kept)
+    full = build_empty(type(model), model.config)
+    shallow = build_empty(type(model), edited(model.config, edits)) if edits is not None else None
+    if edits is None or full is None or shallow is None:
+        raise ShrinkError(
+            f"layers {dict(kept)}: no fields of {type(model.config).__name__} describe a model with these layers "
+            "alone; leave the number of layers as it is."
+        )
+    for name, positions in kept.items():
+        _move_up(model, full, shallow, name, positions)
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{layers}.") for layers in kept):
+            for key, _, new in differences(full.get_submodule(name), shallow.get_submodule(name)):
+                vars(module)[key] = new
+    for path, value in edits.items():
+        owner: Any = model.config
+        for part in path[:-1]:
+            owner = owner[part] if isinstance(part, int) else getattr(owner, part)
+        if isinstance(path[-1], int):
+            owner[path[-1]] = value
+        else:
+            setattr(owner, path[-1], value)
+
+
+def _move_up(model: nn.Module, full: nn.Module, shallow: nn.Module, name: str, positions: Sequence[int]) -> None:
+    layers: Any = model.get_submodule(name)
+    old = list(layers.children())
+    removed = [layer for i, layer in enumerate(old) if i not in positions]
+    for place, index in enumerate(positions):
+        before, after = full.get_submodule(f"{name}.{index}"), shallow.get_submodule(f"{name}.{place}")
+        problem = misfit(before, after, index, place)
+        if problem is not None:
+            raise ShrinkError(f"layers of {name!r}: {problem}. Keep the layers before it, or exclude the layers.")
+        _complete(old[index], after, removed, f"{name}.{index}", place)
+        for inner, module in old[index].named_modules():
+            for key, _, new in differences(submodule(before, inner), submodule(after, inner)):
+                vars(module)[key] = new
+    layers._modules.clear()
+    for place, index in enumerate(positions):
+        layers.add_module(str(place), old[index])
+
+
+def _complete(layer: nn.Module, wanted: nn.Module, removed: list[nn.Module], name: str, place: int) -> None:
+    """Give a layer the modules that one at its new place has, from layers that go."""
+    for inner, _ in wanted.named_modules():
+        if submodule(layer, inner) is None:
+            source = next((m for m in (submodule(other, inner) for other in removed) if m is not None), None)
+            parent, _, attribute = inner.rpartition(".")
+            if source is None:
+                raise ShrinkError(f"layers: at place {place}, {name!r} would need a module {inner!r} that it lacks.")
+            layer.get_submodule(parent).add_module(attribute, source)

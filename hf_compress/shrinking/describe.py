@@ -1,0 +1,87 @@
+"""Make the config of a shrunk model say its sizes: in stock fields if the architecture can, else for the loader."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ShrinkError
+from hf_compress.graph.depth import build_empty
+from hf_compress.graph.integers import Attribute, read
+from hf_compress.shrinking.apply import loosened_modules
+from hf_compress.shrinking.depth import renamed
+from hf_compress.shrinking.plan import ShrinkPlan
+from hf_compress.shrinking.sizes import find_stock_config, non_persistent_buffers, tensor_shapes
+
+FORMAT_VERSION = 1
+
+
+def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[Attribute] = ()) -> None:
+    """Make the config say the new sizes.
+
+    Args:
+        model: The shrunk model; its config says how many layers there are, but still has the old widths.
+        plan: The plan that was applied; names in it are those before layers went.
+        numbers: Integers that forward code computes with: stock fields must leave them as they are.
+
+    Raises:
+        ShrinkError: If the architecture builds other parameters than the model has.
+    """
+    changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan)
+    anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
+    buffers = {name: anew[name] for name in sorted(non_persistent_buffers(model)) if name in anew}
+    flexible = [name for name in (renamed(name, plan.layers) for name in loosened_modules(model, plan)) if name]
+    if not buffers and not flexible:
+        stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], _size_changes(plan))
+        if stock is not None:
+            for name, value in stock.items():
+                setattr(model.config, name, value)
+            return
+    uneven: dict[str, Any] = {
+        "quant_method": "hf_compress",
+        "version": FORMAT_VERSION,
+        "units": {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()},
+        "shapes": _other_shapes(model),
+    }
+    if changed:
+        uneven["attributes"] = [[a.module, list(a.path), read(model, a)] for a in changed]
+    if flexible:
+        uneven["flexible"] = flexible
+    if buffers:
+        uneven["buffers"] = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in buffers.items()}
+    model.config.quantization_config = uneven
+
+
+def _renamed(attributes: Sequence[Attribute], plan: ShrinkPlan) -> list[Attribute]:
+    names = [(renamed(a.module, plan.layers), a.path) for a in attributes]
+    return [Attribute(name, path) for name, path in names if name is not None]
+
+
+def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Return the shapes that differ from what the config gives, of all that is stored."""
+    built = build_empty(type(model), model.config)
+    theirs = _stored(built) if built is not None else {}
+    ours = _stored(model)
+    if theirs.keys() != ours.keys():
+        different = sorted(theirs.keys() ^ ours.keys())
+        raise ShrinkError(
+            f"{type(model).__name__}: its config builds a model with other parameters (first difference: "
+            f"{different[0] if different else 'none'!r}), so the result could not be loaded again. The original is "
+            "untouched."
+        )
+    return {name: list(shape) for name, shape in ours.items() if theirs[name] != shape}
+
+
+def _stored(model: PreTrainedModel) -> dict[str, torch.Size]:
+    anew = non_persistent_buffers(model)
+    return {name: shape for name, shape in tensor_shapes(model).items() if name not in anew}
+
+
+def _size_changes(plan: ShrinkPlan) -> dict[int, set[int]]:
+    """Old number of units -> the new numbers that groups of this size came to."""
+    changes: dict[int, set[int]] = {}
+    for group in plan.groups.values():
+        if group.kind != "layers":
+            changes.setdefault(group.num_units, set()).add(len(group.kept))
+    return changes
