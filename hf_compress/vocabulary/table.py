@@ -17,7 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.dims import atoms, find
-from hf_compress.graph.groups import FREEZING_ROLES, DimensionGroup, ModelGraph
+from hf_compress.graph.groups import DimensionGroup
+from hf_compress.graph.model import ModelGraph
+from hf_compress.graph.roles import FREEZING_ROLES
 
 HARMLESS_ROLES = ("indexed", "output")
 """What may happen to the vocabulary dimension: rows are looked up by id, and logits come out along it."""
@@ -165,7 +167,7 @@ def _check_group(graph: ModelGraph, group: DimensionGroup, rows: int) -> None:
     for part in (*group.slices, *group.buffers):
         if part.index.shape != (rows, 1) or not torch.equal(part.index[:, 0], torch.arange(rows)):
             raise _refusal(graph.model, f"a token owns more than one row of {part.parameter}")
-    part = group.slices[0]
+    part = next(iter((*group.slices, *group.buffers)))
     atom = find(graph.analysis.parameters[part.parameter][part.dim])
     for mark in graph.analysis.marks:
         harmful = mark.role in FREEZING_ROLES and mark.role not in HARMLESS_ROLES
@@ -183,15 +185,17 @@ class _Ids:
 
     def __init__(self, model: PreTrainedModel, graph: ModelGraph) -> None:
         self.model = model
-        self.nodes = list(next(iter(graph.analysis.dims)).graph.nodes)
+        passes = dict.fromkeys(node.graph for node in graph.analysis.operands)
+        self.nodes = [node for each in passes for node in each.nodes]
         self.holding: set[fx.Node] = set()
-        self.storages: set[int] = set()
+        self.bases: dict[fx.Node, fx.Node] = {}
         self.tables: dict[str, None] = {}
         self.numbers: dict[tuple[int, str], None] = {}
 
     def follow(self) -> tuple[str, tuple[tuple[int, str], ...]]:
         """Return the table that ids look up, and the numbers that are used as ids."""
         for node in self.nodes:
+            self.bases[node] = self._base(node)
             if node.op == "placeholder" and node.name.endswith("input_ids"):
                 self._hold(node)
             elif node.op == "call_function":
@@ -205,13 +209,19 @@ class _Ids:
             raise _refusal(self.model, f"it has several vocabularies: {', '.join(self.tables)}")
         return next(iter(self.tables)), tuple(self.numbers)
 
+    def _base(self, node: fx.Node) -> fx.Node:
+        """Return the tensor that a view looks into, or the node itself."""
+        inputs = node.all_input_nodes
+        schema = getattr(node.target, "_schema", None)
+        views = schema is None or any(each.alias_info is not None for each in schema.returns)
+        return self.bases[inputs[0]] if inputs and views else node
+
     def _hold(self, node: fx.Node) -> None:
-        self.holding.add(node)
-        if "storage" in node.meta:
-            self.storages.add(node.meta["storage"])
+        """Ids that are written into a view are in the tensor itself, and in all views of it."""
+        self.holding.add(self.bases[node])
 
     def _holds(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and (node in self.holding or node.meta.get("storage") in self.storages)
+        return isinstance(node, fx.Node) and self.bases[node] in self.holding
 
     def _call(self, node: fx.Node) -> None:
         if not any(self._holds(argument) for argument in node.all_input_nodes):
