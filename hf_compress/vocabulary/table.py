@@ -74,29 +74,33 @@ def find_vocabulary(model: PreTrainedModel, example_inputs: Mapping[str, Any] | 
         ShrinkError: If there is no vocabulary, more than one, or one that is used in a way that is not understood.
         GraphError: If the forward pass cannot be recorded.
     """
+    _check_described(model)
     graph = ModelGraph(model, example_inputs)
     table, numbers = _Ids(model, graph).follow()
     rows = _tensors(model)[table].shape[0]
     config = copy.deepcopy(model.config)
-    described = getattr(text_config(config), "vocab_size", None)
-    if described != rows:
-        raise ShrinkError(
-            f"prune_vocabulary: {table} has {rows} rows, but config.vocab_size is {described}. Repair it with "
-            "model.resize_token_embeddings(number of rows) first."
-        )
-    before = twin(model, config)
-    if _shapes(before) != _shapes(model):
-        odd = [name for name, shape in _shapes(model).items() if _shapes(before).get(name) != shape]
-        raise ShrinkError(
-            f"prune_vocabulary: the {type(model).__name__} has parameters that its config does not describe "
-            f"({', '.join(odd[:3]) or 'fewer than its class'}). Merge and unload adapters first; prune the vocabulary "
-            "before anything that makes layers uneven."
-        )
     text_config(config).vocab_size = rows + 1
     grown = _shapes(twin(model, config))
     dims = _grown_dims(model, grown, rows)
     _check_groups(graph, table, dims, rows)
     return Vocabulary(table, rows, tuple(sorted(dims)), numbers)
+
+
+def _check_described(model: PreTrainedModel) -> None:
+    """Refuse models that are not what their class makes of their config.
+
+    Raises:
+        ShrinkError: If a parameter or buffer is missing, of another shape or one too many.
+    """
+    expected, actual = _shapes(twin(model, model.config)), _shapes(model)
+    odd = [name for name in {**actual, **expected} if actual.get(name) != expected.get(name)]
+    if odd:
+        raise ShrinkError(
+            f"prune_vocabulary: the {type(model).__name__} is not what its config describes (differs in: "
+            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}). Merge and unload adapters first, change the "
+            "number of tokens with model.resize_token_embeddings only, and prune the vocabulary before anything that makes "
+            "layers uneven."
+        )
 
 
 def text_config(config: PretrainedConfig) -> Any:
@@ -116,7 +120,7 @@ def twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     except Exception as error:
         raise ShrinkError(
             f"prune_vocabulary: {type(model).__name__} cannot be built from its config with vocab_size "
-            f"{text_config(config).vocab_size} ({type(error).__name__}: {error})."
+            f"{getattr(text_config(config), 'vocab_size', None)} ({type(error).__name__}: {error})."
         ) from error
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_compress import ShrinkError, TargetError, make_example_inputs, prune_vocabulary, shrink
+from hf_compress import ShrinkError, TargetError, dimension_groups, make_example_inputs, prune_vocabulary, shrink
 from hf_compress.export.quantized import export_quantized
-from hf_compress.graph.groups import dimension_groups
 
 TEXTS = ["the quick fox jumps", "banana box", "judge my vow!"]
 CASES = [
@@ -250,6 +249,14 @@ def test_a_tokenizer_of_another_model() -> None:
         prune_vocabulary(tiny_models.bert(), tokenizer, TEXTS)
 
 
+def test_a_config_that_says_another_size() -> None:
+    tokenizer = trained_tokenizers.word_piece()
+    model = vocabulary_models.bert(tokenizer)
+    model.config.vocab_size = 160
+    with pytest.raises(ShrinkError, match=r"differs in: .*word_embeddings.weight\)\. .*model.resize_token_embeddings"):
+        prune_vocabulary(model, tokenizer, TEXTS)
+
+
 def test_tokenizers_that_are_not_supported() -> None:
     model = tiny_models.bert()
     slow = transformers.ByT5Tokenizer()
@@ -276,7 +283,7 @@ def test_models_that_are_compressed_or_wrapped(tmp_path) -> None:
     outer = get_peft_model(adapted, LoraConfig(target_modules=["query"]))
     with pytest.raises(ShrinkError, match=r"PeftModel; allowed: .* Merge and unload PEFT adapters first"):
         prune_vocabulary(outer, tokenizer, TEXTS)
-    with pytest.raises(ShrinkError, match=r"base_layer.* Merge and unload adapters first"):
+    with pytest.raises(ShrinkError, match=r"base_layer.*\. Merge and unload adapters first"):
         prune_vocabulary(adapted, tokenizer, TEXTS)
     masks = {g.name: torch.arange(44) < 20 for g in dimension_groups(model) if g.kind == "ffn"}
     uneven = shrink(model, dict(list(masks.items())[:1]))
