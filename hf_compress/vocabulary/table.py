@@ -98,8 +98,8 @@ def _check_described(model: PreTrainedModel) -> None:
         raise ShrinkError(
             f"prune_vocabulary: the {type(model).__name__} is not what its config describes (differs in: "
             f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}). Merge and unload adapters first, change the "
-            "number of tokens with model.resize_token_embeddings only, and prune the vocabulary before anything that makes "
-            "layers uneven."
+            "number of tokens with model.resize_token_embeddings only, and prune the vocabulary before anything that "
+            "makes layers uneven."
         )
 
 
