@@ -33,6 +33,7 @@ from hf_compress.report.compare import compare
 from hf_compress.report.profile import ModelProfile, profile
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
 from hf_compress.shrinking.shrink import shrink
+from hf_compress.vocabulary.prune import prune_vocabulary
 
 __version__ = "0.1.0"
 
@@ -71,5 +72,6 @@ __all__ = [
     "op_rule",
     "plan_shrink",
     "profile",
+    "prune_vocabulary",
     "shrink",
 ]

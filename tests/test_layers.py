@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"graph", "pruning", "quantization", "distillation"},
     {"instruments"},
     {"shrinking"},
-    {"callbacks", "report"},
+    {"callbacks", "report", "vocabulary"},
     {"export"},
     {"recipe", "cli"},
 ]
