@@ -71,10 +71,11 @@ def build_empty(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
 
 def _find_for_list(model: PreTrainedModel, name: str, kept: Sequence[int], before: Edits) -> Edits | None:
     layers: Any = model.get_submodule(name)
-    base = model if not before else build_empty(type(model), edited(model.config, before)) or model
-    wanted = (len(kept), _names_outside(base, name))
-    for fields in itertools.islice(_choices(model.config, name, len(layers)), MAX_TRIALS):
-        edits = _edits_for(model.config, fields, len(layers), kept)
+    base = build_empty(type(model), edited(model.config, before)) or model
+    wanted = (len(kept), _shapes_outside(base, name))
+    choices = itertools.product(_choices(model.config, name, len(layers)), (True, False))
+    for fields, derive in itertools.islice(choices, MAX_TRIALS):
+        edits = _edits_for(model.config, fields, len(layers), kept, derive=derive)
         try:
             config = edited(model.config, {**before, **edits})
             type(config).from_dict(config.to_dict())  # it will be stored
@@ -86,8 +87,10 @@ def _find_for_list(model: PreTrainedModel, name: str, kept: Sequence[int], befor
     return None
 
 
-def _edits_for(config: PretrainedConfig, fields: Sequence[Path], count: int, kept: Sequence[int]) -> Edits:
-    """Return the fields with their new number, and all that the config derives from them or says layer by layer."""
+def _edits_for(
+    config: PretrainedConfig, fields: Sequence[Path], count: int, kept: Sequence[int], *, derive: bool
+) -> Edits:
+    """Return the fields with their new number, and what the config says layer by layer or derives from the number."""
     edits: Edits = {path: len(kept) for path in fields}
     for path in fields:
         owner: Any = config
@@ -95,7 +98,8 @@ def _edits_for(config: PretrainedConfig, fields: Sequence[Path], count: int, kep
             owner = owner[part] if isinstance(part, int) else getattr(owner, part)
         if not isinstance(owner, PretrainedConfig):
             continue
-        edits |= {(*path[:-1], key): value for key, value in _derived(owner, str(path[-1]), count, len(kept)).items()}
+        derived = _derived(owner, str(path[-1]), count, len(kept)) if derive else {}
+        edits |= {(*path[:-1], key): value for key, value in derived.items()}
         for key, value in vars(owner).items():
             by_layer = isinstance(value, list | tuple) and len(value) == count and not key.startswith("_")
             if by_layer and (count > COINCIDENCE or "layer" in key or "block" in key):
@@ -114,21 +118,24 @@ def _derived(config: PretrainedConfig, field: str, count: int, new: int) -> dict
     return {key: after[key] for key in changed if vars(config).get(key) == before[key]}
 
 
-def _names_outside(model: PreTrainedModel, name: str) -> set[str]:
-    return {other for other, _ in model.named_modules() if not other.startswith(f"{name}.")}
+def _shapes_outside(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """Return the modules and the shapes of the parameters that are not in the list of layers."""
+    found: dict[str, Any] = {other: None for other, _ in model.named_modules()}
+    found |= {other: parameter.shape for other, parameter in model.named_parameters()}
+    return {other: shape for other, shape in found.items() if not other.startswith(f"{name}.")}
 
 
-def _layers_of(built: PreTrainedModel, name: str) -> tuple[int, set[str]] | None:
+def _layers_of(built: PreTrainedModel, name: str) -> tuple[int, dict[str, Any]] | None:
     try:
         layers: Any = built.get_submodule(name)
     except AttributeError:
         return None
-    return len(layers), _names_outside(built, name)
+    return len(layers), _shapes_outside(built, name)
 
 
 def _choices(config: PretrainedConfig, name: str, count: int) -> Iterator[tuple[Path, ...]]:
     """Yield sets of fields to try: single ones first, those that sound like it before others."""
-    fields = sorted(_integers(config, count), key=lambda path: _rank(path, name))
+    fields = sorted(integer_fields(config, count), key=lambda path: _rank(path, name))
     for size in (1, 2, 3):
         yield from itertools.combinations(fields, size)
 
@@ -139,12 +146,13 @@ def _rank(path: Path, name: str) -> tuple[bool, bool, int]:
     return not any(word in label for word in words), not ("layer" in label or "depth" in label), len(path)
 
 
-def _integers(config: Any, count: int, prefix: Path = ()) -> Iterator[Path]:
+def integer_fields(config: Any, count: int, prefix: Path = ()) -> Iterator[Path]:
+    """Yield the paths of config fields, those of nested configs and of lists too, that hold the number ``count``."""
     for key, value in vars(config).items():
         if key.startswith("_") or key.endswith("_id"):
             continue
         if isinstance(value, PretrainedConfig):
-            yield from _integers(value, count, (*prefix, key))
+            yield from integer_fields(value, count, (*prefix, key))
         elif type(value) is int and value == count:
             yield (*prefix, key)
         elif isinstance(value, list) and all(type(item) is int for item in value):
@@ -164,9 +172,13 @@ def misfit(before: nn.Module, after: nn.Module, index: int, place: int) -> str |
     extra = next((name for name, _ in before.named_parameters() if name not in names), None)
     if extra is not None:
         return f"layer {index} has {extra!r}, which a layer at place {place} has not"
+    present = {name for name, _ in before.named_modules()}
+    receiving = {name.rpartition(".")[0] for name, _ in after.named_modules() if name not in present}
     for name, module in before.named_modules():
         for key, was, new in differences(module, submodule(after, name)):
-            if type(new) is int and (was, new) != (index, place):
+            # Floats may differ by depth without harm (rates of stochastic depth); the numbers are compared anyway.
+            matters = type(new) is not float and name not in receiving
+            if matters and (was, new) != (index, place):
                 return f"layer {index} has {key}={was} in {name!r}, a layer at place {place} has {new}"
     return None
 

@@ -82,6 +82,19 @@ def _convolution(
         yield from tracer.relation(groups, args[0], 1, "a depthwise convolution")
 
 
+@_recorder("multi_head_attention_forward")
+def _attention(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Relation]:
+    """PyTorch's function insists on one size for its input, its projections and its output."""
+    size = args[3] if len(args) > 3 else kwargs.get("embed_dim_to_check")
+    projections = [kwargs.get(f"{name}_proj_weight") for name in ("q", "k", "v")]
+    output = args[11] if len(args) > 11 else kwargs.get("out_proj_weight")
+    for weight in (*projections, output):
+        if isinstance(weight, Tensor):
+            for dim in range(2):
+                if weight.shape[dim] == size:
+                    yield from tracer.relation(size, weight, dim, "multi_head_attention_forward")
+
+
 @_recorder("histc")
 def _histc(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Relation]:
     yield from tracer.relation(args[1] if len(args) > 1 else kwargs.get("bins"), result, 0, "histc")

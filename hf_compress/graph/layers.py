@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.graph.analysis import live_nodes
 from hf_compress.graph.capture import Capture, ModuleCall
-from hf_compress.graph.depth import build_empty, edited, find_depth_edits, misfit
+from hf_compress.graph.depth import Edits, build_empty, edited, find_depth_edits, misfit
 from hf_compress.graph.groups import DimensionGroup
 
 
@@ -39,7 +39,8 @@ def layer_groups(model: nn.Module, recorded: Capture) -> list[DimensionGroup]:
         reason = chain.reason()
         fixed: tuple[int, ...] = ()
         if reason is None:
-            reason, fixed = _removable(model, name, len(names))
+            provides = chain.second_result(chain.calls[0]) is not None
+            reason, fixed = _removable(model, name, len(names), provides=provides)
         groups.append(
             DimensionGroup(
                 kind="layers",
@@ -54,19 +55,38 @@ def layer_groups(model: nn.Module, recorded: Capture) -> list[DimensionGroup]:
     return groups
 
 
-def _removable(model: nn.Module, name: str, count: int) -> tuple[str | None, tuple[int, ...]]:
-    """Return why no layer can go (or None), and the layers that must stay."""
+def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tuple[str | None, tuple[int, ...]]:
+    """Return why no layer can go (or None), and the layers that must stay.
+
+    Args:
+        model: The model.
+        name: Name of the list of layers.
+        count: How many there are.
+        provides: Whether the first layer makes something for all others; it can go only if the next one then does.
+    """
     if not isinstance(model, PreTrainedModel):
         return "the model has no config that could say how many layers there are", ()
     edits = find_depth_edits(model, {name: range(1, count)})
     if edits is None:
         return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
-    if _misfits(model, name, range(1, count)) is None:
+    first = _misfits(model, name, range(1, count))
+    if first is None and provides and not _takes_over(model, name, edits):
+        return None, (0,)
+    if first is None:
         return None, ()
     # Layers differ from place to place: each has to be tried.
     reasons = {i: _misfits(model, name, [k for k in range(count) if k != i]) for i in range(count)}
     fixed = tuple(i for i, reason in reasons.items() if reason is not None)
     return reasons[0] if len(fixed) == count else None, fixed
+
+
+def _takes_over(model: PreTrainedModel, name: str, edits: Edits) -> bool:
+    """Whether the second layer gets a module that it lacks when it becomes the first."""
+    shallow = build_empty(type(model), edited(model.config, edits))
+    wanted = (
+        {inner for inner, _ in shallow.get_submodule(f"{name}.0").named_modules()} if shallow is not None else set()
+    )
+    return not wanted <= {inner for inner, _ in model.get_submodule(f"{name}.1").named_modules()}
 
 
 def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int]) -> str | None:
@@ -106,12 +126,29 @@ class _Chain:
         return self._read_elsewhere()
 
     def _read_elsewhere(self) -> str | None:
+        for call in self.calls[1:]:
+            second = self.second_result(call)
+            if second is not None:
+                return f"{_describe(second)} reads a second result of {call.module}, which would be missing"
         following = dict(zip(self.outputs[:-1], (call.module for call in self.calls[1:]), strict=True))
         for node, reader in following.items():
             for user in node.users:  # type: ignore[union-attr]
                 if user in self.live and not _within(user, reader):
                     where = user.meta.get("module") or "the model"
                     return f"{_describe(user)} in {where} reads what a layer before {reader} returns"
+        return None
+
+    def second_result(self, call: ModuleCall) -> fx.Node | None:
+        """Return what reads, outside of the layer, anything else that it computes than its main result.
+
+        Of the first layer this is allowed: what it makes for all others (T5's position bias) moves to the next one.
+        """
+        main = _main(call.outputs)
+        for node in self.recorded.graph.nodes:
+            if node is not main and node.op == "call_function" and _within(node, call.module):
+                outside: list[fx.Node] = [user for user in node.users if not _within(user, call.module)]
+                if any(user in self.live for user in outside):
+                    return outside[0]
         return None
 
 

@@ -19,7 +19,8 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.integers import Attribute, NumericUse, Relation, Size, read
 from hf_compress.graph.layers import layer_groups
 from hf_compress.graph.solve import Equations
-from hf_compress.graph.subsets import SubsetSite
+from hf_compress.graph.subsets import CountSite, SubsetSite
+from hf_compress.graph.unread import with_unread
 
 MULTIPLES = (1, 2, 4, 8)
 """Numbers of units that are tried together, where forward code takes a part of a size."""
@@ -58,7 +59,8 @@ class ModelGraph:
         self._by_atom = Builder(model, self.analysis, [call for each in recorded for call in each.calls]).groups()
         self._atoms = {group.name: atom for atom, group in self._by_atom.items()}
         self._check_sizes()
-        groups = with_multiples(model, list(self._by_atom.values())) + layer_groups(model, recorded[0])
+        groups = with_unread(model, self.analysis.parameters, list(self._by_atom.values()))
+        groups = with_multiples(model, groups) + layer_groups(model, recorded[0])
         self.groups = DimensionGroups(sorted(groups, key=lambda group: KINDS.index(group.kind)))
 
     def attributes_after(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
@@ -135,9 +137,10 @@ class ModelGraph:
             counts = {}
             for attribute, need in needs:
                 if attribute.module == site.module:
-                    parts = expand(self.equations.dim_of(need))
-                    counts[attribute.path] = next(p.index.shape[1] for p in parts if p.atom is find(atom))
-            result.append(replace(site, attributes=tuple(counts.items())))
+                    dim = self.equations.dim_of(need)
+                    index = next(part.index for part in expand(dim) if part.atom is find(atom))
+                    counts[attribute.path] = CountSite(attribute.path, index, dim.size)
+            result.append(replace(site, attributes=tuple(counts.values())))
         return tuple(result)
 
 

@@ -34,14 +34,28 @@ class TensorSite:
 
 
 @dataclass(frozen=True, eq=False)
+class CountSite:
+    """An integer of a module that counts positions, some of which belong to units."""
+
+    path: tuple[str | int, ...]
+    """Attribute names from the module on; an int is a position in a tuple or list."""
+
+    index: Tensor
+    """Long tensor [num_units, k]: which of the counted positions each unit owns."""
+
+    size: int
+    """How many positions there are."""
+
+
+@dataclass(frozen=True, eq=False)
 class SubsetSite:
     """A module that is to be run on the kept units of a group."""
 
     module: str
     inputs: tuple[TensorSite, ...]
     outputs: tuple[TensorSite, ...]
-    attributes: tuple[tuple[tuple[str | int, ...], int], ...]
-    """Integers of the module that count positions: path, and how many positions go with one unit."""
+    attributes: tuple["CountSite", ...] = ()
+    """Integers of the module that are sizes of tensors along which units lie."""
 
 
 class SubsetFinder:
@@ -69,7 +83,7 @@ class SubsetFinder:
         inputs, outputs = found[0]
         if not outputs or any(_shape_of(other) != _shape_of(found[0]) for other in found[1:]):
             return None
-        return SubsetSite(module, inputs, outputs, ())
+        return SubsetSite(module, inputs, outputs)
 
     def _sites(self, nodes: list[fx.Node | None], atom: Dim) -> tuple[TensorSite, ...]:
         found = []

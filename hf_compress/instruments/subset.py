@@ -34,7 +34,8 @@ class SubsetGate:
             run = attachment.subset
             assert isinstance(run, SubsetRun)
             prefix = f"{site.module}."
-            inside = [part for part in group.slices if part.parameter.rpartition(".")[0] + "." == prefix]
+            parts = (*group.slices, *group.buffers)
+            inside = [part for part in parts if part.parameter.rpartition(".")[0] + "." == prefix]
             member = _Member(site, inside, group.num_units)
             run.members.append(member)
             self._installed.append((module, run, member))
@@ -135,32 +136,45 @@ def _kept_by_dim(sites: Sites) -> Iterator[tuple[int, Tensor, int]]:
 
 @contextmanager
 def _smaller(module: nn.Module, members: list[_Member]) -> Iterator[None]:
-    """Let the module have the kept part of its parameters, and sizes to match."""
-    tensors: dict[str, Any] = module._parameters
-    saved, attributes = dict(tensors), dict[str, Any]()
+    """Let the module have the kept part of its parameters and buffers, and sizes to match."""
+    holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+    saved = [dict(holder) for holder in holders]
+    attributes: dict[str, Any] = {}
     by_name: dict[str, list[tuple[_Member, ParameterSlice]]] = {}
     for member in members:
         for part in member.parameters:
             by_name.setdefault(part.parameter.rpartition(".")[2], []).append((member, part))
-        for (name, *rest), per_unit in member.site.attributes:
-            attributes.setdefault(str(name), getattr(module, str(name)))
-            _reduce(module, str(name), rest, per_unit * int((~member.mask).sum()))
+    for path, size in _sizes(members).items():
+        name = str(path[0])
+        attributes.setdefault(name, getattr(module, name))
+        _set_size(module, name, path[1:], size)
     try:
-        for name, parts in by_name.items():
-            tensors[name] = _slice(tensors[name], parts)
+        for holder in holders:
+            for name in by_name.keys() & holder.keys():
+                holder[name] = _slice(holder[name], by_name[name])
         yield
     finally:
-        tensors.update(saved)
+        for holder, before in zip(holders, saved, strict=True):
+            holder.update(before)
         for name, value in attributes.items():
             setattr(module, name, value)
 
 
-def _reduce(module: nn.Module, name: str, rest: list[str | int], amount: int) -> None:
+def _sizes(members: list[_Member]) -> dict[tuple[str | int, ...], int]:
+    """Return the sizes that the module's integers come to; units of several groups may own the same positions."""
+    keep: dict[tuple[str | int, ...], Tensor] = {}
+    for member in members:
+        for site in member.site.attributes:
+            keep.setdefault(site.path, torch.ones(site.size, dtype=torch.bool))[member.dropped(site.index)] = False
+    return {path: int(kept.sum()) for path, kept in keep.items()}
+
+
+def _set_size(module: nn.Module, name: str, rest: tuple[str | int, ...], size: int) -> None:
     value = getattr(module, name)
     if not rest:
-        setattr(module, name, value - amount)
+        setattr(module, name, size)
     elif len(rest) == 1 and isinstance(rest[0], int):
-        setattr(module, name, type(value)(v - amount if i == rest[0] else v for i, v in enumerate(value)))
+        setattr(module, name, type(value)(size if i == rest[0] else v for i, v in enumerate(value)))
 
 
 def _slice(parameter: Tensor, parts: list[tuple[_Member, ParameterSlice]]) -> Tensor:

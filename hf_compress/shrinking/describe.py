@@ -30,7 +30,10 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     """
     changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan)
     anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
-    buffers = {name: anew[name] for name in sorted(non_persistent_buffers(model)) if name in anew}
+    # A rotary table for a kind of layer that is gone altogether is not made again.
+    made = build_empty(type(model), model.config)
+    remaining = set(dict(made.named_buffers())) if made is not None else set()
+    buffers = {name: anew[name] for name in sorted(non_persistent_buffers(model) & remaining) if name in anew}
     flexible = [name for name in (renamed(name, plan.layers) for name in loosened_modules(model, plan)) if name]
     if not buffers and not flexible:
         stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], _size_changes(plan))
