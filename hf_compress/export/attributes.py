@@ -32,6 +32,24 @@ def checked_attributes(data: Any) -> Stored:
     return result
 
 
+def checked_emptied(data: Any) -> dict[str, tuple[str | None, int | None]]:
+    """Return which modules are without heads, and how they return that.
+
+    Raises:
+        ExportError: If the stored form is damaged.
+    """
+    result: dict[str, tuple[str | None, int | None]] = {}
+    for name, how in dict(data or {}).items():
+        output, length = how if isinstance(how, list | tuple) and len(how) == 2 else (0, 0)
+        if not isinstance(output, str | None) or not (length is None or (type(length) is int and length > 0)):
+            raise ExportError(
+                f"config.json, quantization_config.emptied: {name!r} needs [output projection or null, number of "
+                f"results or null], got {str(how)[:80]}. The file is damaged or was edited."
+            )
+        result[str(name)] = (output, length)
+    return result
+
+
 def _is_path(path: Any) -> bool:
     if not isinstance(path, list | tuple) or not path or not isinstance(path[0], str):
         return False

@@ -22,9 +22,10 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_compress.errors import ExportError, choices
-from hf_compress.export.attributes import checked_attributes, set_attributes
+from hf_compress.export.attributes import checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
 from hf_compress.export.names import resolve
+from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.multihead import loosen
 from hf_compress.shrinking.describe import FORMAT_VERSION
 from hf_compress.shrinking.sizes import refresh_sizes
@@ -42,6 +43,8 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         attributes: ``[module, path, value]`` for every integer of the forward code that follows the sizes.
         buffers: Name -> dimension -> positions that stay, for buffers that are made anew instead of stored.
         flexible: Names of ``nn.MultiheadAttention`` modules of other sizes than PyTorch's own forward allows.
+        emptied: Attention modules without heads: name -> name of the output projection within (or None), and how many
+            results the module returns (or None for one tensor).
         inner: The ``quantization_config`` of the weights' own format, or None for floating point.
         guard: Name of a parameter that is stored with a leading dimension of 1, see ``choose_guard``.
         version: Version of this form.
@@ -59,6 +62,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         attributes: Any = None,
         buffers: Mapping[str, Any] | None = None,
         flexible: Sequence[str] = (),
+        emptied: Mapping[str, Any] | None = None,
         inner: Mapping[str, Any] | None = None,
         guard: str | None = None,
         version: int = FORMAT_VERSION,
@@ -78,6 +82,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.attributes = checked_attributes(attributes)
         self.buffers = checked_buffers(buffers)
         self.flexible = [str(name) for name in flexible]
+        self.emptied = checked_emptied(emptied)
         self.inner = dict(inner) if inner is not None else None
         self.guard = guard
 
@@ -86,7 +91,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         stored: dict[str, Any] = super().to_dict()
         stored["attributes"] = [[module, list(path), value] for module, path, value in self.attributes]
         stored["buffers"] = {n: {str(d): kept for d, kept in dims.items()} for n, dims in self.buffers.items()}
-        for optional in ("attributes", "buffers", "flexible", "inner", "guard"):
+        for optional in ("attributes", "buffers", "flexible", "emptied", "inner", "guard"):
             if not stored[optional]:
                 del stored[optional]
         return stored
@@ -128,8 +133,12 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
         super().__init__(inner, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        modules = dict(model.named_modules())
+        for name, how in self.outer.emptied.items():
+            for found in resolve([name], modules, model.base_model_prefix):
+                empty_block(model.get_submodule(found), *how)
         self.outer.shapes = resize_parameters(model, self.outer.shapes)
-        for name in resolve(self.outer.flexible, dict(model.named_modules()), model.base_model_prefix):
+        for name in resolve(self.outer.flexible, modules, model.base_model_prefix):
             loosen(model.get_submodule(name))
         set_attributes(model, self.outer.attributes)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]

@@ -1,15 +1,16 @@
 """From terms and roles to dimension groups."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hf_compress.graph.analysis import Analysis
+from hf_compress.graph.blocks import find_block
 from hf_compress.graph.capture import ModuleCall
 from hf_compress.graph.dims import Dim, atoms, expand, find
-from hf_compress.graph.groups import KINDS, ConsumerSlice, DimensionGroup, ParameterSlice
+from hf_compress.graph.groups import KINDS, BlockSite, ConsumerSlice, DimensionGroup, ParameterSlice
 from hf_compress.graph.op_rules import Mark
 from hf_compress.graph.roles import FREEZING_ROLES, SUBSET_ROLES
 from hf_compress.graph.subsets import SubsetFinder, SubsetSite
@@ -27,11 +28,14 @@ class Builder:
         model: The analyzed model.
         analysis: What its operators say.
         calls: Its recorded module calls.
+        live: Nodes on which its output depends.
     """
 
-    def __init__(self, model: nn.Module, analysis: Analysis, calls: Iterable[ModuleCall]) -> None:
+    def __init__(self, model: nn.Module, analysis: Analysis, calls: Sequence[ModuleCall], live: set[fx.Node]) -> None:
         self.model = model
         self.analysis = analysis
+        self.calls = calls
+        self.live = live
         self.subsets = SubsetFinder(model, calls, analysis.operands)
         self.tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         self.buffer_names = {name for name, _ in model.named_buffers()}
@@ -80,6 +84,8 @@ class Builder:
             sources = tuple(s for s in slices if (s.parameter, s.dim) not in self.consumers)
         subsets, frozen = self._subsets(atom)
         prefix = common_module([s.parameter for s in slices])
+        ranked = [mark.amount for mark in self.marks[atom]["ranked"].values()]
+        block = None if subsets else self._block(atom, kind, slices, gates)
         return DimensionGroup(
             kind=kind,
             name=f"{prefix}.{kind}" if prefix else kind,
@@ -90,10 +96,30 @@ class Builder:
             subsets=tuple(subsets),
             buffers=tuple(s for s in self.slices[atom] if s.parameter in self.buffer_names),
             frozen=self._reason(atom) or frozen or (None if gates or sources or kind == "experts" else WITHOUT_EFFECT),
-            min_units=max([1, *(mark.amount for mark in self.marks[atom]["ranked"].values())]),
+            min_units=max([0 if block or self._may_be_empty(kind, slices, subsets) else 1, *ranked]),
+            block=block,
             multiple_of=self._alignment(slices),
             parameters_per_unit=sum(s.index.shape[1] * self._numel_across(s) for s in slices),
         )
+
+    def _block(
+        self, atom: Dim, kind: str, slices: tuple[ParameterSlice, ...], gates: tuple[ConsumerSlice, ...]
+    ) -> BlockSite | None:
+        if kind == "heads":
+            places = list(self.marks[atom]["heads"])
+        elif kind == "ffn" and not self._is_linear(slices):
+            places = [common_module([part.parameter for part in slices])]
+        else:
+            return None
+        return find_block(self.model, self.calls, self.live, places[0], gates) if len(places) == 1 else None
+
+    def _is_linear(self, slices: tuple[ParameterSlice, ...]) -> bool:
+        owners = (part.parameter.rpartition(".")[0] for part in slices)
+        return all(isinstance(self.model.get_submodule(owner), nn.Linear) for owner in owners)
+
+    def _may_be_empty(self, kind: str, slices: tuple[ParameterSlice, ...], subsets: list[SubsetSite]) -> bool:
+        """Whether layers without any units work: those of a feed-forward part do, a norm over nothing does not."""
+        return kind == "ffn" and not subsets and self._is_linear(slices)
 
     def _numel_across(self, part: ParameterSlice) -> int:
         tensor = self.tensors[part.parameter]

@@ -39,6 +39,9 @@ class ModuleCall:
     outputs: list[fx.Node | None] = field(default_factory=list)
     """Tensors among the results, in order."""
 
+    length: int | None = None
+    """How many results there are in a tuple; None if the result is no tuple."""
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -143,6 +146,11 @@ def main_outputs(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
+def is_hidden_state(value: Any) -> bool:
+    """Whether a value is what modules pass on by convention: the first floating-point tensor of several dimensions."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode without gradients while the context is open; each module gets its mode back."""
@@ -236,7 +244,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def leave(_module: Any, _args: Any, result: Any) -> None:
             self._stack.pop()
-            running.pop().outputs = self._known(result)
+            call = running.pop()
+            call.outputs = self._known(result)
+            call.length = len(result) if isinstance(result, tuple) else None
 
         for name, module in self.model.named_modules():
             handles.append(

@@ -7,6 +7,7 @@ device; what counts is that exactly the modules of the dropped layers are missin
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,23 +27,35 @@ Edits = dict[Path, Any]
 """New values of config fields."""
 
 
-def find_depth_edits(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> Edits | None:
+@dataclass(frozen=True, eq=False)
+class Shallower:
+    """How the architecture describes a model with fewer layers."""
+
+    edits: Edits
+    """Config fields to set."""
+
+    model: PreTrainedModel
+    """What the architecture builds then, on the meta device."""
+
+
+def find_shallower(model: PreTrainedModel, kept: Mapping[str, Sequence[int]]) -> Shallower | None:
     """Return config fields with which the architecture builds the model with fewer layers.
 
     Args:
-        model: The full model.
+        model: The full model, of the widths that its config says.
         kept: Positions that stay, by name of the ``ModuleList`` that holds the layers.
 
     Returns:
-        The fields to set, or None if no choice of fields gives such a model.
+        The fields and the model, or None if no choice of fields gives such a model.
     """
     edits: Edits = {}
+    reference = model
     for name, positions in kept.items():
-        found = _find_for_list(model, name, positions, edits)
+        found = _find_for_list(model, reference, name, positions, edits)
         if found is None:
             return None
-        edits |= found
-    return edits
+        edits, reference = found.edits, found.model
+    return Shallower(edits, reference)
 
 
 def edited(config: PretrainedConfig, edits: Edits) -> PretrainedConfig:
@@ -69,21 +82,22 @@ def build_empty(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
         return None
 
 
-def _find_for_list(model: PreTrainedModel, name: str, kept: Sequence[int], before: Edits) -> Edits | None:
+def _find_for_list(
+    model: PreTrainedModel, reference: PreTrainedModel, name: str, kept: Sequence[int], before: Edits
+) -> Shallower | None:
     layers: Any = model.get_submodule(name)
-    base = build_empty(type(model), edited(model.config, before)) or model
-    wanted = (len(kept), _shapes_outside(base, name))
+    wanted = (len(kept), _shapes_outside(reference, name))
     choices = itertools.product(_choices(model.config, name, len(layers)), (True, False))
     for fields, derive in itertools.islice(choices, MAX_TRIALS):
-        edits = _edits_for(model.config, fields, len(layers), kept, derive=derive)
+        edits = {**before, **_edits_for(model.config, fields, len(layers), kept, derive=derive)}
         try:
-            config = edited(model.config, {**before, **edits})
+            config = edited(model.config, edits)
             type(config).from_dict(config.to_dict())  # it will be stored
         except Exception:  # noqa: BLE001 - whatever a config refuses, in whatever way, is no candidate
             continue
         built = build_empty(type(model), config)
         if built is not None and _layers_of(built, name) == wanted:
-            return edits
+            return Shallower(edits, built)
     return None
 
 

@@ -33,6 +33,19 @@ class ConsumerSlice(ParameterSlice):
     """Name of the module that contracts it: another than the parameter's own where weights are tied."""
 
 
+@dataclass(frozen=True)
+class BlockSite:
+    """A module that computes attention for one group of heads."""
+
+    module: str
+
+    output: str | None
+    """Name within the module of the Linear that reads the heads; None if it is outside."""
+
+    length: int | None
+    """How many results the module returns in a tuple; None if it returns one tensor."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DimensionGroup:
     """Coupled parameter slices: unit ``u`` of the group is all of their rows ``index[u]``.
@@ -78,7 +91,10 @@ class DimensionGroup:
     """Units that must stay."""
 
     min_units: int = 1
-    """Fewest units that must stay: a router that picks two experts needs two."""
+    """Fewest units that must stay: a router that picks two experts needs two, a whole attention block can go."""
+
+    block: BlockSite | None = None
+    """For heads that can all go: the module that computes their attention."""
 
     multiple_of: int = 1
     """Kernels that need aligned sizes take only multiples of this many units."""

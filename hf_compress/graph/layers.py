@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.graph.analysis import live_nodes
 from hf_compress.graph.capture import Capture, ModuleCall
-from hf_compress.graph.depth import Edits, build_empty, edited, find_depth_edits, misfit
+from hf_compress.graph.depth import Shallower, find_shallower, misfit
 from hf_compress.graph.groups import DimensionGroup
 
 
@@ -66,37 +66,36 @@ def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tu
     """
     if not isinstance(model, PreTrainedModel):
         return "the model has no config that could say how many layers there are", ()
-    edits = find_depth_edits(model, {name: range(1, count)})
-    if edits is None:
+    without_first = find_shallower(model, {name: range(1, count)})
+    if without_first is None:
         return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
-    first = _misfits(model, name, range(1, count))
-    if first is None and provides and not _takes_over(model, name, edits):
-        return None, (0,)
-    if first is None:
-        return None, ()
+    if _misfits(model, name, range(1, count), without_first) is None:
+        return None, (0,) if provides and not _takes_over(model, name, without_first) else ()
     # Layers differ from place to place: each has to be tried.
-    reasons = {i: _misfits(model, name, [k for k in range(count) if k != i]) for i in range(count)}
+    reasons = {}
+    for i in range(count):
+        kept = [k for k in range(count) if k != i]
+        reasons[i] = _misfits(model, name, kept, find_shallower(model, {name: kept}))
     fixed = tuple(i for i, reason in reasons.items() if reason is not None)
     return reasons[0] if len(fixed) == count else None, fixed
 
 
-def _takes_over(model: PreTrainedModel, name: str, edits: Edits) -> bool:
+def _takes_over(model: PreTrainedModel, name: str, shallower: Shallower) -> bool:
     """Whether the second layer gets a module that it lacks when it becomes the first."""
-    shallow = build_empty(type(model), edited(model.config, edits))
-    wanted = (
-        {inner for inner, _ in shallow.get_submodule(f"{name}.0").named_modules()} if shallow is not None else set()
-    )
+    wanted = {inner for inner, _ in shallower.model.get_submodule(f"{name}.0").named_modules()}
     return not wanted <= {inner for inner, _ in model.get_submodule(f"{name}.1").named_modules()}
 
 
-def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int]) -> str | None:
-    edits = find_depth_edits(model, {name: kept})
-    shallow = build_empty(type(model), edited(model.config, edits)) if edits is not None else None
-    if shallow is None:
+def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int], shallower: Shallower | None) -> str | None:
+    if shallower is None:
         return f"{type(model.config).__name__} cannot describe it without them"
-    moves = ((index, place) for place, index in enumerate(kept) if index != place)
-    parts = ((model.get_submodule(f"{name}.{i}"), shallow.get_submodule(f"{name}.{p}"), i, p) for i, p in moves)
-    return next((reason for reason in (misfit(*part) for part in parts) if reason is not None), None)
+    for place, index in enumerate(kept):
+        if index != place:
+            before, after = (m.get_submodule(f"{name}.{i}") for m, i in ((model, index), (shallower.model, place)))
+            reason = misfit(before, after, index, place)
+            if reason is not None:
+                return reason
+    return None
 
 
 class _Chain:

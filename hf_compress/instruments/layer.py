@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from hf_compress.graph.capture import is_hidden_state
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.instruments.attach import attach, attachment_of, detach_if_empty
 
@@ -42,14 +42,9 @@ class _Mix:
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = forward(*args, **kwargs)
-        given = next(x for x in tree_leaves((args, kwargs)) if _is_hidden_state(x))
+        given = next(x for x in tree_leaves((args, kwargs)) if is_hidden_state(x))
         leaves, structure = tree_flatten(result)
-        at = next(i for i, x in enumerate(leaves) if _is_hidden_state(x))
+        at = next(i for i, x in enumerate(leaves) if is_hidden_state(x))
         gate = self.value[self.index].to(given.dtype)
         leaves[at] = gate * leaves[at] + (1 - gate) * given
         return tree_unflatten(leaves, structure)
-
-
-def _is_hidden_state(x: Any) -> bool:
-    """The first floating-point tensor of an argument list, as in ``hf_compress.graph.layers``."""
-    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 1

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.blocks import close_gaps, empty_block
 from hf_compress.graph.integers import Attribute, write
 from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
@@ -54,8 +55,11 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
         tensor = tensors[name]
         data = tensor.data
         for dim, positions in dims.items():
-            data = data.index_select(dim, torch.tensor(positions, device=data.device))
+            data = data.index_select(dim, torch.tensor(positions, dtype=torch.long, device=data.device))
         tensor.data = data.contiguous()
+    for name, (output, length) in plan.emptied.items():
+        empty_block(model.get_submodule(name), output, length)
+    close_gaps(model, plan.emptied)
     for attribute in plan.attributes:
         write(model, Attribute(attribute.module, attribute.path), attribute.value)
     refresh_sizes(model)
@@ -79,7 +83,7 @@ def check_fits(tensors: Mapping[str, Tensor], plan: ShrinkPlan) -> None:
                 raise ShrinkError(f"plan: the model has no parameter {name!r}; the plan is for {plan.model_class}.")
             shape = tuple(tensors[name].shape)
             for dim, positions in dims.items():
-                if dim >= len(shape) or not positions or min(positions) < 0 or max(positions) >= shape[dim]:
+                if dim >= len(shape) or min(positions, default=0) < 0 or max(positions, default=-1) >= shape[dim]:
                     raise ShrinkError(
                         f"plan: positions of {name!r} along dimension {dim} do not fit its shape {shape}; the plan was "
                         f"made for a {plan.model_class} of other sizes."

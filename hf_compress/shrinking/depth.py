@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
-from hf_compress.graph.depth import build_empty, differences, edited, find_depth_edits, misfit, submodule
+from hf_compress.graph.depth import build_empty, differences, find_shallower, misfit, submodule
 
 Kept = Mapping[str, Sequence[int]]
 """Name of a list of layers -> positions that stay, ascending."""
@@ -36,21 +36,20 @@ def drop_layers(model: PreTrainedModel, kept: Kept) -> None:
     """
     if not kept:
         return
-    edits = find_depth_edits(model, kept)
     full = build_empty(type(model), model.config)
-    shallow = build_empty(type(model), edited(model.config, edits)) if edits is not None else None
-    if edits is None or full is None or shallow is None:
+    shallower = find_shallower(full, kept) if full is not None else None
+    if full is None or shallower is None:
         raise ShrinkError(
             f"layers {dict(kept)}: no fields of {type(model.config).__name__} describe a model with these layers "
             "alone; leave the number of layers as it is."
         )
     for name, positions in kept.items():
-        _move_up(model, full, shallow, name, positions)
+        _move_up(model, full, shallower.model, name, positions)
     for name, module in model.named_modules():
         if not any(name.startswith(f"{layers}.") for layers in kept):
-            for key, _, new in differences(full.get_submodule(name), shallow.get_submodule(name)):
+            for key, _, new in differences(full.get_submodule(name), shallower.model.get_submodule(name)):
                 vars(module)[key] = new
-    for path, value in edits.items():
+    for path, value in shallower.edits.items():
         owner: Any = model.config
         for part in path[:-1]:
             owner = owner[part] if isinstance(part, int) else getattr(owner, part)

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.blocks import cache_places, emptied_blocks, empty_block
 from hf_compress.graph.depth import build_empty
 from hf_compress.graph.integers import Attribute, read
 from hf_compress.shrinking.apply import loosened_modules
@@ -28,14 +29,16 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     Raises:
         ShrinkError: If the architecture builds other parameters than the model has.
     """
-    changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan)
+    changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan) + cache_places(model, plan.emptied)
     anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
     # A rotary table for a kind of layer that is gone altogether is not made again.
     made = build_empty(type(model), model.config)
     remaining = set(dict(made.named_buffers())) if made is not None else set()
     buffers = {name: anew[name] for name in sorted(non_persistent_buffers(model) & remaining) if name in anew}
     flexible = [name for name in (renamed(name, plan.layers) for name in loosened_modules(model, plan)) if name]
-    if not buffers and not flexible:
+    emptied = {renamed(name, plan.layers): how for name, how in plan.emptied.items()}
+    emptied.pop(None, None)
+    if not buffers and not flexible and not emptied:
         stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], _size_changes(plan))
         if stock is not None:
             for name, value in stock.items():
@@ -47,6 +50,8 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
         "units": {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()},
         "shapes": _other_shapes(model),
     }
+    if emptied:
+        uneven["emptied"] = {name: list(how) for name, how in emptied.items()}
     if changed:
         uneven["attributes"] = [[a.module, list(a.path), read(model, a)] for a in changed]
     if flexible:
@@ -64,6 +69,9 @@ def _renamed(attributes: Sequence[Attribute], plan: ShrinkPlan) -> list[Attribut
 def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     """Return the shapes that differ from what the config gives, of all that is stored."""
     built = build_empty(type(model), model.config)
+    if built is not None:
+        for name, how in emptied_blocks(model):
+            empty_block(built.get_submodule(name), *how)
     if built is not None and not same_floats(built, model):
         raise ShrinkError(
             f"{type(model).__name__}: forward code reads a size from the model's own config, and with the new one the "

@@ -75,6 +75,9 @@ class ShrinkPlan:
     num_parameters: tuple[int, int]
     """Parameters before and after."""
 
+    emptied: dict[str, tuple[str | None, int | None]] = dataclasses.field(default_factory=dict)
+    """Attention modules that lose all heads: name -> name of the output projection within, and number of results."""
+
     layers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Lists of layers that lose some: name of the module list -> layers that stay. All other parts of the plan speak of
     the model before that."""
@@ -118,8 +121,10 @@ class ShrinkPlan:
                 AttributeValue(str(a["module"]), tuple(a["path"]), int(a["value"])) for a in data["attributes"]
             )
             layers = {name: tuple(int(i) for i in kept) for name, kept in data["layers"].items()}
+            emptied = {name: (output, length) for name, (output, length) in data["emptied"].items()}
             return cls(
                 layers=layers,
+                emptied=emptied,
                 model_class=data["model_class"],
                 groups=groups,
                 keep=keep,
@@ -186,7 +191,8 @@ def plan_on(
     plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
-    new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items()})
+    emptied = {name for name, plan in plans.items() if groups[name].block is not None and not plan.kept}
+    new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items() if name not in emptied})
     plan = _build(graph.model, groups, plans)
     inherited = _inherited(graph, plan.layers, new)
     attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
@@ -268,7 +274,7 @@ def _unit_masks(
             raise TargetError(
                 f"masks[{name!r}]: unit {missing[0]} cannot be removed; units that must stay: {group.fixed_units}."
             )
-        if not keep.any():
+        if not keep.any() and group.min_units > 0:
             raise ShrinkError(f"masks[{name!r}]: removes all {group.num_units} units; keep at least one.")
         if int(keep.sum()) < group.min_units:
             raise ShrinkError(
@@ -359,8 +365,11 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
     dropped: dict[tuple[str, int], set[int]] = {}
     zero: Positions = {}
     layers: dict[str, tuple[int, ...]] = {}
+    emptied: dict[str, tuple[str | None, int | None]] = {}
     for name, plan in plans.items():
         group = groups[name]
+        if group.block is not None and not plan.kept:
+            emptied[group.block.module] = (group.block.output, group.block.length)
         if group.modules and len(plan.kept) < plan.num_units:
             layers[group.modules[0].rpartition(".")[0]] = plan.kept
         gone = sorted(set(range(group.num_units)) - set(plan.kept))
@@ -387,6 +396,7 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
         zero=zero,
         num_parameters=(before, after),
         layers=layers,
+        emptied=emptied,
     )
 
 
