@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification, Trainer
+import tiny_models
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 
 import hf_compress
 from hf_compress import cli
 from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
 from hf_compress.export.quantized import _FORMATS
-from hf_compress.registry import allocators, criteria, distillation_losses, schemes
+from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
 from hf_compress.schedule import schedules
 
 ROOT = Path(hf_compress.__file__).parent.parent
@@ -25,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_example_runs(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
+    example = blocks("python")[0]
     data = classification_data(32)
     args = make_trainer(tiny_bert(), data, max_steps=20).args
     names = {"model": tiny_bert(), "teacher": tiny_bert(seed=1), "args": args, "train": data, "dev": data}
@@ -33,6 +38,31 @@ def test_the_example_runs(tiny_bert, classification_data, make_trainer, tmp_path
     assert isinstance(names["trainer"], Trainer)
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
     AutoModelForSequenceClassification.from_pretrained("bert-small")
+
+
+def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, masks, vocabulary, rule = blocks("python")
+    torch.manual_seed(0)
+    names = {"model": tiny_models.bert()}
+    exec(compile(masks, "README.md", "exec"), names)
+    assert names["small"].num_parameters() < names["model"].num_parameters()
+
+    tokenizer = word_tokenizer(97)
+    names = {"model": tiny_models.bert(), "tokenizer": tokenizer, "texts": ["w5 w6 w7", "w8 w5"]}
+    exec(compile(vocabulary, "README.md", "exec"), names)
+    assert len(AutoTokenizer.from_pretrained("small")) == len(names["small_tokenizer"]) < len(tokenizer)
+
+    exec(compile(rule, "README.md", "exec"), {})
+    op_rules._entries.pop("mylib::scale_rows")
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    words = {f"w{i}": i for i in range(len(special), size)}
+    backend = Tokenizer(WordLevel({**special, **words}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
 
 
 @pytest.mark.parametrize(

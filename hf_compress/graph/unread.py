@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from hf_compress.graph.depth import build_empty, edited, integer_fields
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice
 
+UNREAD = "parameter {!r} is read by none of the recorded forward passes and may have this dimension too"
+
 
 def with_unread(model: nn.Module, read: Iterable[str], groups: list[DimensionGroup]) -> list[DimensionGroup]:
     """Add the slices of unread parameters to the groups of residual streams; freeze where they cannot be told.
@@ -29,7 +31,20 @@ def with_unread(model: nn.Module, read: Iterable[str], groups: list[DimensionGro
     unread = {name: parameter.shape for name, parameter in model.named_parameters() if name not in known}
     if not unread:
         return groups
-    return [_completed(model, unread, group) if group.kind == "hidden" else group for group in groups]
+    done = [_completed(model, unread, group) if group.kind == "hidden" else group for group in groups]
+    # Two residual streams of one size grow together: then it cannot be told whose the parameter is.
+    owners: dict[tuple[str, int], int] = {}
+    for group in done:
+        for part in group.slices:
+            if part.parameter in unread:
+                owners[part.parameter, part.dim] = owners.get((part.parameter, part.dim), 0) + 1
+    shared = {where for where, count in owners.items() if count > 1}
+    return [_ambiguous(group, shared) for group in done]
+
+
+def _ambiguous(group: DimensionGroup, shared: set[tuple[str, int]]) -> DimensionGroup:
+    part = next((part for part in group.slices if (part.parameter, part.dim) in shared), None)
+    return group if part is None else replace(group, frozen=UNREAD.format(part.parameter))
 
 
 def _completed(model: nn.Module, unread: dict[str, torch.Size], group: DimensionGroup) -> DimensionGroup:
@@ -40,8 +55,7 @@ def _completed(model: nn.Module, unread: dict[str, torch.Size], group: Dimension
     if shapes is None:
         return replace(
             group,
-            frozen=f"parameter {suspects[0][0]!r} is read by none of the recorded forward passes and may have this "
-            "dimension too",
+            frozen=UNREAD.format(suspects[0][0]),
         )
     units = torch.arange(group.num_units).unsqueeze(1)
     own = [(name, dim) for name, dim in suspects if shapes[name][dim] != group.num_units]

@@ -362,29 +362,26 @@ def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
 
 def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[str, GroupPlan]) -> ShrinkPlan:
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    dropped: dict[tuple[str, int], set[int]] = {}
-    zero: Positions = {}
-    layers: dict[str, tuple[int, ...]] = {}
-    emptied: dict[str, tuple[str | None, int | None]] = {}
+    stays = _Marks(tensors)
+    speaks = _Marks(tensors)
     for name, plan in plans.items():
         group = groups[name]
-        if group.block is not None and not plan.kept:
-            emptied[group.block.module] = (group.block.output, group.block.length)
-        if group.modules and len(plan.kept) < plan.num_units:
-            layers[group.modules[0].rpartition(".")[0]] = plan.kept
-        gone = sorted(set(range(group.num_units)) - set(plan.kept))
+        kept = torch.zeros(group.num_units, dtype=torch.bool)
+        kept[list(plan.kept)] = True
+        gone = (~kept).nonzero().flatten()
+        kept[list(plan.silenced)] = False
+        silent = (~kept).nonzero().flatten()
         for part in (*group.slices, *group.buffers):
-            if gone:
-                dropped.setdefault((part.parameter, part.dim), set()).update(_positions(part, gone))
+            stays.clear(part, gone)
         for part in (*group.gates, *group.sources):
-            silent = _positions(part, sorted({*gone, *plan.silenced}))
-            if silent:
-                where = zero.setdefault(part.parameter, {}).setdefault(part.dim, [])
-                where.extend(position for position in silent if position not in where)
-    keep: Positions = {}
-    for (name, dim), positions in dropped.items():
-        size = tensors[name].shape[dim]
-        keep.setdefault(name, {})[dim] = [i for i in range(size) if i not in positions]
+            speaks.clear(part, silent)
+    keep = stays.positions(True)
+    layers = {
+        groups[name].modules[0].rpartition(".")[0]: plan.kept
+        for name, plan in plans.items()
+        if groups[name].modules and len(plan.kept) < plan.num_units
+    }
+    blocks = [block for name, plan in plans.items() if (block := groups[name].block) is not None and not plan.kept]
     before = sum(p.numel() for p in model.parameters())
     after = sum(
         _kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters() if renamed(name, layers) is not None
@@ -393,15 +390,34 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
         model_class=type(model).__name__,
         groups={name: plan for name, plan in plans.items() if len(plan.kept) < plan.num_units or plan.silenced},
         keep=keep,
-        zero=zero,
+        zero=speaks.positions(False),
         num_parameters=(before, after),
         layers=layers,
-        emptied=emptied,
+        emptied={block.module: (block.output, block.length) for block in blocks},
     )
 
 
-def _positions(part: ParameterSlice, units: list[int]) -> list[int]:
-    return sorted(part.index[units].flatten().tolist()) if units else []
+class _Marks:
+    """One mark per position along some dimensions of some tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.marks: dict[str, dict[int, Tensor]] = {}
+
+    def clear(self, part: ParameterSlice, units: Tensor) -> None:
+        """Take the mark from all positions that units of a slice own."""
+        if len(units):
+            dims = self.marks.setdefault(part.parameter, {})
+            if part.dim not in dims:
+                dims[part.dim] = torch.ones(self.tensors[part.parameter].shape[part.dim], dtype=torch.bool)
+            dims[part.dim][part.index[units].flatten()] = False
+
+    def positions(self, marked: bool) -> Positions:
+        """Return the positions that have a mark, or those that have none."""
+        return {
+            name: {dim: (mark if marked else ~mark).nonzero().flatten().tolist() for dim, mark in dims.items()}
+            for name, dims in self.marks.items()
+        }
 
 
 def _kept_numel(parameter: Tensor, keep: Mapping[int, list[int]]) -> int:
