@@ -64,11 +64,11 @@ def bert_inputs() -> dict[str, Any]:
 
 def plan_seconds(model: Any, masks: dict[str, Any], inputs: dict[str, Any] | None) -> tuple[Any, Seconds]:
     """Plan, and split the time into capture, analysis and plan."""
-    from hf_compress.graph import groups
+    from hf_compress.graph import model as graph
     from hf_compress.shrinking import plan
 
     spent: Seconds = {}
-    with clock(spent, "all"), timed_calls(groups, "capture", spent), timed_calls(plan, "ModelGraph", spent):
+    with clock(spent, "all"), timed_calls(graph, "capture", spent), timed_calls(plan, "ModelGraph", spent):
         planned = plan.plan_shrink(model, masks, example_inputs=inputs)
     return planned, {
         "capture": spent["capture"],
