@@ -135,18 +135,6 @@ class OpCall:
         if self.live or role == "conflict":
             self.marks.append(Mark(dim, role, self.name, self.module, amount))
 
-    def look_up(self, dim: Dim, indices: Operand) -> None:
-        """Say that positions along ``dim`` are picked by number.
-
-        If the numbers are positions along another dimension (a router ranks its logits, tokens pick their experts),
-        the two are the same units, and removing one renumbers both.
-        """
-        if indices.values is not None and indices.values.size == dim.size:
-            self.unify(indices.values, dim)
-            self.mark(dim, "routed")
-        else:
-            self.mark(dim, "indexed")
-
     def contract(self, a: Operand, i: int, b: Operand, j: int) -> None:
         """Say that dimension ``i`` of ``a`` is summed over together with dimension ``j`` of ``b``."""
         self.unify(a.dims[i], b.dims[j])

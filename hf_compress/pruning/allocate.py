@@ -40,7 +40,7 @@ def per_layer(scores: Mapping[str, Tensor], sparsity: float, limits: Limits) -> 
     masks = {}
     for name, score in scores.items():
         size = len(score)
-        kept = _round_to_multiple(size - round(sparsity * size), limits.multiple_of)
+        kept = _round_to_multiple((1 - sparsity) * size, limits.multiple_of)
         masks[name] = _keep_best(score, min(max(kept, limits.floor(size)), size))
     return masks
 
@@ -53,7 +53,7 @@ def global_(scores: Mapping[str, Tensor], sparsity: float, limits: Limits) -> di
     """
     sizes = {name: len(score) for name, score in scores.items()}
     counts = {name: limits.floor(size) for name, size in sizes.items()}
-    budget = round((1 - sparsity) * sum(sizes.values())) - sum(counts.values())
+    budget = (1 - sparsity) * sum(sizes.values()) - sum(counts.values())
     for _, name, size in _blocks(scores, counts, limits.multiple_of):
         if budget < size / 2:  # the next block would overshoot by more than it fills
             break
@@ -76,7 +76,7 @@ def _blocks(scores: Mapping[str, Tensor], floors: Mapping[str, int], block: int)
     return [(-value, name, size) for value, _, _, name, size in sorted(found)]
 
 
-def _round_to_multiple(count: int, multiple: int) -> int:
+def _round_to_multiple(count: float, multiple: int) -> int:
     return round(count / multiple) * multiple
 
 

@@ -80,6 +80,8 @@ def test_train_shrink_save_reload(build, task, tmp_path) -> None:
     small.save_pretrained(tmp_path / "small")
     inputs = make_example_inputs(small)
     reloaded = type(small).from_pretrained(tmp_path / "small")
+    for parameter in reloaded.parameters():  # mapped files are not aligned, and kernels round by alignment
+        parameter.data = parameter.data.clone()
     for expected, actual in zip(run(small, inputs), run(reloaded, inputs), strict=True):
         assert torch.equal(expected, actual)
     if quantized and pytest.importorskip("torchao"):

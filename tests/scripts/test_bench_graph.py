@@ -85,11 +85,11 @@ def test_unequal_work_is_no_comparison(bench, change) -> None:
 def test_phases_are_disjoint_and_functions_are_restored(work, tiny_bert) -> None:
     import torch
 
-    from hf_compress.graph import groups
+    from hf_compress.graph import model as graph
 
-    before = groups.capture
+    before = graph.capture
     planned, seconds = work.plan_seconds(tiny_bert(), {"bert.encoder.layer.0.ffn": torch.arange(48) < 24}, None)
-    assert groups.capture is before
+    assert graph.capture is before
     assert list(seconds) == ["capture", "analysis", "plan"]
     assert all(value > 0 for value in seconds.values())
     assert planned.num_parameters[1] < planned.num_parameters[0]

@@ -5,11 +5,24 @@ from hf_compress.graph.op_rules import OpCall, Operand, Result, op_rule, unify_t
 from hf_compress.graph.rules.layout import broadcast
 
 
+def _look_up(op: OpCall, dim: Dim, indices: Operand) -> None:
+    """Say that positions along a dimension are picked by number.
+
+    If the numbers are positions along another dimension (a router ranks its logits, tokens pick their experts), the two
+    are the same units, and removing one renumbers both.
+    """
+    if indices.values is not None and indices.values.size == dim.size:
+        op.unify(indices.values, dim)
+        op.mark(dim, "routed")
+    else:
+        op.mark(dim, "indexed")
+
+
 @op_rule("aten::embedding")
 def embedding(op: OpCall) -> Result:
     """Rows of a table."""
     weight, indices = op.tensor("weight"), op.tensor("indices")
-    op.look_up(weight.dims[0], indices)
+    _look_up(op, weight.dims[0], indices)
     return [*indices.dims, weight.dims[1]]
 
 
@@ -24,7 +37,7 @@ def index(op: OpCall) -> Result:
     if num_new != max((len(item.dims) for item in used.values()), default=0):
         return _where_true(op, x, used)
     for i, item in used.items():
-        op.look_up(x.dims[i], item)
+        _look_up(op, x.dims[i], item)
     places = sorted(used)
     together = places == list(range(places[0], places[-1] + 1))
     at = places[0] if together else 0
@@ -68,7 +81,7 @@ def index_select(op: OpCall) -> Result:
     """Pick positions along one dimension."""
     dims = list(op.tensor("self").dims)
     axis = op.axis("dim", len(dims))
-    op.look_up(dims[axis], op.tensor("index"))
+    _look_up(op, dims[axis], op.tensor("index"))
     dims[axis] = op.tensor("index").dims[0] if op.tensor("index").dims else Dim(1)
     return dims
 
@@ -97,7 +110,7 @@ def _along(op: OpCall, x: Operand, where: Operand) -> None:
     axis = op.axis("dim", len(x.dims))
     if not x.dims:
         return
-    op.look_up(x.dims[axis], where)
+    _look_up(op, x.dims[axis], where)
     for i, (a, b) in enumerate(zip(x.dims, where.dims, strict=True)):
         if i != axis and a.size == b.size:
             op.unify(a, b)
@@ -109,7 +122,7 @@ def index_put(op: OpCall) -> Result:
     x, indices = op.tensor("self"), op.arguments["indices"]
     for i, item in enumerate(indices):
         if isinstance(item, Operand):
-            op.look_up(x.dims[i], item)
+            _look_up(op, x.dims[i], item)
     unify_trailing(op, op.tensor("values"), x.dims[len(indices) :])
     return list(x.dims)
 
@@ -119,7 +132,7 @@ def index_add(op: OpCall) -> Result:
     """Write slices at positions of one dimension."""
     x, source = op.tensor("self"), op.tensor("source")
     axis = op.axis("dim", len(x.dims))
-    op.look_up(x.dims[axis], op.tensor("index"))
+    _look_up(op, x.dims[axis], op.tensor("index"))
     for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
         if i != axis:
             op.unify(a, b)
