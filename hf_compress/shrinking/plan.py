@@ -188,25 +188,29 @@ def plan_on(
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items()})
     plan = _build(graph.model, groups, plans)
-    inherited = _inherited(graph.model, plan.layers, new)
+    inherited = _inherited(graph, plan.layers, new)
     attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
     return replace(plan, attributes=attributes)
 
 
 def _inherited(
-    model: nn.Module, layers: Mapping[str, tuple[int, ...]], new: Mapping[Attribute, int]
+    graph: ModelGraph, layers: Mapping[str, tuple[int, ...]], new: Mapping[Attribute, int]
 ) -> dict[Attribute, int]:
-    """Return new values of integers in layers that come to do what a removed layer did for all (T5's position bias)."""
+    """Return new values of integers in layers that come to do what a removed layer did for all (T5's position bias).
+
+    Integers that the layer read for itself are settled: they follow its own sizes.
+    """
     heirs = {}
     for attribute, value in new.items():
         if renamed(attribute.module, layers) is not None:
             continue
         name = next(name for name in layers if attribute.module.startswith(f"{name}."))
         index, _, inner = attribute.module[len(name) + 1 :].partition(".")
-        after = [i for i in layers[name] if i > int(index)]
-        heir = Attribute(f"{name}.{after[0]}.{inner}", attribute.path) if after else None
-        if heir is not None and heir not in new and _has(model, heir, read(model, attribute)):
-            heirs[heir] = value
+        for place in [i for i in layers[name] if i > int(index)][:1]:
+            heir = Attribute(f"{name}.{place}.{inner}", attribute.path)
+            settled = heir in new or graph.equations.using(heir)
+            if not settled and _has(graph.model, heir, read(graph.model, attribute)):
+                heirs[heir] = value
     return heirs
 
 
