@@ -73,8 +73,10 @@ def _find_for_list(model: PreTrainedModel, name: str, kept: Sequence[int], befor
     layers: Any = model.get_submodule(name)
     base = model if not before else build_empty(type(model), edited(model.config, before)) or model
     wanted = (len(kept), _names_outside(base, name))
-    for fields in itertools.islice(_choices(model.config, name, len(layers)), MAX_TRIALS):
-        edits = _edits_for(model.config, fields, len(layers), kept)
+    choices = itertools.islice(_choices(model.config, name, len(layers)), MAX_TRIALS)
+    # T5 derives the depth of the decoder from that of the encoder by default, but either may shrink alone.
+    for fields, derive in ((fields, derive) for fields in choices for derive in (True, False)):
+        edits = _edits_for(model.config, fields, len(layers), kept, derive)
         try:
             config = edited(model.config, {**before, **edits})
             type(config).from_dict(config.to_dict())  # it will be stored
@@ -86,7 +88,9 @@ def _find_for_list(model: PreTrainedModel, name: str, kept: Sequence[int], befor
     return None
 
 
-def _edits_for(config: PretrainedConfig, fields: Sequence[Path], count: int, kept: Sequence[int]) -> Edits:
+def _edits_for(
+    config: PretrainedConfig, fields: Sequence[Path], count: int, kept: Sequence[int], derive: bool
+) -> Edits:
     """Return the fields with their new number, and all that the config derives from them or says layer by layer."""
     edits: Edits = {path: len(kept) for path in fields}
     for path in fields:
@@ -95,7 +99,8 @@ def _edits_for(config: PretrainedConfig, fields: Sequence[Path], count: int, kep
             owner = owner[part] if isinstance(part, int) else getattr(owner, part)
         if not isinstance(owner, PretrainedConfig):
             continue
-        edits |= {(*path[:-1], key): value for key, value in _derived(owner, str(path[-1]), count, len(kept)).items()}
+        derived = _derived(owner, str(path[-1]), count, len(kept)) if derive else {}
+        edits |= {(*path[:-1], key): value for key, value in derived.items()}
         for key, value in vars(owner).items():
             by_layer = isinstance(value, list | tuple) and len(value) == count and not key.startswith("_")
             if by_layer and (count > COINCIDENCE or "layer" in key or "block" in key):
