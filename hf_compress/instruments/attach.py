@@ -171,18 +171,19 @@ def leaf_kind(name: str, module: nn.Module) -> LeafKind:
         TargetError: If the class is unknown, overrides the known forward, or was patched on the instance.
     """
     refuse_patched(name, module)
-    for base, kind in LEAF_KINDS.items():
-        if isinstance(module, base) and (attachment_of(module) is not None or type(module).forward is base.forward):
-            return kind
-    known = ", ".join(base.__name__ for base in LEAF_KINDS)
-    raise TargetError(
-        f"module {name!r}: cannot attach to {type(module).__name__}; allowed: {known} with their own forward."
-    )
+    kind = find_leaf_kind(module)
+    if kind is None:
+        known = ", ".join(base.__name__ for base in LEAF_KINDS)
+        raise TargetError(
+            f"module {name!r}: cannot attach to {type(module).__name__}; allowed: {known} with their own forward."
+        )
+    return kind
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Return whether the module is of a class whose input and weight are known."""
-    return isinstance(module, tuple(LEAF_KINDS))
+def find_leaf_kind(module: nn.Module) -> LeafKind | None:
+    """Return how the module computes, or None if it is not of a known class with that class's own forward."""
+    own = own_class(module)
+    return next((kind for base, kind in LEAF_KINDS.items() if own.forward is base.forward), None)
 
 
 def refuse_patched(name: str, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
-from hf_compress.instruments.attach import attach, detach_if_empty, is_leaf, leaf_kind, own_class, refuse_patched
+from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
 from hf_compress.instruments.subset import SubsetGate
 
 
@@ -149,20 +149,19 @@ class _Site:
 
 def _site(model: nn.Module, group: DimensionGroup, part: ConsumerSlice) -> _Site:
     module = model.get_submodule(part.module)
-    owner, _, parameter = part.parameter.rpartition(".")
-    weight = module._parameters.get("weight")
-    if weight is not None and weight is model.get_parameter(part.parameter) and is_leaf(module):
-        if leaf_kind(part.module, module).weight_in_dim == part.dim:
-            above = part.module.rpartition(".")[0]
-            reader = model.get_submodule(above)
-            # PyTorch's attention takes the weight of its output projection and never calls that module.
-            if own_class(reader).forward is nn.MultiheadAttention.forward:
-                refuse_patched(above, reader)
-                return _Site(above, reader, part, module)
-            return _Site(part.module, module, part, None)
-    elif owner == part.module and parameter in module._parameters:
-        refuse_patched(part.module, module)
-        return _Site(part.module, module, part, module)
+    refuse_patched(part.module, module)
+    owner = part.parameter.rpartition(".")[0]
+    kind = find_leaf_kind(module)
+    if kind is not None and kind.weight_in_dim == part.dim and module.weight is model.get_parameter(part.parameter):
+        above = part.module.rpartition(".")[0]
+        reader = model.get_submodule(above)
+        # PyTorch's attention takes the weight of its output projection and never calls that module.
+        if own_class(reader).forward is nn.MultiheadAttention.forward:
+            refuse_patched(above, reader)
+            return _Site(above, reader, part, module)
+        return _Site(part.module, module, part, None)
+    if owner == part.module or owner.startswith(f"{part.module}."):
+        return _Site(part.module, module, part, model.get_submodule(owner))
     raise TargetError(
         f"group {group.name!r}: its consumer {part.parameter!r} (dimension {part.dim}) is read by "
         f"{part.module!r}, a {type(module).__name__}, where no gate can be attached. Exclude the group."
