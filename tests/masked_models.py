@@ -14,6 +14,7 @@ from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.gate import Gate
 from hf_compress.instruments.layer import LayerGates
+from hf_compress.shrinking.depth import moving_parameters, renamed
 
 Masks = dict[str, Tensor]
 
@@ -61,32 +62,38 @@ def _random_mask(group: DimensionGroup, kept: int, generator: torch.Generator) -
 def remaining_parameters(model: PreTrainedModel, groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> int:
     """Return how many weights belong to no masked unit, by marking the masked positions of every parameter."""
     left = {name: torch.ones(parameter.shape, dtype=torch.bool) for name, parameter in model.named_parameters()}
+    kept = kept_layers(groups, masks)
+    moving = moving_parameters(model, kept)
     for group in groups:
         gone = ~masks.get(group.name, torch.ones(group.num_units, dtype=torch.bool))
         for part in group.slices:
             left[part.parameter].index_fill_(part.dim, part.index[gone].flatten(), False)
-        for unit in gone.nonzero().flatten().tolist() if group.modules else ():
-            for name in left:
-                # The position bias of T5 is one for all layers of a stack: it moves to the first layer that stays.
-                if name.startswith(f"{group.modules[unit]}.") and "relative_attention_bias" not in name:
-                    left[name][...] = False
-    return sum(int(marked.sum()) for marked in left.values())
+    return sum(int(part.sum()) for name, part in left.items() if name in moving or renamed(name, kept) is not None)
+
+
+def kept_layers(groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the layers that stay, by name of the module list, for lists that lose some."""
+    found = {}
+    for group in groups:
+        if group.modules and group.name in masks and not masks[group.name].all():
+            found[group.modules[0].rpartition(".")[0]] = masks[group.name].nonzero().flatten().tolist()
+    return found
 
 
 @contextmanager
 def gated(model: PreTrainedModel, groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Let the model compute without the masked units while the context is open; its weights stay as they are."""
     gates: list[Any] = []
-    for group in groups:
-        mask = masks.get(group.name)
-        if mask is None:
-            continue
-        if group.modules:
-            gates.append(LayerGates(group, model, mask.float()))
-        else:
-            gates.append(Gate(group, model, needs_gradient=False))
-            gates[-1].set_mask(mask)
     try:
+        for group in groups:
+            mask = masks.get(group.name)
+            if mask is None:
+                continue
+            if group.modules:
+                gates.append(LayerGates(group, model, mask.float()))
+            else:
+                gates.append(Gate(group, model, needs_gradient=False))
+                gates[-1].set_mask(mask)
         yield
     finally:
         for gate in gates:
