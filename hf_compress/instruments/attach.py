@@ -25,8 +25,9 @@ class InputGate(Protocol):
 
 
 class ParameterGate(Protocol):
-    """Returns what stands in for the parameter ``name`` of a module while it runs."""
+    """Returns what stands in for the parameter ``name`` of the module ``owner`` while another module, or it, runs."""
 
+    owner: nn.Module
     name: str
 
     def __call__(self, parameter: Tensor) -> Tensor: ...  # noqa: D102
@@ -56,7 +57,7 @@ class Attachment:
     """Called with the weight and the detached input factors broadcast against it (or None); a fake quantizer."""
 
     parameter_gates: list[ParameterGate] = field(default_factory=list)
-    """Change the module's own parameters while it runs: the only way into parameters that no leaf module holds."""
+    """Change parameters while the module runs: the only way into those that are not read by a leaf module."""
 
     subset: CallTransform | None = None
     """Runs the module on the kept units alone."""
@@ -149,12 +150,18 @@ def attachment_of(module: nn.Module) -> Attachment | None:
     return module.__dict__.get(_ATTRIBUTE)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class as it is without anything attached."""
+    own: type[nn.Module] = type(module) if attachment_of(module) is None else type(module).__mro__[1]
+    return own
+
+
 def detach_if_empty(module: nn.Module) -> None:
     """Give the module its own class back once nothing is attached to it."""
     attachment = attachment_of(module)
     if attachment is not None and attachment.is_empty():
+        module.__class__ = own_class(module)
         del module.__dict__[_ATTRIBUTE]
-        module.__class__ = type(module).__mro__[1]
 
 
 def leaf_kind(name: str, module: nn.Module) -> LeafKind:
@@ -164,18 +171,19 @@ def leaf_kind(name: str, module: nn.Module) -> LeafKind:
         TargetError: If the class is unknown, overrides the known forward, or was patched on the instance.
     """
     refuse_patched(name, module)
-    for base, kind in LEAF_KINDS.items():
-        if isinstance(module, base) and (attachment_of(module) is not None or type(module).forward is base.forward):
-            return kind
-    known = ", ".join(base.__name__ for base in LEAF_KINDS)
-    raise TargetError(
-        f"module {name!r}: cannot attach to {type(module).__name__}; allowed: {known} with their own forward."
-    )
+    kind = find_leaf_kind(module)
+    if kind is None:
+        known = ", ".join(base.__name__ for base in LEAF_KINDS)
+        raise TargetError(
+            f"module {name!r}: cannot attach to {type(module).__name__}; allowed: {known} with their own forward."
+        )
+    return kind
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Return whether the module is of a class whose input and weight are known."""
-    return isinstance(module, tuple(LEAF_KINDS))
+def find_leaf_kind(module: nn.Module) -> LeafKind | None:
+    """Return how the module computes, or None if it is not of a known class with that class's own forward."""
+    own = own_class(module)
+    return next((kind for base, kind in LEAF_KINDS.items() if own.forward is base.forward), None)
 
 
 def refuse_patched(name: str, module: nn.Module) -> None:
@@ -195,31 +203,33 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attachment: Attachment = self.__dict__[_ATTRIBUTE]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _substituted(self, attachment.parameter_gates):
-            if attachment.acts_on_leaf():
-                return _leaf_forward(self, attachment, *args, **kwargs)
-            return type(self).__mro__[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if attachment.acts_on_leaf():
+            return _leaf_forward(self, attachment, *args, **kwargs)
+        return type(self).__mro__[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     def on_subset(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if attachment.subset is None else attachment.subset(self, forward, args, kwargs)
+        # Gates have one factor per position of the whole parameter, so they act before a subset is taken.
+        with _substituted(attachment.parameter_gates):
+            if attachment.subset is None:
+                return forward(*args, **kwargs)
+            return attachment.subset(self, forward, args, kwargs)
 
     return on_subset(*args, **kwargs) if attachment.layer is None else attachment.layer(self, on_subset, args, kwargs)
 
 
 @contextmanager
-def _substituted(module: nn.Module, gates: list[ParameterGate]) -> Iterator[None]:
-    """Let the module see changed parameters; the dictionary entry is swapped, so that nothing else does."""
-    if not gates:
-        yield
-        return
-    parameters: dict[str, Any] = module._parameters
-    saved = {gate.name: parameters[gate.name] for gate in gates}
+def _substituted(gates: list[ParameterGate]) -> Iterator[None]:
+    """Let modules see changed parameters; the dictionary entries are swapped, so that nothing else does."""
+    saved: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for gate in gates:
+            parameters: dict[str, Any] = gate.owner._parameters
+            saved.append((parameters, gate.name, parameters[gate.name]))
             parameters[gate.name] = gate(parameters[gate.name])
         yield
     finally:
-        parameters.update(saved)
+        for parameters, name, value in reversed(saved):
+            parameters[name] = value
 
 
 def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor) -> Tensor:

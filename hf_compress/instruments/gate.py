@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
-from hf_compress.instruments.attach import attach, detach_if_empty, is_leaf, leaf_kind, refuse_patched
+from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
 from hf_compress.instruments.subset import SubsetGate
 
 
@@ -35,18 +35,19 @@ class Gate:
             self._install(site)
         for part in group.sources:
             name = part.parameter.rpartition(".")[0]
-            self._install(_Site(name, model.get_submodule(name), part, is_input=False))
+            owner = model.get_submodule(name)
+            self._install(_Site(name, owner, part, owner))
         self._subsets = SubsetGate(group, model)
 
     def _install(self, site: "_Site") -> None:
         size = self.model.get_parameter(site.part.parameter).shape[site.part.dim]
         factors = _ExpandedGate(self, unit_of_position(site.part, size).to(self.value.device))
         attachment = attach(site.name, site.module)
-        if site.is_input:
+        if site.owner is None:
             attachment.input_gates.append(factors)
             self._installed.append((site.module, attachment.input_gates, factors))
         else:
-            gate = _ParameterFactors(site.part.parameter.rpartition(".")[2], site.part.dim, factors)
+            gate = _ParameterFactors(site.owner, site.part.parameter.rpartition(".")[2], site.part.dim, factors)
             attachment.parameter_gates.append(gate)
             self._installed.append((site.module, attachment.parameter_gates, gate))
 
@@ -103,7 +104,8 @@ class _ExpandedGate:
 class _ParameterFactors:
     """Multiplies a parameter along one dimension."""
 
-    def __init__(self, name: str, dim: int, factors: _ExpandedGate) -> None:
+    def __init__(self, owner: nn.Module, name: str, dim: int, factors: _ExpandedGate) -> None:
+        self.owner = owner
         self.name = name
         self.dim = dim
         self.factors = factors
@@ -141,20 +143,25 @@ class _Site:
     name: str
     module: nn.Module
     part: ParameterSlice
-    is_input: bool
-    """Whether it multiplies the input of a leaf module; else it multiplies the parameter."""
+    owner: nn.Module | None
+    """The module whose parameter it multiplies while ``module`` runs; None if it multiplies the input of a leaf."""
 
 
 def _site(model: nn.Module, group: DimensionGroup, part: ConsumerSlice) -> _Site:
     module = model.get_submodule(part.module)
-    owner, _, parameter = part.parameter.rpartition(".")
-    weight = module._parameters.get("weight")
-    if weight is not None and weight is model.get_parameter(part.parameter) and is_leaf(module):
-        if leaf_kind(part.module, module).weight_in_dim == part.dim:
-            return _Site(part.module, module, part, is_input=True)
-    elif owner == part.module and parameter in module._parameters:
-        refuse_patched(part.module, module)
-        return _Site(part.module, module, part, is_input=False)
+    refuse_patched(part.module, module)
+    owner = part.parameter.rpartition(".")[0]
+    kind = find_leaf_kind(module)
+    if kind is not None and kind.weight_in_dim == part.dim and module.weight is model.get_parameter(part.parameter):
+        above = part.module.rpartition(".")[0]
+        reader = model.get_submodule(above)
+        # PyTorch's attention takes the weight of its output projection and never calls that module.
+        if own_class(reader).forward is nn.MultiheadAttention.forward:
+            refuse_patched(above, reader)
+            return _Site(above, reader, part, module)
+        return _Site(part.module, module, part, None)
+    if owner == part.module or owner.startswith(f"{part.module}."):
+        return _Site(part.module, module, part, model.get_submodule(owner))
     raise TargetError(
         f"group {group.name!r}: its consumer {part.parameter!r} (dimension {part.dim}) is read by "
         f"{part.module!r}, a {type(module).__name__}, where no gate can be attached. Exclude the group."

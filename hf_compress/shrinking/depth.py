@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.depth import build_empty, differences, find_shallower, misfit, submodule
+from hf_compress.graph.integers import Attribute, read
+from hf_compress.graph.model import ModelGraph
 
 Kept = Mapping[str, Sequence[int]]
 """Name of a list of layers -> positions that stay, ascending."""
@@ -57,6 +59,56 @@ def drop_layers(model: PreTrainedModel, kept: Kept) -> None:
             owner[path[-1]] = value
         else:
             setattr(owner, path[-1], value)
+
+
+def inherited_integers(graph: ModelGraph, kept: Kept, new: Mapping[Attribute, int]) -> dict[Attribute, int]:
+    """Return new values of integers in layers that come to do what a removed layer did for all (T5's position bias).
+
+    Integers that the layer read for itself are settled: they follow its own sizes.
+
+    Args:
+        graph: The model before anything goes.
+        kept: What stays.
+        new: The integers that follow the sizes of removed and other layers.
+    """
+    heirs = {}
+    for attribute, value in new.items():
+        if renamed(attribute.module, kept) is not None:
+            continue
+        name = next(name for name in kept if attribute.module.startswith(f"{name}."))
+        index, _, inner = attribute.module[len(name) + 1 :].partition(".")
+        for place in [i for i in kept[name] if i > int(index)][:1]:
+            heir = Attribute(f"{name}.{place}.{inner}", attribute.path)
+            settled = heir in new or graph.equations.using(heir)
+            if not settled and _has(graph.model, heir, read(graph.model, attribute)):
+                heirs[heir] = value
+    return heirs
+
+
+def _has(model: nn.Module, attribute: Attribute, value: int) -> bool:
+    try:
+        return read(model, attribute) == value
+    except (AttributeError, IndexError, TypeError):
+        return False
+
+
+def moving_parameters(model: nn.Module, kept: Kept) -> set[str]:
+    """Return the parameters of removed layers that a layer which stays takes over (T5's position bias)."""
+    if not kept or not isinstance(model, PreTrainedModel):
+        return set()
+    shallower = find_shallower(model, kept)
+    found: set[str] = set()
+    if shallower is None:
+        return found
+    for name, positions in kept.items():
+        layers: Any = model.get_submodule(name)
+        has = [{inner for inner, _ in layer.named_parameters()} for layer in layers]
+        removed = [i for i in range(len(layers)) if i not in positions]
+        for place, index in enumerate(positions):
+            wanted = {inner for inner, _ in shallower.model.get_submodule(f"{name}.{place}").named_parameters()}
+            for inner in wanted - has[index]:
+                found |= {f"{name}.{i}.{inner}" for i in removed if inner in has[i]}
+    return found
 
 
 def _move_up(model: nn.Module, full: nn.Module, shallow: nn.Module, name: str, positions: Sequence[int]) -> None:

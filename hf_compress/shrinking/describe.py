@@ -31,10 +31,7 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     """
     changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan) + cache_places(model, plan.emptied)
     anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
-    # A rotary table for a kind of layer that is gone altogether is not made again.
-    made = build_empty(type(model), model.config)
-    remaining = set(dict(made.named_buffers())) if made is not None else set()
-    buffers = {name: anew[name] for name in sorted(non_persistent_buffers(model) & remaining) if name in anew}
+    buffers = {name: anew[name] for name in sorted(_made_anew(model)) if name in anew}
     flexible = [name for name in (renamed(name, plan.layers) for name in loosened_modules(model, plan)) if name]
     emptied = {renamed(name, plan.layers): how for name, how in plan.emptied.items()}
     emptied.pop(None, None)
@@ -59,6 +56,12 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     if buffers:
         uneven["buffers"] = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in buffers.items()}
     model.config.quantization_config = uneven
+
+
+def _made_anew(model: PreTrainedModel) -> set[str]:
+    """Return the buffers that a loaded model makes anew; those that only removed layers read are not among them."""
+    built = build_empty(type(model), model.config)
+    return non_persistent_buffers(model if built is None else built)
 
 
 def _renamed(attributes: Sequence[Attribute], plan: ShrinkPlan) -> list[Attribute]:

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice
-from hf_compress.graph.integers import Attribute, read
 from hf_compress.graph.model import ModelGraph
-from hf_compress.shrinking.depth import renamed
+from hf_compress.shrinking.depth import inherited_integers, moving_parameters, renamed
 from hf_compress.shrinking.masks import unit_masks
 
 Positions = dict[str, dict[int, list[int]]]
@@ -195,38 +194,9 @@ def plan_on(
     emptied = {name for name, plan in plans.items() if groups[name].block is not None and not plan.kept}
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items() if name not in emptied})
     plan = _build(graph.model, groups, plans)
-    inherited = _inherited(graph, plan.layers, new)
+    inherited = inherited_integers(graph, plan.layers, new)
     attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
     return replace(plan, attributes=attributes)
-
-
-def _inherited(
-    graph: ModelGraph, layers: Mapping[str, tuple[int, ...]], new: Mapping[Attribute, int]
-) -> dict[Attribute, int]:
-    """Return new values of integers in layers that come to do what a removed layer did for all (T5's position bias).
-
-    These are integers that the layer's forward code did not use so far.
-    """
-    heirs = {}
-    for attribute, value in new.items():
-        if renamed(attribute.module, layers) is not None:
-            continue
-        name = next(name for name in layers if attribute.module.startswith(f"{name}."))
-        index, _, inner = attribute.module[len(name) + 1 :].partition(".")
-        after = [i for i in layers[name] if i > int(index)]
-        heir = Attribute(f"{name}.{after[0]}.{inner}", attribute.path) if after else None
-        if heir is None or heir in new or graph.equations.using(heir):
-            continue
-        if _has(graph.model, heir, read(graph.model, attribute)):
-            heirs[heir] = value
-    return heirs
-
-
-def _has(model: nn.Module, attribute: Attribute, value: int) -> bool:
-    try:
-        return read(model, attribute) == value
-    except (AttributeError, IndexError, TypeError):
-        return False
 
 
 def refuse_compressed(model: PreTrainedModel) -> None:
@@ -317,9 +287,9 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
     }
     blocks = [block for name, plan in plans.items() if (block := groups[name].block) is not None and not plan.kept]
     before = sum(p.numel() for p in model.parameters())
-    after = sum(
-        _kept_numel(p, keep.get(name, {})) for name, p in model.named_parameters() if renamed(name, layers) is not None
-    )
+    moving = moving_parameters(model, layers)
+    staying = ((n, p) for n, p in model.named_parameters() if n in moving or renamed(n, layers) is not None)
+    after = sum(_kept_numel(parameter, keep.get(name, {})) for name, parameter in staying)
     return ShrinkPlan(
         model_class=type(model).__name__,
         groups={name: plan for name, plan in plans.items() if len(plan.kept) < plan.num_units or plan.silenced},

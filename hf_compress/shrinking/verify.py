@@ -16,6 +16,10 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, t
 """Largest allowed max|a - b| / max|a|, by dtype of the outputs: rounding differs because sums are shorter."""
 
 
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError, AttributeError)
+"""What forward code raises when a size is not what it expects."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """Outputs of the masked model on several inputs."""
@@ -25,11 +29,21 @@ class Reference:
 
 
 def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] | None) -> Reference:
-    """Run the masked model on the example inputs, and on inputs of another batch size and length."""
+    """Run the masked model on the example inputs, and on inputs of another batch size and length.
+
+    Raises:
+        ShrinkError: If it fails: forward code that cannot be masked cannot be compared with either.
+    """
     inputs: list[Mapping[str, Any]] = [dict(example_inputs or make_example_inputs(masked))]
     if example_inputs is None:
         inputs.append(make_example_inputs(masked, batch_size=3, length=8, seed=1))
-    return Reference(inputs, [run(masked, each) for each in inputs])
+    try:
+        return Reference(inputs, [run(masked, each) for each in inputs])
+    except FORWARD_ERRORS as error:
+        raise ShrinkError(
+            f"{type(masked).__name__} does not run with these masks ({type(error).__name__}: {error}), so the result "
+            "could not be verified. Exclude that kind of structure. The original model is untouched."
+        ) from error
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -65,7 +79,7 @@ def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> 
     for inputs, expected in zip(reference.inputs, reference.outputs, strict=True):
         try:
             actual = run(shrunk, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except FORWARD_ERRORS as error:
             raise ShrinkError(
                 f"{type(shrunk).__name__} does not run after shrinking ({type(error).__name__}: {error}). Its forward "
                 "reads a size that slicing parameters does not change; exclude that kind of structure. The original "

@@ -6,6 +6,7 @@ import tiny_models
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from zoo import ZOO
 
 from hf_compress import TargetError, dimension_groups, make_example_inputs
 from hf_compress.instruments.attach import attach, attachment_of, detach_all, detach_if_empty, leaf_kind
@@ -70,6 +71,39 @@ def test_state_dict_and_class_come_back() -> None:
     for gate in gates:
         gate.remove()
     assert type(model.bert.encoder.layer[0].attention.output.dense) is nn.Linear
+
+
+def test_gates_reach_what_pytorch_attention_takes_from_its_output_projection() -> None:
+    """Its forward reads the weight of ``out_proj`` and never calls that module."""
+    model = ZOO["siglip"]()
+    name = "vision_model.head.attention"
+    (group,) = [g for g in groups_of(model, "heads") if g.gates[0].module.startswith(name)]
+    attention = model.get_submodule(name)
+    mask = torch.arange(group.num_units) > 0
+    gate = Gate(group, model, needs_gradient=True)
+    gate.set_mask(mask)
+    x = torch.randn(2, 5, attention.embed_dim)
+    gated = attention(x, x, x)[0]
+    gated.square().sum().backward()
+    assert gate.take_gradient().abs().min() > 0
+    gate.fold(mask)
+    gate.remove()
+    assert type(attention) is nn.MultiheadAttention
+    assert tiny_models.relative_error(gated, attention(x, x, x)[0]) < 1e-6
+
+
+def test_a_norm_is_gated_and_sees_the_kept_units_alone() -> None:
+    """Qwen 3 normalizes queries and keys, whose units are both a norm's own and contracted with each other."""
+    model = ZOO["qwen3"]()
+    group = next(g for g in groups_of(model, "head_dim") if g.sources and g.subsets)
+    gate = Gate(group, model, needs_gradient=True)
+    mask = torch.arange(group.num_units) % 3 > 0
+    gate.set_mask(mask)
+    inputs = make_example_inputs(model)
+    model(**inputs).logits.square().sum().backward()
+    assert gate.take_gradient()[mask].abs().min() > 0
+    gate.remove()
+    assert all("Instrumented" not in type(module).__name__ for module in model.modules())
 
 
 def test_gates_of_two_groups_share_a_consumer() -> None:

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 
-from hf_compress import ShrinkError, ShrinkPlan, TargetError, plan_shrink
+from hf_compress import ShrinkError, ShrinkPlan, TargetError, dimension_groups, plan_shrink, shrink
 from hf_compress.shrinking.sizes import parameter_shapes
 
 FFN0, FFN1 = "bert.encoder.layer.0.ffn", "bert.encoder.layer.1.ffn"
@@ -31,6 +31,14 @@ def test_parameter_counts_are_those_of_the_shrunk_model() -> None:
     plan = plan_shrink(model, {HEADS0: mask(4, 1), FFN0: mask(44, 0, 43)})
     per_head, per_unit = 3 * 8 * 33 + 8 * 32, 2 * 32 + 1
     assert plan.num_parameters == (model.num_parameters(), model.num_parameters() - per_head - 2 * per_unit)
+
+
+def test_what_moves_to_a_layer_that_stays_is_counted() -> None:
+    """T5's position bias is a parameter of the first layer of each stack."""
+    model = tiny_models.t5()
+    layers = next(g for g in dimension_groups(model) if g.kind == "layers" and g.frozen is None)
+    masks = {layers.name: mask(2, 0)}
+    assert plan_shrink(model, masks).num_parameters[1] == shrink(model, masks).num_parameters()
 
 
 def test_json_round_trip_is_exact() -> None:

@@ -180,3 +180,12 @@ def test_silencing_is_exact() -> None:
     plan = plan_shrink(model, uneven_masks())
     silence(model, plan.zero)
     assert tiny_models.relative_error(logits(model), logits(shrink(tiny_models.bert(), uneven_masks()))) < 1e-5
+
+
+def test_a_layer_keeps_its_own_integers_when_the_one_before_it_goes() -> None:
+    """The attention of layer 0 is cut and then goes as a whole; layer 1 computes as before."""
+    model = tiny_models.bert()
+    inside = [g.name for g in dimension_groups(model) if g.kind == "head_dim" and "layer.0" in g.name]
+    masks = {name: keep(8, 0, 1, 2, 3, 4, 5) for name in inside}
+    small = shrink(model, {**masks, "bert.encoder.layer.layers": keep(2, 1)})
+    assert small.bert.encoder.layer[0].attention.self.attention_head_size == 8
