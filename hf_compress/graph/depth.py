@@ -135,7 +135,8 @@ def _derived(config: PretrainedConfig, field: str, count: int, new: int) -> dict
 def _shapes_outside(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """Return the modules and the shapes of the parameters that are not in the list of layers."""
     found: dict[str, Any] = {other: None for other, _ in model.named_modules()}
-    found |= {other: parameter.shape for other, parameter in model.named_parameters()}
+    # Under each of their names: an empty model is not tied.
+    found |= {other: parameter.shape for other, parameter in model.named_parameters(remove_duplicate=False)}
     return {other: shape for other, shape in found.items() if not other.startswith(f"{name}.")}
 
 
@@ -182,8 +183,8 @@ def misfit(before: nn.Module, after: nn.Module, index: int, place: int) -> str |
         index: Where it was.
         place: Its new place.
     """
-    names = {name for name, _ in after.named_parameters()}
-    extra = next((name for name, _ in before.named_parameters() if name not in names), None)
+    names = {name for name, _ in after.named_parameters(remove_duplicate=False)}
+    extra = next((name for name, _ in before.named_parameters(remove_duplicate=False) if name not in names), None)
     if extra is not None:
         return f"layer {index} has {extra!r}, which a layer at place {place} has not"
     present = {name for name, _ in before.named_modules()}

@@ -73,7 +73,7 @@ FOUND: dict[str, dict[str, int]] = {
     "t5": T5,
     "mt5": T5,
     "whisper": {**SEQ2SEQ, "hidden": 2, "other": 1},
-    "wav2vec2": {"heads": 2, "hidden": 1, "head_dim": 4, "layers": 1, "other": 4},
+    "wav2vec2": {"heads": 2, "ffn": 2, "hidden": 1, "head_dim": 4, "layers": 1, "other": 2},
     "vit": VISION,
     "deit": VISION,
     "swin": {"heads": 4, "ffn": 4, "hidden": 2, "head_dim": 8, "layers": 2},
