@@ -129,7 +129,10 @@ class _Interpreter:
                 None if dims is None else Operand(dims, call.source, domain)  # type: ignore[arg-type]
                 for dims, domain in zip_longest(result, values)
             ]
-        return Operand(result, call.source, *values)  # type: ignore[arg-type]
+        source = call.source
+        if source is None and node.target._schema.is_mutable and call.operands():  # type: ignore[union-attr]
+            source = call.operands()[0].source  # a parameter that is changed in place still is that parameter
+        return Operand(result, source, *values)  # type: ignore[arg-type]
 
     def _apply(self, node: fx.Node, call: OpCall) -> Result:
         rule = _rule_for(call.name, node.target)

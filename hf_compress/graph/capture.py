@@ -169,21 +169,33 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Undo what forward passes store in modules while the context is open: caches of another size would stay behind."""
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     caches = [(value, dict(value)) for _, own in before for key, value in own.items() if _is_cache(key, value)]
+    for cache, _ in caches:  # what is in there would look like a constant of this size
+        cache.clear()
     try:
         yield
     finally:
         for own, saved in before:
-            # Private attributes stay: transformers notes in them which hooks it has installed.
-            for key in [key for key in own if key not in saved and not key.startswith("_")]:
-                del own[key]
-            own.update((key, value) for key, value in saved.items() if not key.startswith("_"))
+            # Flags stay: a model that has changed its own weights (RWKV rescales them) must go on knowing it.
+            for key in [key for key, value in own.items() if isinstance(value, Tensor) and not key.startswith("_")]:
+                if key not in saved:
+                    del own[key]
+                elif saved[key] is not own[key]:
+                    own[key] = saved[key]
         for cache, content in caches:
             cache.clear()
             cache.update(content)
 
 
+def forget_caches(model: nn.Module) -> None:
+    """Empty what modules have stored of earlier forward passes: it has the sizes of then."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if _is_cache(key, value):
+                value.clear()
+
+
 def _is_cache(key: str, value: Any) -> bool:
-    return type(value) is dict and not key.startswith("_")
+    return type(value) is dict and "cache" in key and not key.startswith("_")
 
 
 def mixes_experts(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from hf_compress.graph.capture import ModuleCall
-from hf_compress.graph.dims import Dim, atoms, expand, find
+from hf_compress.graph.dims import Dim, atoms, expand
 from hf_compress.graph.op_rules import Operand
 
 
@@ -24,13 +24,13 @@ class TensorSite:
     """Number of the tensor among the arguments (keyword arguments last) or results."""
 
     dim: int | None
-    """The dimension, counted from the end (-1 is the last); None if the tensor's integers are numbers of units."""
+    """The dimension, counted from the end (-1 is the last); None if the tensor's integers are positions along one."""
 
-    index: Tensor | None
-    """Long tensor [num_units, k]: positions along ``dim`` that each unit owns."""
+    index: Tensor
+    """Long tensor [num_units, k]: positions along that dimension that each unit owns."""
 
-    size: int = 0
-    """The tensor's size along ``dim``."""
+    size: int
+    """The size of that dimension."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +91,16 @@ class SubsetFinder:
             operand = self.operands.get(node) if node is not None else None
             if operand is None:
                 continue
-            if operand.values is not None and find(operand.values) is find(atom):
-                found.append(TensorSite(position, None, None))
+            if operand.values is not None and atom in atoms(operand.values):
+                found.append(TensorSite(position, None, _positions(operand.values, atom), operand.values.size))
             for dim, term in enumerate(operand.dims):
                 if atom in atoms(term):
-                    index = next(part.index for part in expand(term) if part.atom is atom)
-                    found.append(TensorSite(position, dim - len(operand.dims), index, term.size))
+                    found.append(TensorSite(position, dim - len(operand.dims), _positions(term, atom), term.size))
         return tuple(found)
+
+
+def _positions(term: Dim, atom: Dim) -> Tensor:
+    return next(part.index for part in expand(term) if part.atom is atom)
 
 
 def _shape_of(sites: tuple[tuple[TensorSite, ...], tuple[TensorSite, ...]]) -> list[tuple[int, int | None]]:

@@ -112,9 +112,9 @@ def _take(x: Tensor, sites: Sites) -> Tensor:
 
 
 def _put_back(x: Tensor, sites: Sites) -> Tensor:
-    for member, site in sites:
-        if site.dim is None:  # numbers of units
-            x = member.mask.nonzero().flatten().to(x.device)[x]
+    numbers = [(member, site) for member, site in sites if site.dim is None]
+    if numbers:
+        x = _kept(numbers).to(x.device)[x]
     for dim, kept, size in _kept_by_dim(sites):
         full = list(x.shape)
         full[dim] = size
@@ -126,12 +126,15 @@ def _kept_by_dim(sites: Sites) -> Iterator[tuple[int, Tensor, int]]:
     """Yield, per dimension, the positions that all groups keep and the full size."""
     for dim in dict.fromkeys(site.dim for _, site in sites if site.dim is not None):
         mine = [(member, site) for member, site in sites if site.dim == dim]
-        size = mine[0][1].size
-        keep = torch.ones(size, dtype=torch.bool)
-        for member, site in mine:
-            if site.index is not None:
-                keep[member.dropped(site.index)] = False
-        yield dim, keep.nonzero().flatten(), size
+        yield dim, _kept(mine), mine[0][1].size
+
+
+def _kept(sites: Sites) -> Tensor:
+    """Return the positions along one dimension that all groups keep."""
+    keep = torch.ones(sites[0][1].size, dtype=torch.bool)
+    for member, site in sites:
+        keep[member.dropped(site.index)] = False
+    return keep.nonzero().flatten()
 
 
 @contextmanager

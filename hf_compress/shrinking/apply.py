@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.blocks import close_gaps, empty_block
+from hf_compress.graph.capture import forget_caches
 from hf_compress.graph.integers import Attribute, write
 from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
@@ -22,6 +23,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
         parameter.grad = None  # would be copied, and would keep the old shape
     duplicate = copy.deepcopy(model)
     detach_all(duplicate)
+    forget_caches(duplicate)
     return duplicate
 
 
