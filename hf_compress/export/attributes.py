@@ -56,8 +56,11 @@ def _is_path(path: Any) -> bool:
     return all(type(part) is int or (isinstance(part, str) and not part.startswith("_")) for part in path)
 
 
-def set_attributes(model: Any, attributes: Stored) -> None:
+def set_attributes(model: Any, attributes: Stored) -> Stored:
     """Give the attributes their stored values.
+
+    Returns:
+        The attributes under the model's own names, without those of modules that a model of another class lacks.
 
     Args:
         model: A model with or without its head; names may be those of the other.
@@ -68,15 +71,21 @@ def set_attributes(model: Any, attributes: Stored) -> None:
     """
     modules = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    found: Stored = []
     for stored, path, value in attributes:
         names = candidates(stored, prefix)
         name = next((n for n in names if n in modules and _is_integer(model, Attribute(n, path))), None)
+        if name is None and not same_class and modules.isdisjoint(names):
+            continue
         if name is None:
             raise ExportError(
                 f"{WHERE}: the {type(model).__name__} has no integer {'.'.join([stored, *map(str, path)])}. The "
                 "checkpoint is of another architecture, or of a version of transformers that names things differently."
             )
         write(model, Attribute(name, path), value)
+        found.append((name, path, value))
+    return found
 
 
 def _is_integer(model: nn.Module, attribute: Attribute) -> bool:

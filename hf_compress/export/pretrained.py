@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.attributes import checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
+from hf_compress.export.heads import is_narrow, lacks_parameters, sizes_of_new_parameters
 from hf_compress.export.names import resolve
 from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.multihead import loosen
@@ -137,10 +138,14 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
         for name, how in self.outer.emptied.items():
             for found in resolve([name], modules, model.base_model_prefix):
                 empty_block(model.get_submodule(found), *how)
-        self.outer.shapes = resize_parameters(model, self.outer.shapes)
+        shapes = _resolve_names(model, self.outer.shapes)
+        another = is_narrow(self.outer.units) and type(model).__name__ not in _written_for(model)
+        if another and lacks_parameters(model, kwargs.get("checkpoint_files")):
+            shapes |= sizes_of_new_parameters(model, shapes)
+        self.outer.shapes = resize_parameters(model, shapes)
         for name in resolve(self.outer.flexible, modules, model.base_model_prefix):
             loosen(model.get_submodule(name))
-        set_attributes(model, self.outer.attributes)
+        self.outer.attributes = set_attributes(model, self.outer.attributes)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
@@ -319,8 +324,11 @@ def _resolve_names(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> d
             found[candidates[0]] = shape
         else:
             lost.append(name)
-    in_head = not any(name.startswith(prefix) for name in lost) and type(model).__name__ not in _written_for(model)
-    if lost and not (in_head and found):
+    modules = {module for module, _ in model.named_modules()}
+    in_head = not any(name.startswith(prefix) for name in lost)
+    # Another class may lack whole modules: a pooler, or the encoder of BART. Transformers reports their weights.
+    absent = len(lost) <= len(found) and not any(name.rpartition(".")[0] in modules for name in lost)
+    if lost and not (found and (in_head or absent) and type(model).__name__ not in _written_for(model)):
         raise ExportError(
             f"config.json, quantization_config.shapes: the {type(model).__name__} has no parameter {lost[0]!r} "
             f"({len(lost)} of {len(shapes)} names are unknown). The checkpoint is of another architecture, or of a "

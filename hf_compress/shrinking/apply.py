@@ -18,10 +18,15 @@ from hf_compress.shrinking.sizes import refresh_sizes
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a deep copy without gradients and without anything attached to it."""
-    for parameter in model.parameters():
-        parameter.grad = None  # would be copied, and would keep the old shape
-    duplicate = copy.deepcopy(model)
+    """Return a deep copy without gradients and without anything attached to it; the model keeps both."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None  # would be copied, and would keep the old shape
+        duplicate = copy.deepcopy(model)
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     detach_all(duplicate)
     forget_caches(duplicate)
     return duplicate

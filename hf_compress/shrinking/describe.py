@@ -87,8 +87,15 @@ def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
         different = sorted(theirs.keys() ^ ours.keys())
         raise ShrinkError(
             f"{type(model).__name__}: its config builds a model with other parameters (first difference: "
-            f"{different[0] if different else 'none'!r}), so the result could not be loaded again. The original is "
-            "untouched."
+            f"{different[0] if different else 'none'!r}), so the result could not be loaded again. The original model "
+            "is untouched."
+        )
+    larger = next((n for n, s in ours.items() if any(a > b for a, b in zip(s, theirs[n], strict=True))), None)
+    if larger is not None:
+        raise ShrinkError(
+            f"{type(model).__name__}: with fewer layers its config builds {larger!r} of shape {tuple(theirs[larger])}, "
+            f"smaller than the {tuple(ours[larger])} that is left, so the result could not be loaded. Exclude the "
+            "layers. The original model is untouched."
         )
     return {name: list(shape) for name, shape in ours.items() if theirs[name] != shape}
 
