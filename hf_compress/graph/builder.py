@@ -1,14 +1,13 @@
 """From terms and roles to dimension groups."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from hf_compress.graph.analysis import Analysis
+from hf_compress.graph.analysis import Analysis, live_nodes
 from hf_compress.graph.blocks import find_block
-from hf_compress.graph.capture import ModuleCall
+from hf_compress.graph.capture import Capture
 from hf_compress.graph.dims import Dim, atoms, expand, find
 from hf_compress.graph.groups import KINDS, BlockSite, ConsumerSlice, DimensionGroup, ParameterSlice
 from hf_compress.graph.op_rules import Mark
@@ -27,15 +26,18 @@ class Builder:
     Args:
         model: The analyzed model.
         analysis: What its operators say.
-        calls: Its recorded module calls.
-        live: Nodes on which its output depends.
+        recorded: The forward pass that shows the model's modules at work.
     """
 
-    def __init__(self, model: nn.Module, analysis: Analysis, calls: Sequence[ModuleCall], live: set[fx.Node]) -> None:
+    def __init__(self, model: nn.Module, analysis: Analysis, recorded: Capture) -> None:
         self.model = model
         self.analysis = analysis
-        self.calls = calls
-        self.live = live
+        self.calls = calls = recorded.calls
+        self.live = live_nodes(recorded)
+        self.readers = {
+            name: dict.fromkeys(str(user.meta["module"]) for user in node.users if user.op == "call_function")
+            for name, node in recorded.parameters.items()
+        }
         self.subsets = SubsetFinder(model, calls, analysis.operands)
         self.tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         self.buffer_names = {name for name, _ in model.named_buffers()}
@@ -79,9 +81,14 @@ class Builder:
             for s in slices
             for module in self.consumers.get((s.parameter, s.dim), ())
         )
-        sources: tuple[ParameterSlice, ...] = ()
+        sources: tuple[ConsumerSlice, ...] = ()
         if "contracted_activations" in self.marks[atom]:
-            sources = tuple(s for s in slices if (s.parameter, s.dim) not in self.consumers)
+            sources = tuple(
+                ConsumerSlice(s.parameter, s.dim, s.index, module)
+                for s in slices
+                if (s.parameter, s.dim) not in self.consumers
+                for module in self.readers.get(s.parameter, ())
+            )
         subsets, frozen = self._subsets(atom)
         prefix = common_module([s.parameter for s in slices])
         ranked = [mark.amount for mark in self.marks[atom]["ranked"].values()]

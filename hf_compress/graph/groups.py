@@ -27,10 +27,11 @@ class ParameterSlice:
 
 @dataclass(frozen=True, eq=False)
 class ConsumerSlice(ParameterSlice):
-    """A parameter slice that is contracted with activations: a zero there removes the unit's effect exactly."""
+    """A parameter slice where a zero removes the unit's effect exactly, and who reads it."""
 
     module: str
-    """Name of the module that contracts it: another than the parameter's own where weights are tied."""
+    """Name of the module that computes with it: another than the parameter's own where weights are tied, or where a
+    module takes the weights of one inside."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DimensionGroup:
     gates: tuple[ConsumerSlice, ...] = ()
     """The slices through which the units act on the rest."""
 
-    sources: tuple[ParameterSlice, ...] = ()
+    sources: tuple[ConsumerSlice, ...] = ()
     """The slices that produce the units, where two activations are contracted with each other (query and key)."""
 
     subsets: tuple[SubsetSite, ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress.errors import GraphError, ShrinkError
-from hf_compress.graph.analysis import analyze, live_nodes
+from hf_compress.graph.analysis import analyze
 from hf_compress.graph.builder import Builder
 from hf_compress.graph.capture import Capture, capture, garbage_collection_paused, mixes_experts
 from hf_compress.graph.dims import Dim, atoms, expand, find
@@ -57,8 +57,7 @@ class ModelGraph:
             dim_of,
             lambda attribute: read(model, attribute),
         )
-        live = live_nodes(recorded[0])
-        self._by_atom = Builder(model, self.analysis, recorded[0].calls, live).groups()
+        self._by_atom = Builder(model, self.analysis, recorded[0]).groups()
         self._atoms = {group.name: atom for atom, group in self._by_atom.items()}
         self._check_sizes()
         groups = with_unread(model, self.analysis.parameters, list(self._by_atom.values()))

@@ -34,9 +34,8 @@ class Gate:
         for site in sites:
             self._install(site)
         for part in group.sources:
-            name = part.parameter.rpartition(".")[0]
-            owner = model.get_submodule(name)
-            self._install(_Site(name, owner, part, owner))
+            owner = model.get_submodule(part.parameter.rpartition(".")[0])
+            self._install(_Site(part.module, model.get_submodule(part.module), part, owner))
         self._subsets = SubsetGate(group, model)
 
     def _install(self, site: "_Site") -> None:

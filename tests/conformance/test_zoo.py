@@ -110,14 +110,7 @@ REFUSED = {
 }
 """Kinds that look prunable, but where ``shrink`` finds that the result is wrong or does not run, and says so."""
 
-UNGATED = {
-    "perceiver": ["hidden"],
-    "bamba": ["other"],
-    "dbrx": ["other"],
-    "falcon_h1": ["other"],
-    "mamba2": ["other"],
-    "zamba2": ["other"],
-}
+UNGATED = {"perceiver": ["hidden"]}
 """Kinds that shrink, but whose units no gate silences: another module reads their parameters."""
 
 NOT_YET: dict[str, set[str]] = {
