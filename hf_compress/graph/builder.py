@@ -102,12 +102,18 @@ class Builder:
             sources=sources,
             subsets=tuple(subsets),
             buffers=tuple(s for s in self.slices[atom] if s.parameter in self.buffer_names),
-            frozen=self._reason(atom) or frozen or (None if gates or sources or kind == "experts" else WITHOUT_EFFECT),
+            frozen=self._frozen(atom, kind, gates or sources) or frozen,
             min_units=max([0 if block or self._may_be_empty(kind, slices, subsets) else 1, *ranked]),
             block=block,
             multiple_of=self._alignment(slices),
             parameters_per_unit=sum(s.index.shape[1] * self._numel_across(s) for s in slices),
         )
+
+    def _frozen(self, atom: Dim, kind: str, reads: tuple[ConsumerSlice, ...]) -> str | None:
+        reason = self._reason(atom)
+        if reason is not None and kind == "vocab":
+            return f"{reason}; prune_vocabulary removes rows that no text uses"
+        return reason or (None if reads or kind == "experts" else WITHOUT_EFFECT)
 
     def _block(
         self, atom: Dim, kind: str, slices: tuple[ParameterSlice, ...], gates: tuple[ConsumerSlice, ...]

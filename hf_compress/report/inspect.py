@@ -152,13 +152,18 @@ def inspect_groups(
 def _covered(shapes: Mapping[str, tuple[int, ...]], groups: Iterable[DimensionGroup]) -> int:
     """Count the weights that belong to a unit of at least one group."""
     owned: dict[str, dict[int, Tensor]] = {}
+    whole: dict[str, None] = {}  # of layers
     for group in groups:
+        prefixes = tuple(f"{module}." for module in group.modules)
+        whole.update(dict.fromkeys(name for name in shapes if prefixes and name.startswith(prefixes)))
         for part in group.slices:
             dims = owned.setdefault(part.parameter, {})
             mask = dims.setdefault(part.dim, torch.zeros(shapes[part.parameter][part.dim], dtype=torch.bool))
             mask[part.index.reshape(-1)] = True
-    count = 0
+    count = sum(prod(shapes[name]) for name in whole)
     for name, dims in owned.items():
+        if name in whole:
+            continue
         # A weight is free of all groups if its position along every dimension is.
         free = [size - int(dims[dim].sum()) if dim in dims else size for dim, size in enumerate(shapes[name])]
         count += prod(shapes[name]) - prod(free)
