@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.graph.analysis import live_nodes
 from hf_compress.graph.capture import Capture, ModuleCall
-from hf_compress.graph.depth import Shallower, find_shallower, misfit
+from hf_compress.graph.depth import Shallower, build_empty, find_shallower, misfit
 from hf_compress.graph.groups import DimensionGroup
 
 
@@ -66,16 +66,18 @@ def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tu
     """
     if not isinstance(model, PreTrainedModel):
         return "the model has no config that could say how many layers there are", ()
-    without_first = find_shallower(model, {name: range(1, count)})
-    if without_first is None:
+    # As the architecture builds it: forward passes may have changed integers of the model at hand (Swin's windows).
+    full = build_empty(type(model), model.config)
+    without_first = find_shallower(full, {name: range(1, count)}) if full is not None else None
+    if full is None or without_first is None:
         return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
-    if _misfits(model, name, range(1, count), without_first) is None:
-        return None, (0,) if provides and not _takes_over(model, name, without_first) else ()
+    if _misfits(full, name, range(1, count), without_first) is None:
+        return None, (0,) if provides and not _takes_over(full, name, without_first) else ()
     # Layers differ from place to place: each has to be tried.
     reasons = {}
     for i in range(count):
         kept = [k for k in range(count) if k != i]
-        reasons[i] = _misfits(model, name, kept, find_shallower(model, {name: kept}))
+        reasons[i] = _misfits(full, name, kept, find_shallower(full, {name: kept}))
     fixed = tuple(i for i, reason in reasons.items() if reason is not None)
     return reasons[0] if len(fixed) == count else None, fixed
 
