@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--json", type=Path, help="file to write all measurements to")
+    parser.add_argument("--json", type=Path, help="file to write all measurements to; the report goes beside it as .md")
     given = parser.parse_args()
     if given.rounds < 1 or given.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
@@ -180,11 +180,15 @@ def main() -> None:
         if "torch-pruning" in results:
             check_equal(results["hf_compress"][-1], results["torch-pruning"][-1])
     reached = verdicts(results)
-    print(f"medians of {given.rounds} rounds, {given.threads} threads, {environment()['cpu']}\n")
-    print(report(results, reached))
+    text = f"medians of {given.rounds} rounds, {given.threads} threads, {environment()['cpu']}\n\n"
+    text += report(results, reached)
+    print(text)
     if given.json:
         data = {"environment": environment(), "threads": given.threads, "results": results, "targets": reached}
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        title = "# Graph, plan and shrink beside Torch-Pruning\n\nWritten by `scripts/bench/graph.py`."
+        given.json.with_suffix(".md").write_text(f"{title}\n\n```\n{text}\n```\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
