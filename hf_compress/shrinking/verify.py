@@ -16,6 +16,9 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, t
 """Largest allowed max|a - b| / max|a|, by dtype of the outputs: rounding differs because sums are shorter."""
 
 
+CONSTANT = 1e3
+"""Outputs this many times larger than any that differs take no part in the scale of errors."""
+
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ArithmeticError, AttributeError)
 """What forward code raises when a size is not what it expects."""
 
@@ -38,31 +41,57 @@ def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] 
     if example_inputs is None:
         inputs.append(make_example_inputs(masked, batch_size=3, length=8, seed=1))
     try:
-        return Reference(inputs, [run(masked, each) for each in inputs])
+        outputs = [run(masked, each) for each in inputs]
     except FORWARD_ERRORS as error:
         raise ShrinkError(
             f"{type(masked).__name__} does not run with these masks ({type(error).__name__}: {error}), so the result "
             "could not be verified. Exclude that kind of structure. The original model is untouched."
         ) from error
+    if not comparable(outputs):
+        raise ShrinkError(
+            f"{type(masked).__name__}: all outputs are zero or none is finite, so there is nothing to verify the "
+            "result with. Are weights NaN or zero? Pass example_inputs that give other outputs, or verify=False."
+        )
+    return Reference(inputs, outputs)
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the main floating-point outputs of ``model`` in eval mode."""
+    """Return the main outputs of ``model`` in eval mode: floating-point ones, or all if it has no such."""
     with evaluating(model):
-        return [t for t in main_outputs(model(**inputs)) if t.is_floating_point()]
+        outputs = main_outputs(model(**inputs))
+    return [t for t in outputs if t.is_floating_point()] or outputs
+
+
+def comparable(outputs: list[list[Tensor]]) -> bool:
+    """Return whether equal outputs would say anything: not if all are zero, or none is finite."""
+    return any(bool((torch.isfinite(t) & (t != 0)).any()) for tensors in outputs for t in tensors)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Return max|a - b| / max|a|; infinite when shapes differ or ``b`` has non-finite values that ``a`` lacks."""
+    """Return the largest difference, relative to the largest values that tell something.
+
+    Values that are far larger than all that differ are equal constants, such as the lowest number in place of a
+    forbidden token; they would hide every error.
+
+    Returns:
+        max|a - b| / max|a|; infinite when shapes differ, when other values are non-finite, or when integers differ.
+    """
     if a.shape != b.shape:
         return float("inf")
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
     a, b = a.detach().double(), b.detach().double()
     finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
+    same = torch.equal(finite, torch.isfinite(b)) and torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
+    if not same:
         return float("inf")
-    if not finite.any():
+    a, b = a[finite], b[finite]
+    different = a != b
+    if not different.any():
         return 0.0
-    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp_min(1e-30))
+    largest = a[different].abs().max().clamp_min(1e-30)
+    scale = a.abs()[a.abs() <= CONSTANT * largest].max()
+    return float((a - b).abs().max() / scale.clamp_min(1e-30))
 
 
 def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> None:
