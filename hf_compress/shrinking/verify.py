@@ -1,6 +1,8 @@
 """Check that the shrunk model computes what the masked one computes."""
 
+import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +42,14 @@ def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] 
     inputs: list[Mapping[str, Any]] = [dict(example_inputs or make_example_inputs(masked))]
     if example_inputs is None:
         inputs.append(make_example_inputs(masked, batch_size=3, length=8, seed=1))
+    precise = in_full_precision(masked)
     try:
-        outputs = [run(masked, each) for each in inputs]
+        outputs = [run(precise, each) for each in inputs]
+        others = _shorter(inputs[0]) if example_inputs is not None else []
+        for each in others:  # code may take another way there; not every model takes them
+            with suppress(*FORWARD_ERRORS):
+                outputs.append(run(precise, each))
+                inputs.append(each)
     except FORWARD_ERRORS as error:
         raise ShrinkError(
             f"{type(masked).__name__} does not run with these masks ({type(error).__name__}: {error}), so the result "
@@ -55,11 +63,47 @@ def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] 
     return Reference(inputs, outputs)
 
 
+def in_full_precision(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model, or a float32 copy if it has less: rounding would be as large as real errors."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not types & {torch.bfloat16, torch.float16}:
+        return model
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        duplicate: Any = copy.deepcopy(model)
+        precise: PreTrainedModel = duplicate.float()
+        return precise
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _shorter(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the inputs with one example, and cut along the dimension that all tensors but vectors share."""
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
+    batches, lengths = {t.shape[0] for t in tensors.values()}, {t.shape[1] for t in tensors.values() if t.dim() > 1}
+    found = []
+    if len(batches) == 1 and batches != {1}:
+        found.append({**inputs, **{key: value[:1] for key, value in tensors.items()}})
+    if len(lengths) == 1 and min(lengths) > 2:
+        cut = max(2, min(lengths) // 2)
+        found.append({**inputs, **{key: value[:, :cut] for key, value in tensors.items() if value.dim() > 1}})
+    return found
+
+
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return the main outputs of ``model`` in eval mode: floating-point ones, or all if it has no such."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    given = {key: _as(value, dtype) for key, value in inputs.items()}
     with evaluating(model):
-        outputs = main_outputs(model(**inputs))
+        outputs = main_outputs(model(**given))
     return [t for t in outputs if t.is_floating_point()] or outputs
+
+
+def _as(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def comparable(outputs: list[list[Tensor]]) -> bool:
@@ -105,9 +149,10 @@ def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> 
     Raises:
         ShrinkError: If the shrunk model fails to run or gives other numbers.
     """
+    precise = in_full_precision(shrunk)
     for inputs, expected in zip(reference.inputs, reference.outputs, strict=True):
         try:
-            actual = run(shrunk, inputs)
+            actual = run(precise, inputs)
         except FORWARD_ERRORS as error:
             raise ShrinkError(
                 f"{type(shrunk).__name__} does not run after shrinking ({type(error).__name__}: {error}). Its forward "
@@ -118,7 +163,7 @@ def verify(shrunk: PreTrainedModel, reference: Reference, masked_again: Any) -> 
         allowed = [TOLERANCES.get(t.dtype, 1e-5) for t in expected]
         if any(error > limit for error, limit in zip(errors, allowed, strict=True)):
             with masked_again() as masked:
-                where = first_difference(masked, shrunk, inputs, max(allowed))
+                where = first_difference(in_full_precision(masked), precise, inputs, max(allowed))
             raise ShrinkError(
                 f"{type(shrunk).__name__}: the shrunk model differs from the masked one by {max(errors):.1e} (allowed: "
                 f"{max(allowed):.0e}); first module that differs: {where}. The result was discarded and the original "

@@ -51,6 +51,23 @@ def test_constants_among_the_outputs_hide_nothing(how) -> None:
         cut(Sized(how))
 
 
+def test_low_precision_is_verified_in_full_precision() -> None:
+    """The error of one percent is within the rounding of bfloat16 outputs."""
+    with pytest.raises(ShrinkError, match="differs from the masked one"):
+        cut(Sized("slightly").to(torch.bfloat16))
+
+
+def test_a_lower_precision_model_stays_one() -> None:
+    model = tiny_models.bert().to(torch.bfloat16)
+    small = shrink(model, {"bert.encoder.layer.0.ffn": torch.arange(44) < 20})
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
+def test_own_inputs_are_also_cut_shorter() -> None:
+    with pytest.raises(ShrinkError, match="differs from the masked one"):
+        cut(Sized("length"))
+
+
 def test_integers_are_compared_where_there_is_nothing_else() -> None:
     with pytest.raises(ShrinkError, match="differs from the masked one"):
         cut(Sized("integers"))
