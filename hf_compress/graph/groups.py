@@ -103,16 +103,27 @@ class DimensionGroup:
     parameters_per_unit: int = 0
     """Number of weights that go with one unit."""
 
+    def conditions(self) -> str:
+        """Say whether units may go, and which: the last column of the table."""
+        if self.frozen is not None:
+            return f"no: {self.frozen}"
+        others = f" and {len(self.tied_to) - 1} others" if len(self.tied_to) > 1 else ""
+        notes = [
+            f"the same share as {self.tied_to[0]}{others}" if self.tied_to else "",
+            f"multiples of {self.multiple_of}" if self.multiple_of > 1 else "",
+            f"at least {self.min_units} stay" if self.min_units > 1 else "",
+            f"units {', '.join(map(str, self.fixed_units))} stay" if self.fixed_units else "",
+        ]
+        told = "; ".join(note for note in notes if note)
+        return f"yes ({told})" if told else "yes"
+
 
 class DimensionGroups(list[DimensionGroup]):
     """A list of groups that prints as a table."""
 
     def __str__(self) -> str:
         rows = [("kind", "name", "units", "weights/unit", "prunable")]
-        rows += [
-            (g.kind, g.name, str(g.num_units), str(g.parameters_per_unit), f"no: {g.frozen}" if g.frozen else "yes")
-            for g in self
-        ]
+        rows += [(g.kind, g.name, str(g.num_units), str(g.parameters_per_unit), g.conditions()) for g in self]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress.errors import GraphError, ShrinkError
+from hf_compress.graph.accept import check_model
 from hf_compress.graph.analysis import analyze
 from hf_compress.graph.builder import Builder
 from hf_compress.graph.capture import Capture, capture, garbage_collection_paused, mixes_experts
@@ -38,7 +39,7 @@ class ModelGraph:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> None:
-        refuse_adapters(model)
+        check_model(model, example_inputs)
         with garbage_collection_paused():
             self._analyze(model, make_example_inputs(model) if example_inputs is None else example_inputs)
 
@@ -143,21 +144,6 @@ class ModelGraph:
                     counts[attribute.path] = CountSite(attribute.path, index, dim.size)
             result.append(replace(site, attributes=tuple(counts.values())))
         return tuple(result)
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Check that no PEFT adapters are in the model.
-
-    Raises:
-        GraphError: If there are some; slices of base weights would not cover them.
-    """
-    adapted = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
-    if adapted:
-        where = f", the first at {adapted[0]!r}" if adapted[0] else ""
-        raise GraphError(
-            f"{type(model).__name__} has PEFT adapters{where}; what is removed from base weights would not fit them. "
-            "Merge them first: model = model.merge_and_unload()."
-        )
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Any]) -> list[Capture]:

@@ -204,7 +204,8 @@ class _Row:
         group = self.groups[0]
         name = ".".join(part if isinstance(part, str) else _numbers(part) for part in self.parts)
         units = f"{group.num_units}" if len(self.groups) == 1 else f"{len(self.groups)} x {group.num_units}"
-        prunable = "yes" if self.frozen is None else f"no: {self.frozen}"
+        conditions = group.conditions() if len(self.groups) == 1 else NUMBER.sub("*", group.conditions())
+        prunable = conditions if self.frozen is None else f"no: {self.frozen}"
         return group.kind, name, units, f"{group.parameters_per_unit}", f"{share:.1%}", prunable
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.accept import check_model
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice
 from hf_compress.graph.model import ModelGraph
 from hf_compress.shrinking.depth import inherited_integers, moving_parameters, renamed
@@ -159,6 +160,7 @@ def plan_shrink(
         ShrinkError: If masks are missing, malformed, remove nothing or remove everything of a group.
         TargetError: If a mask names no group or parameter, or asks for units of a frozen group.
     """
+    check_model(model, example_inputs)
     refuse_compressed(model)
     check_request(masks, multiple_of)
     return plan_on(ModelGraph(model, example_inputs), masks or {}, uniform=uniform, multiple_of=multiple_of)
@@ -241,6 +243,12 @@ def _kept_counts(
     return sizes
 
 
+def _fewer(kept: int, wanted: int, group: DimensionGroup) -> str:
+    """Say which number of units below ``wanted`` the group's own alignment takes, if there is one."""
+    fewer = kept // group.multiple_of * group.multiple_of
+    return f" or {fewer}" if group.multiple_of > 1 and 0 < fewer < wanted and fewer >= group.min_units else ""
+
+
 def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     kept = keep.nonzero().flatten().tolist()
     silenced = (~keep).nonzero().flatten().tolist()[: size - len(kept)]
@@ -252,8 +260,8 @@ def _group_plan(group: DimensionGroup, keep: Tensor, size: int) -> GroupPlan:
     if silenced and group.subsets:
         raise ShrinkError(
             f"masks[{group.name!r}]: keeps {len(kept)} units, but {size} are needed (uniform, multiple_of or the "
-            f"kernel's alignment), and units that {group.subsets[0].module!r} sees cannot stay without effect. Keep "
-            f"{size} or {max(size - len(silenced), 0)} units by the mask itself."
+            f"alignment {group.multiple_of} of its kernels), and units that {group.subsets[0].module!r} sees cannot "
+            f"stay without effect. Keep {size}{_fewer(len(kept), size, group)} units by the mask itself."
         )
     return GroupPlan(
         kind=group.kind,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
+from hf_compress.graph.accept import remedy_for
 from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.layer import LayerGates
@@ -47,6 +48,8 @@ def shrink(
         uniform: See ``plan_shrink``.
         multiple_of: See ``plan_shrink``.
         verify: Compare the outputs of the masked and the shrunk model before returning.
+
+    Forward hooks of the model run while it is recorded and verified, and are copied with it.
 
     Returns:
         A plain ``PreTrainedModel`` of the same class, in eval mode; save, push or train it like any other. The
@@ -128,9 +131,10 @@ def _model_of(model_or_trainer: Any) -> PreTrainedModel:
     if not isinstance(model, nn.Module) and hasattr(model, "accelerator"):
         model = model.accelerator.unwrap_model(model.model, keep_fp32_wrapper=False)
     if not isinstance(model, PreTrainedModel):
+        remedy = remedy_for(model)
         raise ShrinkError(
-            f"shrink: got {type(model).__name__}; allowed: a transformers PreTrainedModel or a Trainer. Merge and "
-            "unload PEFT adapters first."
+            f"shrink: got {type(model).__name__}; allowed: a transformers PreTrainedModel or a Trainer."
+            + (f" {remedy[0].upper()}{remedy[1:]}" if remedy is not None else "")
         )
     return model
 
