@@ -111,6 +111,13 @@ class PruningCallback(CompressionCallback):
                         f"PruningConfig.structures[{kind!r}]: group {group.name!r} cannot be pruned: {group.frozen}. "
                         "Leave it out with exclude=(...)."
                     )
+                if group.subsets:  # zeros folded into the weights would still enter the norm's statistics
+                    raise TargetError(
+                        f"PruningConfig.structures[{kind!r}]: group {group.name!r} passes through "
+                        f"{group.subsets[0].module!r}, which sees all units together, so it cannot be pruned while "
+                        "training. Leave it out with exclude=(...), or remove units with shrink(model, masks) and "
+                        "train the result."
+                    )
             check_reachable(kind, {g.name: g.num_units for g in found}, sparsity, self._limits(kind))
             self._kinds[kind] = [group.name for group in found]
         return [group for group in wanted if group.kind in self._kinds]

@@ -4,6 +4,7 @@ import copy
 import itertools
 
 import pytest
+import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer
@@ -242,3 +243,12 @@ def test_a_compressed_model_is_refused(tiny_bert, classification_data, make_trai
     trainer = make_trainer(model, classification_data(8), [PruningCallback(config())], max_steps=8)
     with pytest.raises(ShrinkError, match="compressed already"):
         trainer.train()
+
+
+def test_heads_inside_a_norm_are_not_pruned_while_training(make_trainer) -> None:
+    """OLMo 2 normalizes queries over all heads: after training, zeros would still be in those statistics."""
+    model = tiny_models.OTHERS["olmo2"]()
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
+    callback = PruningCallback(config(structures={"heads": 0.5}))
+    with pytest.raises(TargetError, match=r"passes through 'model.layers.0.self_attn..*norm', which sees all units"):
+        make_trainer(model, rows, [callback], max_steps=8).train()
