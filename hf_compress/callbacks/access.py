@@ -70,6 +70,19 @@ def plain_model(model: nn.Module, who: str = "the Trainer's model") -> PreTraine
     return base
 
 
+def refuse_prompts(model: Any) -> None:
+    """Check that PEFT does not feed the model with prompts, which no mask covers and no merging removes.
+
+    Raises:
+        TrainingError: If it does.
+    """
+    if isinstance(model, PeftModel) and any(each.is_prompt_learning for each in model.peft_config.values()):
+        raise TrainingError(
+            f"the {type(model).__name__} learns prompts or prefixes, which no mask covers; allowed: LoRA. "
+            "Prune the model first and learn prompts for the result."
+        )
+
+
 def _trainer_local(trainer: Trainer, name: str) -> Any:
     """Return the innermost non-None local variable of that name in the Trainer's methods under way, or None."""
     for frame in _frames():

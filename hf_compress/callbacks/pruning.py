@@ -1,6 +1,7 @@
 """``PruningCallback``: structured pruning driven by Trainer events."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.callbacks.access import plain_model
+from hf_compress.callbacks.access import refuse_prompts
 from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
 from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups
 from hf_compress.graph.model import dimension_groups
+from hf_compress.instruments.adapters import has_adapters, plain_view
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
 from hf_compress.pruning.allocate import Allocator, Limits, achieved_sparsity, check_reachable, tolerance
@@ -29,6 +31,9 @@ class PruningCallback(CompressionCallback):
     Gates at the consumers' inputs switch units off; after training the masks are folded into the consumers'
     weights (zeros), so that ``trainer.evaluate()`` and ``trainer.save_model()`` see the pruned model, and
     ``shrink(trainer)`` removes the units for good.
+
+    LoRA adapters of PEFT may be what is trained: masks cover base weights and adapters alike, so that merging them
+    stays exact, and ``shrink(trainer)`` merges first.
 
     Args:
         config: What to prune, how much, when.
@@ -71,15 +76,12 @@ class PruningCallback(CompressionCallback):
 
     def _start(self, run: Run) -> None:
         refuse_compressed(run.model)
-        given: Any = run.trainer.model
-        if plain_model(given) is not given:
-            raise TrainingError(
-                f"PruningCallback: got a {type(given).__name__}; masks of base weights would not cover its "
-                "adapters. Merge and unload the adapters first, or train without them."
-            )
+        refuse_prompts(run.trainer.model)
         self._finished = False
-        with suspended(run.model):  # fake quantizers may be there already; they would only blur the analysis
-            groups = self._select(dimension_groups(run.model, self.example_inputs))
+        # Adapters and fake quantizers that are there already would only blur the analysis.
+        with suspended(run.model):
+            plain = plain_view(run.model) if has_adapters(run.model) else run.model
+            groups = self._select(dimension_groups(plain, self.example_inputs))
         check_gateable(run.model, groups)
         self._window = self.config.window(run.total_steps)
         needs_gradient = self._criterion.needs == "gate_gradients"
@@ -192,6 +194,12 @@ class PruningCallback(CompressionCallback):
                 )
         for name, gate in self._gates.items():
             gate.fold(self._masks[name])
+        if has_adapters(run.model):
+            warnings.warn(
+                "PruningCallback: units were removed from the base weights as well, which a checkpoint of the adapters "
+                "alone does not hold. Save shrink(trainer), or the merged model (merge_and_unload).",
+                stacklevel=2,
+            )
         self._remove()
         self._finished = True
 

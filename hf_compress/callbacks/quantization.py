@@ -24,7 +24,7 @@ class QuantizationCallback(CompressionCallback):
     """Trains the model with the rounding errors that the exported integer model will have.
 
     The weights stay in floating point, in the model and in every checkpoint; ``export_quantized`` makes integers
-    of them.
+    of them. Where PEFT trains LoRA adapters, the merged weight is what is quantized; merge before exporting.
 
     Args:
         config: Which numbers, which layers, from when on.
@@ -38,7 +38,7 @@ class QuantizationCallback(CompressionCallback):
         super().__init__(config)
         self.config: QuantizationConfig = config
         self._scheme: Scheme = schemes.get(config.scheme)()
-        self._linears: dict[str, nn.Linear] = {}
+        self._linears: dict[str, nn.Module] = {}
         self._begin = 0
         self._installed = False
         self._trained = False

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.pretrained import CompressedConfig, choose_guard, is_uneven, stored_method
+from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_linears
 from hf_compress.quantization.numerics import dequantize, quantize
@@ -62,10 +63,15 @@ def export_quantized(
     return directory
 
 
-def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[str, nn.Linear]:
+def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[str, nn.Module]:
     if getattr(model, "is_quantized", False) or stored_method(model) not in (None, "hf_compress"):
         raise ExportError(
             f"export_quantized: the {type(model).__name__} is quantized already; pass the floating-point model."
+        )
+    if has_adapters(model):
+        raise ExportError(
+            f"export_quantized: the {type(model).__name__} has PEFT adapters, which integer weights cannot take in. "
+            "Merge them first: model = model.merge_and_unload()."
         )
     linears = quantizable_linears(model, exclude)
     if any(attachment.input_gates for m in model.modules() if (attachment := attachment_of(m)) is not None):
@@ -78,9 +84,10 @@ def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[
             f"(first difference: {first!r}). Use the exclude of its QuantizationConfig."
         )
     for name, module in linears.items():
-        if module.weight.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ExportError(f"export_quantized: {name!r} is {module.weight.dtype}; allowed: {allowed}.")
+        dtype = module.get_parameter("weight").dtype
+        if dtype not in DTYPES:
+            allowed = ", ".join(map(str, DTYPES))
+            raise ExportError(f"export_quantized: {name!r} is {dtype}; allowed: {allowed}.")
     return linears
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import TargetError
+from hf_compress.instruments.adapters import base_layer, effective_weight, is_lora
 
 
 class InputGate(Protocol):
@@ -181,8 +182,11 @@ def leaf_kind(name: str, module: nn.Module) -> LeafKind:
 
 
 def find_leaf_kind(module: nn.Module) -> LeafKind | None:
-    """Return how the module computes, or None if it is not of a known class with that class's own forward."""
-    own = own_class(module)
+    """Return how the module computes, or None if it is not of a known class with that class's own forward.
+
+    A LoRA layer computes like the layer inside it.
+    """
+    own = own_class(base_layer(module)) if is_lora(module) else own_class(module)
     return next((kind for base, kind in LEAF_KINDS.items() if own.forward is base.forward), None)
 
 
@@ -203,9 +207,10 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attachment: Attachment = self.__dict__[_ATTRIBUTE]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        own = type(self).__mro__[1].forward  # type: ignore[attr-defined]
         if attachment.acts_on_leaf():
-            return _leaf_forward(self, attachment, *args, **kwargs)
-        return type(self).__mro__[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return _leaf_forward(self, attachment, own, *args, **kwargs)
+        return own(self, *args, **kwargs)
 
     def on_subset(*args: Any, **kwargs: Any) -> Any:
         # Gates have one factor per position of the whole parameter, so they act before a subset is taken.
@@ -232,18 +237,23 @@ def _substituted(gates: list[ParameterGate]) -> Iterator[None]:
             parameters[name] = value
 
 
-def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor) -> Tensor:
-    kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(self, base))
-    weight: Any = self.weight
+def _leaf_forward(
+    self: nn.Module, attachment: Attachment, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    layer = base_layer(self)
+    kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
     factors = attachment.factors()
     if factors is not None:
         x = x * _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
     if attachment.input_transform is not None:
         x = attachment.input_transform(x)
+    if layer is not self and attachment.weight_transform is None:
+        return forward(self, x, *args, **kwargs)
+    weight = effective_weight(self)
     if attachment.weight_transform is not None:
         mask = None if factors is None else _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
         weight = attachment.weight_transform(weight, mask)
-    return kind.compute(self, x, weight)
+    return kind.compute(layer, x, weight)
 
 
 def _broadcast(factors: Tensor, num_dims: int, dim: int) -> Tensor:

@@ -5,17 +5,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ConfigError, TargetError, choices
+from hf_compress.instruments.adapters import base_layer, check_lora, named_plain_modules
 from hf_compress.instruments.attach import attach, attachment_of, detach_if_empty, leaf_kind
 from hf_compress.quantization.quantizers import Scheme
 
 
-def quantizable_linears(model: PreTrainedModel, exclude: Iterable[str] | None = None) -> dict[str, nn.Linear]:
+def quantizable_linears(model: PreTrainedModel, exclude: Iterable[str] | None = None) -> dict[str, nn.Module]:
     """Choose the Linear layers to quantize.
 
     Args:
@@ -25,18 +25,16 @@ def quantizable_linears(model: PreTrainedModel, exclude: Iterable[str] | None = 
             output embeddings, and weights that several modules share (tied embeddings).
 
     Returns:
-        The chosen layers by module name, in the order of the model.
+        The chosen layers by module name, in the order of the model; a LoRA layer stands for the Linear that merging
+        leaves, under its name.
 
     Raises:
         ConfigError: If a pattern is no regular expression.
         TargetError: If a pattern matches no Linear, a chosen weight is shared, or no Linear is left.
     """
-    if not isinstance(model, PreTrainedModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise TargetError(
-            f"quantization: got {type(model).__name__}; allowed: a transformers PreTrainedModel without PEFT adapters, "
-            "whose weights a quantizer of the base weight would not see. Merge and unload the adapters first."
-        )
-    linears = {name: module for name, module in model.named_modules() if _is_quantizable(module)}
+    if not isinstance(model, PreTrainedModel):
+        raise TargetError(f"quantization: got {type(model).__name__}; allowed: a transformers PreTrainedModel.")
+    linears = {name: module for name, module in named_plain_modules(model) if _is_quantizable(module)}
     if not linears:
         raise TargetError(
             f"quantization: {type(model).__name__} has no nn.Linear; only nn.Linear layers can be quantized, not "
@@ -51,13 +49,15 @@ def quantizable_linears(model: PreTrainedModel, exclude: Iterable[str] | None = 
     return chosen
 
 
-def check_fake_quantizable(linears: Mapping[str, nn.Linear]) -> None:
+def check_fake_quantizable(linears: Mapping[str, nn.Module]) -> None:
     """Check that a fake quantizer can be installed on every given layer.
 
     Raises:
-        TargetError: If a layer has one already or nothing can be attached to it.
+        TargetError: If a layer has one already, nothing can be attached to it, or its adapter could not be merged
+            into what is quantized.
     """
     for name, module in linears.items():
+        check_lora(name, module, merged=True)
         leaf_kind(name, module)
         if _is_fake_quantized(module):
             raise TargetError(
@@ -66,7 +66,7 @@ def check_fake_quantizable(linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def install_fake_quantizers(scheme: Scheme, linears: Mapping[str, nn.Linear]) -> None:
+def install_fake_quantizers(scheme: Scheme, linears: Mapping[str, nn.Module]) -> None:
     """Fake-quantize the weight and the input of every given layer from now on.
 
     Args:
@@ -78,9 +78,11 @@ def install_fake_quantizers(scheme: Scheme, linears: Mapping[str, nn.Linear]) ->
     """
     check_fake_quantizable(linears)
     for name, module in linears.items():
-        attachment = attach(name, module)
-        attachment.input_transform = scheme.fake_quantize_input
-        attachment.weight_transform = scheme.fake_quantize_weight
+        # The layer inside an adapted one is idle until the adapter is merged and taken off.
+        for layer in dict.fromkeys((module, base_layer(module))):
+            attachment = attach(name, layer)
+            attachment.input_transform = scheme.fake_quantize_input
+            attachment.weight_transform = scheme.fake_quantize_weight
 
 
 def remove_fake_quantizers(model: nn.Module) -> None:
@@ -94,7 +96,7 @@ def remove_fake_quantizers(model: nn.Module) -> None:
 
 def fake_quantized_modules(model: nn.Module) -> list[str]:
     """Return the names of the modules that have a fake quantizer, in the order of the model."""
-    return [name for name, module in model.named_modules() if _is_fake_quantized(module)]
+    return [name for name, module in named_plain_modules(model) if _is_fake_quantized(module)]
 
 
 def _is_fake_quantized(module: nn.Module) -> bool:
@@ -105,9 +107,10 @@ def _is_fake_quantized(module: nn.Module) -> bool:
 def _is_quantizable(module: nn.Module) -> bool:
     # MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear and never calls it; a layer that
     # lost all inputs or outputs has no numbers.
-    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+    layer = base_layer(module)
+    if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
         return False
-    return module.weight.numel() > 0
+    return layer.weight.numel() > 0
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -115,7 +118,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in owners.items() if count > 1}
 
 
-def _default_choice(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+def _default_choice(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
     inside = {id(module) for module in model.base_model.modules()}
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     inside.discard(id(output))
@@ -124,8 +127,8 @@ def _default_choice(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> di
 
 
 def _explicit_choice(
-    model: PreTrainedModel, linears: dict[str, nn.Linear], exclude: tuple[str, ...]
-) -> dict[str, nn.Linear]:
+    model: PreTrainedModel, linears: dict[str, nn.Module], exclude: tuple[str, ...]
+) -> dict[str, nn.Module]:
     excluded: set[str] = set()
     for pattern in exclude:
         try:

@@ -4,7 +4,7 @@ A gate of 0 there removes the unit exactly, biases and non-linearities included,
 the gate is the unit's first-order importance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
+from hf_compress.instruments.adapters import adapter_slices, check_lora, effective_weight, is_lora
 from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
 from hf_compress.instruments.subset import SubsetGate
 
@@ -81,8 +82,9 @@ class Gate:
             return
         with torch.no_grad():
             for part in self.group.slices:
-                weight = self.model.get_parameter(part.parameter)
-                weight.index_fill_(part.dim, part.index[pruned].flatten().to(weight.device), 0.0)
+                positions = part.index[pruned].flatten()
+                for weight, dim in _tensors(self.model, part):
+                    weight.index_fill_(dim, positions.to(weight.device), 0.0)
 
 
 class _ExpandedGate:
@@ -116,21 +118,38 @@ class _ParameterFactors:
 
 
 def unit_weights(model: nn.Module, group: DimensionGroup) -> Tensor:
-    """Return all weights of each unit of a group, [num_units, weights per unit]."""
+    """Return all weights of each unit of a group, adapters merged, [num_units, weights per unit]."""
     parts = []
     for part in group.slices:
-        weight = model.get_parameter(part.parameter).detach().movedim(part.dim, 0)
+        owner, _, name = part.parameter.rpartition(".")
+        module = model.get_submodule(owner)
+        whole = (
+            effective_weight(module) if name == "weight" and is_lora(module) else model.get_parameter(part.parameter)
+        )
+        weight = whole.detach().movedim(part.dim, 0)
         parts.append(weight[part.index.to(weight.device)].reshape(group.num_units, -1).float())
     return torch.cat(parts, dim=1)
+
+
+def _tensors(model: nn.Module, part: ParameterSlice) -> Iterator[tuple[Tensor, int]]:
+    """Yield what holds a slice of a weight, each tensor with the dimension of the units: LoRA has two more."""
+    yield model.get_parameter(part.parameter), part.dim
+    owner = model.get_submodule(part.parameter.rpartition(".")[0])
+    kind = find_leaf_kind(owner)
+    if kind is not None:
+        yield from adapter_slices(owner, part, kind.weight_in_dim)
 
 
 def check_gateable(model: nn.Module, groups: Sequence[DimensionGroup]) -> None:
     """Check that every group can be gated.
 
     Raises:
-        TargetError: If a consumer is not a module that gates can be attached to.
+        TargetError: If a consumer is not a module that gates can be attached to, or a layer has an adapter that is
+            not understood.
     """
     for group in groups:
+        for owner in {each.parameter.rpartition(".")[0] for each in group.slices}:
+            check_lora(owner, model.get_submodule(owner))
         for part in group.gates:
             _site(model, group, part)
 

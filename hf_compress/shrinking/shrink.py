@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from hf_compress.errors import ShrinkError
 from hf_compress.graph.accept import remedy_for
 from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.adapters import has_adapters, merge_in_place
 from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.subset import SubsetGate
 from hf_compress.shrinking import verify as verification
@@ -42,7 +44,8 @@ def shrink(
     """Return a smaller copy of the model that computes what the masked model computes.
 
     Args:
-        model_or_trainer: A model, or a Trainer that trained with a ``PruningCallback``.
+        model_or_trainer: A model, or a Trainer that trained with a ``PruningCallback``. A trainer's LoRA adapters are
+            merged in the copy; a model's have to be merged before.
         masks: See ``plan_shrink``; taken from the trainer's callbacks by default.
         example_inputs: See ``plan_shrink``.
         uniform: See ``plan_shrink``.
@@ -69,7 +72,8 @@ def shrink(
         )
     chosen = masks if masks is not None else _masks_of(model_or_trainer)
     check_request(chosen, multiple_of)
-    duplicate = plain_copy(model)
+    merge = model is not model_or_trainer
+    duplicate = _merged_copy(model, merge=merge)
     graph = ModelGraph(duplicate, example_inputs)
     plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)
     reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
@@ -80,11 +84,18 @@ def shrink(
 
         @contextmanager
         def masked_again() -> Iterator[PreTrainedModel]:
-            with _masked(plain_copy(model), graph, plan) as masked:
+            with _masked(_merged_copy(model, merge=merge), graph, plan) as masked:
                 yield masked
 
         verification.verify(duplicate, reference, masked_again)
     duplicate.train(False)
+    return duplicate
+
+
+def _merged_copy(model: PreTrainedModel, *, merge: bool) -> PreTrainedModel:
+    duplicate = plain_copy(model)
+    if merge and has_adapters(duplicate):
+        merge_in_place(duplicate)
     return duplicate
 
 
@@ -130,6 +141,7 @@ def _model_of(model_or_trainer: Any) -> PreTrainedModel:
     model = model_or_trainer
     if not isinstance(model, nn.Module) and hasattr(model, "accelerator"):
         model = model.accelerator.unwrap_model(model.model, keep_fp32_wrapper=False)
+        model = model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
     if not isinstance(model, PreTrainedModel):
         remedy = remedy_for(model)
         raise ShrinkError(

@@ -106,12 +106,11 @@ def test_a_model_without_linear_raises() -> None:
         quantizable_linears(tiny_models.gpt2())
 
 
-def test_adapters_raise() -> None:
-    config = peft.LoraConfig(target_modules=["query"])
-    adapted = peft.get_peft_model(tiny_models.bert(), config)
-    for model in (adapted, adapted.get_base_model()):
-        with pytest.raises(TargetError, match="Merge and unload"):
-            quantizable_linears(model)
+def test_a_lora_layer_stands_for_the_linear_that_merging_leaves() -> None:
+    adapted = peft.get_peft_model(tiny_models.bert(), peft.LoraConfig(target_modules=["query"]))
+    assert list(quantizable_linears(adapted.get_base_model())) == list(quantizable_linears(tiny_models.bert()))
+    with pytest.raises(TargetError, match="allowed: a transformers PreTrainedModel"):
+        quantizable_linears(adapted)
 
 
 def test_a_layer_computes_with_the_grid_values() -> None:

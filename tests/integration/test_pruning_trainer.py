@@ -6,7 +6,6 @@ import itertools
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer
 
 from hf_compress import (
@@ -14,7 +13,6 @@ from hf_compress import (
     PruningConfig,
     ShrinkError,
     TargetError,
-    TrainingError,
     dimension_groups,
     shrink,
 )
@@ -227,14 +225,6 @@ def test_shrinking_a_trainer_without_masks_is_an_error(tiny_bert, classification
     trainer = make_trainer(tiny_bert(), classification_data(8), [], max_steps=1)
     with pytest.raises(ShrinkError, match="Add a PruningCallback"):
         shrink(trainer)
-
-
-def test_adapters_are_refused_before_training(tiny_bert, classification_data, make_trainer) -> None:
-    model = get_peft_model(tiny_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
-    trainer = make_trainer(model, classification_data(8), [PruningCallback(config())], max_steps=8)
-    with pytest.raises(TrainingError, match="Merge and unload the adapters first"):
-        trainer.train()
-    assert trainer.state.global_step == 0
 
 
 def test_a_compressed_model_is_refused(tiny_bert, classification_data, make_trainer) -> None:
