@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, Trainer
 
 import hf_compress
-from hf_compress import cli
+from hf_compress import PruningCallback, PruningConfig, cli, shrink
 from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
 from hf_compress.export.quantized import _FORMATS
 from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
@@ -42,7 +42,7 @@ def test_the_example_runs(tiny_bert, classification_data, make_trainer, tmp_path
 
 def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _, masks, vocabulary, rule = blocks("python")
+    _, masks, vocabulary, rule, _ = blocks("python")
     torch.manual_seed(0)
     names = {"model": tiny_models.bert()}
     exec(compile(masks, "README.md", "exec"), names)
@@ -55,6 +55,23 @@ def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
 
     exec(compile(rule, "README.md", "exec"), {})
     op_rules._entries.pop("mylib::scale_rows")
+
+
+@pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
+def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) -> None:
+    adapters = blocks("python")[4]
+    data = classification_data(16)
+    names = {
+        "model": tiny_bert(),
+        "args": make_trainer(tiny_bert(), data, max_steps=8).args,
+        "train": data,
+        "config": PruningConfig(structures={"heads": 0.5}),
+        "shrink": shrink,
+        "PruningCallback": PruningCallback,
+        "Trainer": Trainer,
+    }
+    exec(compile(adapters, "README.md", "exec"), names)
+    assert names["small"].num_parameters() < tiny_bert().num_parameters()
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:

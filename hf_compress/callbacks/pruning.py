@@ -194,7 +194,7 @@ class PruningCallback(CompressionCallback):
                 )
         for name, gate in self._gates.items():
             gate.fold(self._masks[name])
-        if has_adapters(run.model):
+        if has_adapters(run.model) and not all(mask.all() for mask in self._masks.values()):
             warnings.warn(
                 "PruningCallback: units were removed from the base weights as well, which a checkpoint of the adapters "
                 "alone does not hold. Save shrink(trainer), or the merged model (merge_and_unload).",

@@ -28,6 +28,8 @@ from hf_compress.instruments.fake_quantize import fake_quantized_modules, instal
 from hf_compress.quantization.quantizers import Int8Dynamic
 from hf_compress.shrinking.verify import relative_error
 
+BASE_CHANGED = "ignore:PruningCallback. units were removed from the base weights"
+
 LAYERS = {
     "bert": ["query", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
     "llama": ["q_proj", "v_proj", "o_proj", "down_proj"],
@@ -107,6 +109,7 @@ def test_open_gates_leave_the_training_of_adapters_bit_identical(build: Any, mak
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.filterwarnings(BASE_CHANGED)
 def test_scores_of_weights_are_those_of_the_merged_model(build: Any, make_trainer: Any) -> None:
     """The units of smallest norm go, in the weights that merging leaves and not in the frozen ones."""
     model, data = build("bert")
@@ -125,6 +128,7 @@ def test_scores_of_weights_are_those_of_the_merged_model(build: Any, make_traine
             assert set(squares.topk(group.num_units // 2).indices.tolist()) == set(kept.tolist())
 
 
+@pytest.mark.filterwarnings(BASE_CHANGED)
 def test_adapters_inside_a_transformers_model_are_merged_too(build: Any, make_trainer: Any, tmp_path: Any) -> None:
     model, data = build("bert")
     peft.inject_adapter_in_model(lora("bert"), model)  # what model.add_adapter does
@@ -156,6 +160,7 @@ def test_what_is_quantized_is_what_merging_leaves(build: Any, make_trainer: Any,
     export_quantized(merged, tmp_path / "dense", "dense")
 
 
+@pytest.mark.filterwarnings(BASE_CHANGED)
 def test_all_three_callbacks_and_adapters_together(build: Any, make_trainer: Any) -> None:
     model, data = build("bert")
     teacher = copy.deepcopy(model)
@@ -175,6 +180,7 @@ def test_all_three_callbacks_and_adapters_together(build: Any, make_trainer: Any
     assert torch.equal(small.classifier.weight, head)
 
 
+@pytest.mark.filterwarnings(BASE_CHANGED)
 @pytest.mark.parametrize("step", [2, 4])
 def test_resumed_equals_straight(build: Any, make_trainer: Any, tmp_path: Any, step: int) -> None:
     results = []
