@@ -13,6 +13,7 @@ from hf_compress.graph.accept import check_model
 from hf_compress.graph.analysis import analyze
 from hf_compress.graph.builder import Builder
 from hf_compress.graph.capture import Capture, capture, garbage_collection_paused, mixes_experts
+from hf_compress.graph.costs import Costs
 from hf_compress.graph.dims import Dim, atoms, expand, find
 from hf_compress.graph.groups import KINDS, DimensionGroup, DimensionGroups
 from hf_compress.graph.initialization import with_multiples
@@ -64,6 +65,7 @@ class ModelGraph:
         groups = with_unread(model, self.analysis.parameters, list(self._by_atom.values()))
         groups = with_multiples(model, groups) + layer_groups(model, recorded[0])
         self.groups = DimensionGroups(sorted(groups, key=lambda group: KINDS.index(group.kind)))
+        self.costs = Costs(model, self.analysis, recorded[0], self._atoms)
 
     def attributes_after(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
         """Return the attributes that must change, with their new values.

@@ -206,8 +206,14 @@ def file_bytes(directory: str | Path) -> int:
 def _flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     # The fused attention kernels of CPUs are not in torch's table; the plain backend runs as matrix products.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _integer_product})
-    with sdpa_kernel([SDPBackend.MATH]), counter:
-        run_once(model, inputs)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # the counter cannot watch modules that are called with a parameter (DeBERTa)
+    try:
+        with sdpa_kernel([SDPBackend.MATH]), counter:
+            run_once(model, inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops())
 
 
