@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from hf_compress.report.profile import profile
 from hf_compress.report.timing import DEFAULT_ROUNDS, compile_model
 
 EXIT_ERROR = 2
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 MODEL_HELP = "Hub name or folder of a model"
 
@@ -116,22 +116,29 @@ def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
         ConfigError: If the class is unknown or the model cannot be loaded.
     """
     _, loader = _config_and_class(name, auto_class)
-    try:
-        model: Any = loader.from_pretrained(name)
-    except LOADING_ERRORS as error:
-        if isinstance(error, CompressionError):
-            raise
-        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
-    loaded: PreTrainedModel = model.eval()
+    with _loading(name):
+        loaded: PreTrainedModel = loader.from_pretrained(name, trust_remote_code=False).eval()
     return loaded
 
 
-def _config_and_class(name: str, auto_class: str | None) -> tuple[Any, Any]:
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what goes wrong with damaged or foreign files, which can be any exception, into one message."""
     try:
-        config = AutoConfig.from_pretrained(name)
-    except LOADING_ERRORS as error:
+        yield
+    except CompressionError:
+        raise
+    except Exception as error:
         raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
-    wanted = auto_class or next(iter(config.architectures or []), None)
+
+
+def _config_and_class(name: str, auto_class: str | None) -> tuple[Any, Any]:
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # asked about it, a script would wait
+    named = config.architectures or []
+    if not isinstance(named, list | tuple) or not all(isinstance(each, str) for each in named):
+        raise ConfigError(f"{name}: config.json, architectures: got {named!r}; allowed: a list of class names.")
+    wanted = auto_class or next(iter(named), None)
     loader: Any = AutoModel if wanted is None else getattr(transformers, wanted, None)
     if loader is None or not hasattr(loader, "from_pretrained"):
         raise ConfigError(f"{name}: transformers has no class {wanted!r}; choose one with --auto-class.")

@@ -161,3 +161,31 @@ def test_misspelled_commands_and_counts_end_with_usage(folder, capsys) -> None:
             cli.main(arguments)
         assert stop.value.code == 2
         assert "usage: hf-compress" in capsys.readouterr().err
+
+
+DAMAGES = {
+    "hidden_size": "abc",
+    "num_attention_heads": 0,
+    "architectures": [3],
+    "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"},
+}
+
+
+@pytest.mark.parametrize("field", DAMAGES)
+def test_damaged_configs_are_one_message(field, folder, capsys, tmp_path) -> None:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if field == "auto_map":
+        config["model_type"] = "unheard-of"
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: DAMAGES[field]}))
+    code, _, err = run(capsys, "inspect", str(tmp_path))
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path}") or "cannot be built from a BertConfig" in err
+
+
+def test_truncated_weights_are_one_message(folder, capsys, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, _, err = run(capsys, "inspect", str(tmp_path / "cut"), "--load-weights")
+    assert code == 2
+    assert "cannot be loaded: SafetensorError" in err

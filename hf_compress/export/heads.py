@@ -1,10 +1,9 @@
 """Sizes of what a checkpoint lacks: a new head has to fit the pruned model under it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ExportError, GraphError
@@ -21,16 +20,25 @@ def is_narrow(units: Mapping[str, Any]) -> bool:
     return any("hidden" in name.split(".")[-2:] for name in units)  # the last part may be a number
 
 
-def lacks_parameters(model: PreTrainedModel, checkpoint_files: Sequence[Any] | None) -> bool:
-    """Return whether the model has parameters that are not in the files, under no name that loading would find."""
-    stored: set[str] = set()
-    for file in checkpoint_files or ():
-        if not str(file).endswith(".safetensors"):
-            return True
-        with safe_open(file, framework="pt") as content:
-            stored.update(content.keys())
+def has_another_head(model: PreTrainedModel, shapes: Mapping[str, Any], stored: Set[str] | None) -> bool:
+    """Return whether the model has parameters whose sizes the checkpoint does not tell.
+
+    They are not in the files, or they have the name of something in them that is not the same: classifiers of pooled
+    outputs and of tokens.
+
+    Args:
+        model: The empty model.
+        shapes: Shapes of the pruned parameters, by the model's own names.
+        stored: Names of all tensors in the files, or None if unknown.
+    """
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    outside = (name for name, parameter in model.named_parameters() if id(parameter) not in inside)
+    return any(name not in shapes for name in outside) or _lacks_parameters(model, stored)
+
+
+def _lacks_parameters(model: PreTrainedModel, stored: Set[str] | None) -> bool:
     names = (name for name, _ in model.named_parameters())
-    return any(stored.isdisjoint(candidates(name, model.base_model_prefix)) for name in names)
+    return stored is None or any(stored.isdisjoint(candidates(name, model.base_model_prefix)) for name in names)
 
 
 def sizes_of_new_parameters(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> Shapes:

@@ -24,8 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.attributes import checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
-from hf_compress.export.heads import is_narrow, lacks_parameters, sizes_of_new_parameters
+from hf_compress.export.heads import has_another_head, is_narrow, sizes_of_new_parameters
 from hf_compress.export.names import resolve
+from hf_compress.export.stored import follow_resizing, stored_shapes
 from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.multihead import loosen
 from hf_compress.shrinking.describe import FORMAT_VERSION
@@ -138,9 +139,10 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
         for name, how in self.outer.emptied.items():
             for found in resolve([name], modules, model.base_model_prefix):
                 empty_block(model.get_submodule(found), *how)
-        shapes = _resolve_names(model, self.outer.shapes)
+        stored = stored_shapes(kwargs.get("checkpoint_files"))
+        shapes = follow_resizing(model, _resolve_names(model, self.outer.shapes), stored)
         another = is_narrow(self.outer.units) and type(model).__name__ not in _written_for(model)
-        if another and lacks_parameters(model, kwargs.get("checkpoint_files")):
+        if another and has_another_head(model, shapes, None if stored is None else stored.keys()):
             shapes |= sizes_of_new_parameters(model, shapes)
         self.outer.shapes = resize_parameters(model, shapes)
         for name in resolve(self.outer.flexible, modules, model.base_model_prefix):

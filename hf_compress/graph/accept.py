@@ -1,10 +1,11 @@
 """Which models can be analyzed, and what to do about the others."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from hf_compress.errors import GraphError
 
@@ -40,6 +41,12 @@ def remedy_for(model: Any) -> str | None:
             f"it has PEFT adapters{where}; what is removed from base weights would not fit them. Merge them first: "
             "model = model.merge_and_unload()."
         )
+    hooked = next((name for name, m in model.named_modules() if any(map(_is_torch_mask, _hooks(m)))), None)
+    if hooked is not None:
+        return (
+            f"torch.nn.utils.prune masks a weight of {hooked!r}, which makes it a result instead of a parameter. Make "
+            "the masks permanent first: prune.remove(module, name)."
+        )
     quantized = next((name for name, p in model.named_parameters() if _is_quantized(p)), None)
     if quantized is not None:
         return (
@@ -47,6 +54,14 @@ def remedy_for(model: Any) -> str | None:
             "quantize the result."
         )
     return None
+
+
+def _hooks(module: nn.Module) -> Iterable[Any]:
+    return module._forward_pre_hooks.values()
+
+
+def _is_torch_mask(hook: Any) -> bool:
+    return isinstance(hook, prune.BasePruningMethod)
 
 
 def _is_quantized(parameter: torch.Tensor) -> bool:

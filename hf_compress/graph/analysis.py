@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hf_compress.errors import GraphError
 from hf_compress.graph import rules
 from hf_compress.graph.capture import Capture
 from hf_compress.graph.dims import ConflictError, Dim
@@ -140,13 +141,17 @@ class _Interpreter:
             result = call.freeze("no_rule") if rule is None else rule(call)
         except ConflictError:
             result = call.freeze("conflict")
-        results = result if isinstance(result, tuple) else (result,)
-        for dims, shape in zip(results, call.shapes, strict=True):
-            given = None if dims is None else tuple(dim.size for dim in dims)
-            if given != shape:
-                # A rule that does not know its operator must never lead to a wrong slice.
-                call.marks.clear()
-                return call.freeze("wrong_rule")
+        except GraphError:
+            raise
+        except Exception as error:
+            raise GraphError(
+                f"the op rule of {call.name} failed{f' in {call.module!r}' if call.module else ''}: "
+                f"{type(error).__name__}: {error}. Rules get an OpCall and return the dimensions of the result."
+            ) from error
+        if not _fits(result, call.shapes):
+            # A rule that does not know its operator must never lead to a wrong slice.
+            call.marks.clear()
+            return call.freeze("wrong_rule")
         return result
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
@@ -166,6 +171,19 @@ class _Interpreter:
         if isinstance(value, list | tuple):
             return [self._value(item) for item in value]
         return value
+
+
+def _fits(result: Any, shapes: Sequence[tuple[int, ...] | None]) -> bool:
+    """Whether a rule returned one dimension of the right size for each of the results' own."""
+    results = result if isinstance(result, tuple) else (result,)
+    if len(results) != len(shapes):
+        return False
+    for dims, shape in zip(results, shapes, strict=True):
+        if dims is not None and not (isinstance(dims, list | tuple) and all(isinstance(dim, Dim) for dim in dims)):
+            return False
+        if (None if dims is None else tuple(dim.size for dim in dims)) != shape:
+            return False
+    return True
 
 
 def _qualified_name(target: Any) -> str:

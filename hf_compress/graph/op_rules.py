@@ -12,12 +12,17 @@ the same, ``contract`` an input with a weight, and ``mark`` roles that decide la
 Operators without a rule freeze every dimension they touch, with themselves as the reason: never a guess.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_compress.errors import ConfigError, GraphError, choices
 from hf_compress.graph.dims import ConflictError, Dim, unify
+from hf_compress.graph.roles import ROLES
 from hf_compress.registry import op_rules
+
+_NAME = re.compile(r"\w+::\w+")
 
 Source = tuple[str, tuple[int | None, ...]]
 """A parameter's name and, per tensor dimension, the parameter's dimension (None for a new one)."""
@@ -71,8 +76,22 @@ Rule = Callable[["OpCall"], Result]
 
 
 def op_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators given as ``"namespace::name"`` (all overloads and the in-place form)."""
-    add: Callable[[Rule], Rule] = op_rules.register(*names)
+    """Register a rule for operators given as ``"namespace::name"`` (all overloads and the in-place form).
+
+    Raises:
+        ConfigError: If no name is given, one is of another form or has a rule already, or what is decorated cannot be
+            called.
+    """
+    wrong = [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]
+    if wrong or not names:
+        raise ConfigError(f'op_rule: got {wrong[0] if wrong else "no name"!r}; allowed: names such as "mylib::scale".')
+
+    def add(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise ConfigError(f"op_rule({names[0]!r}): got {rule!r}; allowed: a function of one OpCall.")
+        registered: Rule = op_rules.register(*names)(rule)
+        return registered
+
     return add
 
 
@@ -104,9 +123,15 @@ class OpCall:
     """Set by a rule whose results hold positions along a dimension, one entry per result."""
 
     def tensor(self, name: str) -> Operand:
-        """Return the argument ``name``, which must be a tensor."""
-        operand = self.arguments[name]
-        assert isinstance(operand, Operand), (self.name, name)
+        """Return the argument ``name``, which must be a tensor.
+
+        Raises:
+            GraphError: If there is no such argument, or it is something else.
+        """
+        operand = self.arguments.get(name)
+        if not isinstance(operand, Operand):
+            known = choices(name, [key for key, value in self.arguments.items() if isinstance(value, Operand)])
+            raise GraphError(f"the op rule of {self.name} asks for the tensor {name!r}; {known}.")
         return operand
 
     def optional(self, name: str) -> Operand | None:
@@ -131,7 +156,13 @@ class OpCall:
             self.mark(b, "conflict")
 
     def mark(self, dim: Dim, role: str, amount: int = 1) -> None:
-        """Give ``dim`` a role; see ``hf_compress.graph.roles`` for those that freeze."""
+        """Give ``dim`` a role; see ``hf_compress.graph.roles`` for those that freeze.
+
+        Raises:
+            GraphError: If there is no such role.
+        """
+        if role not in ROLES:
+            raise GraphError(f"the op rule of {self.name} gives the role {role!r}; {choices(role, ROLES)}.")
         if self.live or role == "conflict":
             self.marks.append(Mark(dim, role, self.name, self.module, amount))
 

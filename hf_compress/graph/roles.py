@@ -27,3 +27,6 @@ FREEZING_ROLES = {
 SUBSET_ROLES = ("normalized", "averaged", "reduced", "ranked", "softmax")
 """Roles of operators that look at all positions together. They do not forbid removal where one module that reads and
 writes the dimension holds them (a norm, a router): it can be run on the units that are kept, see ``graph.subsets``."""
+
+ROLES = {*FREEZING_ROLES, "contracted", "contracted_activations", "head_dim", "heads", "routed"}
+"""Every role; those that do not freeze tell kinds of groups apart and where gates act."""

@@ -13,21 +13,26 @@ from hf_compress.graph.integers import Attribute, read
 from hf_compress.shrinking.apply import loosened_modules
 from hf_compress.shrinking.depth import renamed
 from hf_compress.shrinking.plan import ShrinkPlan
+from hf_compress.shrinking.reload import Agrees
 from hf_compress.shrinking.sizes import find_stock_config, non_persistent_buffers, same_floats, tensor_shapes
 
 FORMAT_VERSION = 1
 
 
-def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[Attribute] = ()) -> None:
+def describe_sizes(
+    model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[Attribute] = (), agrees: Agrees = lambda config: True
+) -> None:
     """Make the config say the new sizes.
 
     Args:
         model: The shrunk model; its config says how many layers there are, but still has the old widths.
         plan: The plan that was applied; names in it are those before layers went.
         numbers: Integers that forward code computes with: stock fields must leave them as they are.
+        agrees: Whether the model, loaded with a config, computes what it computes now.
 
     Raises:
-        ShrinkError: If the architecture builds other parameters than the model has.
+        ShrinkError: If the architecture builds other parameters than the model has, or a model that computes
+            something else.
     """
     changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan) + cache_places(model, plan.emptied)
     anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
@@ -36,7 +41,7 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     emptied = {renamed(name, plan.layers): how for name, how in plan.emptied.items()}
     emptied.pop(None, None)
     if not buffers and not flexible and not emptied:
-        stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], _size_changes(plan))
+        stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], _size_changes(plan), agrees)
         if stock is not None:
             for name, value in stock.items():
                 setattr(model.config, name, value)
@@ -56,6 +61,11 @@ def describe_sizes(model: PreTrainedModel, plan: ShrinkPlan, numbers: Sequence[A
     if buffers:
         uneven["buffers"] = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in buffers.items()}
     model.config.quantization_config = uneven
+    if not agrees(model.config):
+        raise ShrinkError(
+            f"{type(model).__name__}: loaded again, the result would compute something else: the model's code keeps a "
+            "number that it made from a size. Exclude that kind of structure. The original model is untouched."
+        )
 
 
 def _made_anew(model: PreTrainedModel) -> set[str]:

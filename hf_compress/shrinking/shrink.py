@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
-from hf_compress.graph.accept import remedy_for
+from hf_compress.graph.accept import check_model, remedy_for
 from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.adapters import has_adapters, merge_in_place
@@ -21,6 +21,7 @@ from hf_compress.shrinking.apply import plain_copy, silence, slice_in_place
 from hf_compress.shrinking.depth import drop_layers
 from hf_compress.shrinking.describe import describe_sizes
 from hf_compress.shrinking.plan import ShrinkPlan, check_request, plan_on, refuse_compressed
+from hf_compress.shrinking.reload import reload_check
 
 
 @runtime_checkable
@@ -50,7 +51,8 @@ def shrink(
         example_inputs: See ``plan_shrink``.
         uniform: See ``plan_shrink``.
         multiple_of: See ``plan_shrink``.
-        verify: Compare the outputs of the masked and the shrunk model before returning.
+        verify: Compare the outputs of the masked and the shrunk model, and of the shrunk model loaded again, before
+            returning.
 
     Forward hooks of the model run while it is recorded and verified, and are copied with it.
 
@@ -72,15 +74,18 @@ def shrink(
         )
     chosen = masks if masks is not None else _masks_of(model_or_trainer)
     check_request(chosen, multiple_of)
-    merge = model is not model_or_trainer
+    merge = model is not model_or_trainer and has_adapters(model)
+    if not merge:
+        check_model(model, example_inputs)
     duplicate = _merged_copy(model, merge=merge)
     graph = ModelGraph(duplicate, example_inputs)
     plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)
     reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
     slice_in_place(duplicate, plan)
     drop_layers(duplicate, plan.layers)
-    describe_sizes(duplicate, plan, graph.numeric_attributes())
-    if reference is not None:
+    if reference is None:
+        describe_sizes(duplicate, plan, graph.numeric_attributes())
+    else:
 
         @contextmanager
         def masked_again() -> Iterator[PreTrainedModel]:
@@ -88,13 +93,15 @@ def shrink(
                 yield masked
 
         verification.verify(duplicate, reference, masked_again)
+        agrees = reload_check(duplicate, reference.inputs[0], lambda: _merged_copy(model, merge=merge))
+        describe_sizes(duplicate, plan, graph.numeric_attributes(), agrees)
     duplicate.train(False)
     return duplicate
 
 
 def _merged_copy(model: PreTrainedModel, *, merge: bool) -> PreTrainedModel:
     duplicate = plain_copy(model)
-    if merge and has_adapters(duplicate):
+    if merge:
         merge_in_place(duplicate)
     return duplicate
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.graph.depth import build_empty, submodule
 from hf_compress.graph.integers import Attribute, read
+from hf_compress.shrinking.reload import Agrees
 
 MAX_CONFIG_TRIALS = 64
 
@@ -46,7 +47,7 @@ def tensor_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def find_stock_config(
-    model: PreTrainedModel, attributes: Sequence[Attribute], changes: Mapping[int, set[int]]
+    model: PreTrainedModel, attributes: Sequence[Attribute], changes: Mapping[int, set[int]], agrees: Agrees
 ) -> dict[str, int] | None:
     """Look for config values with which the architecture itself builds a model of these sizes.
 
@@ -57,6 +58,7 @@ def find_stock_config(
         model: The shrunk model; its config still describes the old widths.
         attributes: Integers of the forward code that the config must give as they are in the model.
         changes: Old number of units -> the new numbers it became; more than one means uneven layers.
+        agrees: Whether the model, loaded with a config, computes what it computes now.
 
     Returns:
         Config fields to set, or None if no stock config gives these shapes.
@@ -77,6 +79,7 @@ def find_stock_config(
             and all(_read_or_none(built, attribute) == read(model, attribute) for attribute in attributes)
             and _can_be_stored(config)
             and _makes_the_same_buffers(config, model)
+            and agrees(config)
         ):
             return {name: new for name, _, new in chosen}
     return None
@@ -117,7 +120,8 @@ def _makes_the_same_buffers(config: PretrainedConfig, model: PreTrainedModel) ->
     with init_empty_weights(include_buffers=False), no_init_weights():
         built = dict(type(model)(copy.deepcopy(config)).named_buffers())
     ours = dict(model.named_buffers())
-    return all(torch.equal(built[name], ours[name].to(built[name])) for name in anew & built.keys())
+    # Compared in the model's own precision: a model that was cast as a whole has cast these too.
+    return all(torch.equal(built[name].to(ours[name]), ours[name]) for name in anew & built.keys())
 
 
 def non_persistent_buffers(model: nn.Module) -> set[str]:

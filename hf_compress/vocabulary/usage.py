@@ -89,15 +89,20 @@ def _checked(texts: Iterable[Text]) -> Iterator[Text]:
             'strings, such as a list, a generator or a column of a data set (dataset["text"]).'
         )
     for position, text in enumerate(texts):
-        if isinstance(text, str):
-            yield text
-        elif isinstance(text, list | tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
-            yield text[0], text[1]
-        else:
+        pair = isinstance(text, list | tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        if not isinstance(text, str) and not pair:
             raise ShrinkError(
                 f"prune_vocabulary: texts[{position}] is {str(text)[:60]!r} ({type(text).__name__}); allowed: a string "
                 'or a pair of strings. Pass one column of a data set, such as dataset["text"].'
             )
+        try:
+            "".join(text).encode()
+        except UnicodeEncodeError as error:
+            raise ShrinkError(
+                f"prune_vocabulary: texts[{position}] cannot be written as UTF-8 ({error.reason}), so no tokenizer "
+                'reads it. Mend it with text.encode("utf-8", "replace").decode(), or leave it out.'
+            ) from error
+        yield text if isinstance(text, str) else (text[0], text[1])
 
 
 def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:

@@ -135,3 +135,36 @@ def test_a_new_head_with_inputs_of_its_own_fits(tmp_path) -> None:
     model = transformers.BertForMultipleChoice.from_pretrained(tmp_path)
     assert model.bert.pooler.dense.weight.shape[1] == base.embeddings.word_embeddings.weight.shape[1] < 32
     assert model(input_ids=torch.ones(2, 3, 5, dtype=torch.long)).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [120, 60])
+def test_embeddings_resized_after_shrinking_come_back(size, tied, tmp_path) -> None:
+    model = small(ZOO["llama"](tie_word_embeddings=tied), "heads", "ffn", "hidden")
+    assert model.config.quantization_config["quant_method"] == "hf_compress"
+    model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path / "first")
+    again = type(model).from_pretrained(tmp_path / "first")
+    assert again.lm_head.weight.shape[0] == size
+    assert same(model, again)
+    again.resize_token_embeddings(70)
+    again.save_pretrained(tmp_path / "second")
+    assert same(again, type(model).from_pretrained(tmp_path / "second"))
+
+
+def test_a_head_of_the_same_name_but_other_inputs_is_not_taken(tmp_path) -> None:
+    """One classifier reads the pooler, the other the hidden states, which are fewer now."""
+    small(tiny_models.bert(), "hidden", "ffn").save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.BertForTokenClassification.from_pretrained(tmp_path)
+    model = transformers.BertForTokenClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert model.classifier.in_features == model.bert.pooler.dense.in_features if model.bert.pooler else True
+    assert model(input_ids=torch.ones(2, 5, dtype=torch.long)).logits.shape[:2] == (2, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_cast_in_memory_stays_stock(dtype) -> None:
+    """Casting rounds the rotary frequencies too, which a loaded model makes anew in float32."""
+    model = small(ZOO["llama"]().to(dtype), "ffn", uniform=True)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert model.config.intermediate_size == model.model.layers[0].mlp.up_proj.out_features

@@ -2,6 +2,7 @@ import pytest
 import tiny_models
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from hf_compress import GraphError, ShrinkError, dimension_groups, plan_shrink, shrink
 
@@ -15,6 +16,12 @@ def integer_bert():
     return model
 
 
+def masked_bert():
+    model = tiny_models.bert()
+    prune.l1_unstructured(model.bert.encoder.layer[0].intermediate.dense, "weight", 0.5)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -22,6 +29,7 @@ def integer_bert():
         (lambda: None, "NoneType .* Load one with from_pretrained"),
         (lambda: nn.DataParallel(tiny_models.bert()), "DataParallel .* Pass model.module"),
         (lambda: torch.compile(tiny_models.bert()), "Pass the model that was given to torch.compile"),
+        (masked_bert, "torch.nn.utils.prune masks a weight of 'bert.encoder.layer.0.intermediate.dense'"),
         (integer_bert, "is quantized; floating-point weights are needed. Shrink the original checkpoint first"),
     ],
 )

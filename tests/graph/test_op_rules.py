@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
-from hf_compress import ConfigError, dimension_groups, op_rule
+from hf_compress import ConfigError, GraphError, dimension_groups, op_rule
 from hf_compress.graph.dims import Dim
 from hf_compress.graph.op_rules import OpCall
 from hf_compress.registry import op_rules
@@ -11,7 +11,8 @@ from hf_compress.registry import op_rules
 torch.library.define("hfc_test::mystery", "(Tensor x) -> Tensor")
 torch.library.define("hfc_test::known", "(Tensor x) -> Tensor")
 torch.library.define("hfc_test::wrong", "(Tensor x) -> Tensor")
-for _name in ("mystery", "known", "wrong"):
+torch.library.define("hfc_test::broken", "(Tensor x) -> Tensor")
+for _name in ("mystery", "known", "wrong", "broken"):
     torch.library.impl(f"hfc_test::{_name}", "CPU", lambda x: x * 2)
 
 
@@ -61,3 +62,32 @@ def test_a_rule_cannot_be_registered_twice() -> None:
     with pytest.raises(ConfigError, match="registered already"):
         op_rule("hfc_test::known")(known)
     assert op_rules.get("hfc_test::known") is known
+
+
+@pytest.mark.parametrize("names", [("hfc_test.known",), ("known",), (3,), ()])
+def test_names_of_another_form_are_refused(names) -> None:
+    with pytest.raises(ConfigError, match='allowed: names such as "mylib::scale"'):
+        op_rule(*names)
+    with pytest.raises(ConfigError, match="allowed: a function of one OpCall"):
+        op_rule("hfc_test::unused")(5)
+
+
+BROKEN = {
+    "raises": (lambda op: 1 / 0, "op rule of hfc_test::broken failed: ZeroDivisionError"),
+    "no such tensor": (lambda op: op.tensor("y").dims, "asks for the tensor 'y'; allowed: 'x'"),
+    "no such role": (lambda op: op.mark(op.tensor("x").dims[0], "hedas"), "'hedas'; closest match: 'heads'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_rule_that_fails_is_named(case, monkeypatch) -> None:
+    rule, message = BROKEN[case]
+    monkeypatch.setitem(op_rules._entries, "hfc_test::broken", rule)
+    with pytest.raises(GraphError, match=message):
+        middle("broken")
+
+
+@pytest.mark.parametrize("result", [[2, 10], "ab", None, 3, ([], [])])
+def test_a_rule_that_returns_no_dimensions_freezes(result, monkeypatch) -> None:
+    monkeypatch.setitem(op_rules._entries, "hfc_test::broken", lambda op: result)
+    assert all("do not fit its result" in g.frozen for g in middle("broken"))

@@ -227,6 +227,7 @@ def test_pairs_generators_and_columns() -> None:
         ([{"text": "fox"}], r"texts\[0\] is .* \(dict\).*dataset\[\"text\"\]"),
         ([("a", "b", "c")], r"texts\[0\] is"),
         (3, "texts is a int"),
+        (["fox", "\ud800 fox"], r"texts\[1\] cannot be written as UTF-8 \(surrogates not allowed\)"),
         ([""], "no token but added ones occurs 1 times in the 1 texts"),
     ],
 )
