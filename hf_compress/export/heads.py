@@ -1,5 +1,6 @@
 """Sizes of what a checkpoint lacks: a new head has to fit the pruned model under it."""
 
+from collections import Counter
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -63,8 +64,9 @@ def sizes_of_new_parameters(model: PreTrainedModel, shapes: Mapping[str, list[in
         ) from error
     parameters = dict(model.named_parameters())
     found: Shapes = {}
+    owners = Counter((part.parameter, part.dim) for group in groups for part in group.slices)
     for group in groups:
-        kept = _kept(group, {name: list(p.shape) for name, p in parameters.items()}, shapes)
+        kept = _kept(group, owners, shapes)
         for part in group.slices if kept is not None else ():
             if part.parameter not in shapes and kept is not None:
                 shape = found.setdefault(part.parameter, list(parameters[part.parameter].shape))
@@ -79,11 +81,13 @@ def _tie(model: PreTrainedModel) -> None:
         setattr(model.get_submodule(owner), name, model.get_parameter(source))
 
 
-def _kept(group: DimensionGroup, full: Shapes, shapes: Mapping[str, list[int]]) -> int | None:
+def _kept(
+    group: DimensionGroup, owners: Mapping[tuple[str, int], int], shapes: Mapping[str, list[int]]
+) -> int | None:
     """Return how many units of a group the known parameters have, or None if they do not say or all are left."""
     for part in group.slices:
-        alone = part.index.numel() == full[part.parameter][part.dim]
-        if part.parameter in shapes and alone:
+        # Rows of a query projection are heads times channels: their number alone does not say of which there are fewer.
+        if part.parameter in shapes and owners[part.parameter, part.dim] == 1:
             kept = shapes[part.parameter][part.dim] // part.index.shape[1]
             return kept if kept < group.num_units else None
     return None

@@ -71,7 +71,8 @@ def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tu
     without_first = find_shallower(full, {name: range(1, count)}) if full is not None else None
     if full is None or without_first is None:
         return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
-    if _misfits(full, name, range(1, count), without_first) is None:
+    ends = (range(1, count), without_first), (range(count - 1), find_shallower(full, {name: range(count - 1)}))
+    if all(_misfits(full, name, kept, shallower) is None for kept, shallower in ends):
         return None, (0,) if provides and not _takes_over(full, name, without_first) else ()
     # Layers differ from place to place: each has to be tried.
     reasons = {}
@@ -92,11 +93,11 @@ def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int], shallower: 
     if shallower is None:
         return f"{type(model.config).__name__} cannot describe it without them"
     for place, index in enumerate(kept):
-        if index != place:
-            before, after = (m.get_submodule(f"{name}.{i}") for m, i in ((model, index), (shallower.model, place)))
-            reason = misfit(before, after, index, place)
-            if reason is not None:
-                return reason
+        # Compared even where the place stays: a layer may be built otherwise because it is the last.
+        before, after = (m.get_submodule(f"{name}.{i}") for m, i in ((model, index), (shallower.model, place)))
+        reason = misfit(before, after, index, place)
+        if reason is not None:
+            return reason
     return None
 
 

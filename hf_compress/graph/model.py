@@ -87,6 +87,12 @@ class ModelGraph:
         for atom, group in list(self._by_atom.items()):
             if group.frozen is None:
                 self._by_atom[atom] = replace(self._checked(atom, group), subsets=self._with_attributes(atom, group))
+        frozen = {group.name: group.frozen for group in self._by_atom.values() if group.frozen is not None}
+        for atom, group in self._by_atom.items():
+            held = next((name for name in group.tied_to if name in frozen), None)
+            if held is not None:
+                reason = f"it must keep the same share as {held}, which cannot lose units: {frozen[held]}"
+                self._by_atom[atom] = replace(group, frozen=reason, tied_to=())
 
     def _checked(self, atom: Dim, group: DimensionGroup) -> DimensionGroup:
         """Try to take units away: alone, in multiples, or together with groups that share an integer."""

@@ -89,7 +89,7 @@ def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
         raise ShrinkError(
             f"{type(model).__name__}: forward code reads a size from the model's own config, and with the new one the "
             "architecture derives other numbers (a scale of attention), so the result could not be loaded again. "
-            "Exclude that structure. The original is untouched."
+            "Exclude that structure. The original model is untouched."
         )
     theirs = _stored(built) if built is not None else {}
     ours = _stored(model)

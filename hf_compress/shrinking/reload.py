@@ -1,12 +1,16 @@
 """Check that a model built anew from its config computes the same: what a module remembers is not stored."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import CRITICAL
 from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
+from hf_compress.errors import CompressionError
 from hf_compress.shrinking.verify import FORWARD_ERRORS, TOLERANCES, in_full_precision, relative_error, run
 
 Agrees = Callable[[PretrainedConfig], bool]
@@ -41,14 +45,39 @@ def reload_check(model: PreTrainedModel, inputs: Mapping[str, Any], dense: Calla
 def _loads_the_same(
     model: PreTrainedModel, config: PretrainedConfig, inputs: Mapping[str, Any], expected: list[Tensor]
 ) -> bool:
+    stored = copy.deepcopy(config)
+    stored.architectures = [type(model).__name__]  # as saving does
+    kernels = {"attn_implementation": config._attn_implementation, "experts_implementation": _experts(config)}
     try:
-        loaded: Any = type(model).from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=model.state_dict(), dtype=model.dtype
-        )
+        with _silent():
+            loaded: Any = type(model).from_pretrained(
+                None, config=stored, state_dict=model.state_dict(), dtype=model.dtype, **kernels
+            )
         actual = run(in_full_precision(loaded.to(model.device)), inputs)
-    except (*FORWARD_ERRORS, OSError, ImportError):
+    except (*FORWARD_ERRORS, OSError, ImportError, CompressionError):
         return False
     if len(actual) != len(expected):
         return False
     allowed = TOLERANCES.get(model.dtype, 1e-5)
     return all(relative_error(a, b) <= allowed for a, b in zip(expected, actual, strict=True))
+
+
+def _experts(config: PretrainedConfig) -> str | None:
+    """Return how experts are computed, which configs do not store."""
+    found: str | None = getattr(config, "_experts_implementation", None)
+    return found
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers from reporting on models that are only tried."""
+    transformers: Any = logging
+    verbosity, bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    transformers.set_verbosity(CRITICAL)
+    transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.set_verbosity(verbosity)
+        if bars:
+            transformers.enable_progress_bar()

@@ -58,7 +58,8 @@ def record_reference(masked: PreTrainedModel, example_inputs: Mapping[str, Any] 
     if not comparable(outputs):
         raise ShrinkError(
             f"{type(masked).__name__}: all outputs are zero or none is finite, so there is nothing to verify the "
-            "result with. Are weights NaN or zero? Pass example_inputs that give other outputs, or verify=False."
+            "result with. Are weights NaN or zero? Pass example_inputs that give other outputs, or verify=False. The "
+            "original model is untouched."
         )
     return Reference(inputs, outputs)
 

@@ -168,3 +168,13 @@ def test_a_model_cast_in_memory_stays_stock(dtype) -> None:
     model = small(ZOO["llama"]().to(dtype), "ffn", uniform=True)
     assert getattr(model.config, "quantization_config", None) is None
     assert model.config.intermediate_size == model.model.layers[0].mlp.up_proj.out_features
+
+
+def test_a_new_head_on_fewer_heads_keeps_the_channels_of_each(tmp_path) -> None:
+    """Query rows are heads times channels; norms over the channels of one head stay whole."""
+    model = small(ZOO["qwen3"](), "heads", "hidden")
+    model.save_pretrained(tmp_path)
+    again = transformers.Qwen3ForSequenceClassification.from_pretrained(tmp_path)
+    assert again.score.in_features == model.lm_head.in_features < ZOO["qwen3"].sizes["hidden_size"]
+    ours = model.model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.model.state_dict().items())
