@@ -1,5 +1,7 @@
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from hf_compress.callbacks import state
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE, Section, check_config, read_state, write_state
 from hf_compress.errors import TrainingError
+
+TRAINERS_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 SECTIONS = {
     "pruning": Section(
@@ -26,6 +30,8 @@ def folder(tmp_path: Path) -> Path:
     checkpoint = tmp_path / "checkpoint-7"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(os.urandom(3 * state._BLOCK + 5))
+    for name in TRAINERS_FILES[1:-1]:
+        (checkpoint / name).write_bytes(os.urandom(20))
     (checkpoint / "trainer_state.json").write_text('{"global_step": 7}')
     return checkpoint
 
@@ -40,9 +46,7 @@ def test_everything_comes_back(folder: Path) -> None:
         assert torch.equal(sections["pruning"].tensors[name], tensor)
         assert sections["pruning"].tensors[name].dtype == tensor.dtype
     assert sections["distillation"].tensors == {}
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [JSON_FILE, TENSOR_FILE, "model.safetensors", "trainer_state.json"]
-    )
+    assert {path.name for path in folder.iterdir()} == {JSON_FILE, TENSOR_FILE, *TRAINERS_FILES}
 
 
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
@@ -92,7 +96,7 @@ def test_a_damaged_checkpoint_is_refused(folder: Path, name: str) -> None:
 
 def test_the_error_names_the_checkpoints_that_are_complete(folder: Path) -> None:
     earlier = folder.with_name("checkpoint-5")
-    earlier.mkdir()
+    shutil.copytree(folder, earlier)
     write_state(earlier, 5, SECTIONS)
     with pytest.raises(TrainingError, match=r"complete checkpoint \(checkpoint-5\)"):
         read_state(folder, 7)
