@@ -5,20 +5,28 @@ Usage: hub_checkpoints.py FOLDER, with HF_ENDPOINT set. Writes FOLDER/outcomes.j
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from resumable import AtSave, CutAfterSave, PowerCutError, callbacks_of, results_of, trainer_of
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 SAVE_STEPS = 3
 
 
+class Dawdle(TrainerCallback):
+    """Gives the upload, which runs in a thread, time to be there before the callbacks after this one."""
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.5)
+
+
 def pushing(folder: Path, strategy: str) -> Trainer:
     return trainer_of(
-        callbacks_of("all"),
+        [Dawdle(), *callbacks_of("all")],
         folder / strategy,
         push_to_hub=True,
         hub_strategy=strategy,
