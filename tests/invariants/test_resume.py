@@ -30,8 +30,13 @@ from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE
 
 LAST = f"checkpoint-{NUM_STEPS}"
 
-KILL_POINTS = [3, STEPS_PER_EPOCH, 7]
-"""In the middle of an epoch while pruning, at its end, and just before the last change of the masks."""
+MID_EPOCH = 3
+"""In the middle of an epoch, after the first change of the masks, when quantization is about to begin."""
+
+QUICK = [*((method, MID_EPOCH) for method in METHODS), ("all", STEPS_PER_EPOCH), ("all", 7)]
+"""All together also at the end of an epoch, and just before the last change of the masks."""
+
+OTHERS = [(method, step) for method in METHODS for step in range(1, NUM_STEPS) if (method, step) not in QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +64,13 @@ def check_resumed(straight, method, kill_at, folder) -> None:
     assert_same(tensors_of(folder / LAST), tensors_of(output / LAST))
 
 
-@pytest.mark.parametrize("kill_at", KILL_POINTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kill_at"), QUICK)
 def test_resumed_equals_straight(straight, tmp_path, method, kill_at) -> None:
     check_resumed(straight, method, kill_at, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", sorted({*range(1, NUM_STEPS)} - {*KILL_POINTS}))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kill_at"), OTHERS)
 def test_resumed_equals_straight_at_every_other_step(straight, tmp_path, method, kill_at) -> None:
     check_resumed(straight, method, kill_at, tmp_path)
 
