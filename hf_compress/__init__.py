@@ -11,6 +11,7 @@ import transformers
 from hf_compress.callbacks.distillation import DistillationCallback
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.quantization import QuantizationCallback
+from hf_compress.callbacks.state import last_complete_checkpoint
 from hf_compress.config import DistillationConfig, PruningConfig, QuantizationConfig, Recipe
 from hf_compress.errors import (
     CompressionError,
@@ -67,6 +68,7 @@ __all__ = [
     "compare",
     "dimension_groups",
     "export_quantized",
+    "last_complete_checkpoint",
     "make_example_inputs",
     "make_labels",
     "op_rule",

@@ -6,7 +6,7 @@ variables of the functions that call them.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,10 +52,26 @@ def resumed_checkpoint(trainer: Trainer) -> Path:
     )
 
 
-def pushed_checkpoint(trainer: Trainer) -> Path | None:
-    """Return the checkpoint folder being uploaded, or None where the final model is."""
-    folder = _trainer_local(trainer, "checkpoint_folder")
-    return Path(folder) if folder is not None and Path(folder).is_dir() else None
+def when_saved(trainer: Trainer, write: Callable[[Path], None]) -> None:
+    """Have ``write`` called with each checkpoint folder once the Trainer has written its last file there.
+
+    Events come too late: the Trainer uploads the checkpoint and deletes older ones, perhaps the last that are
+    complete, before ``on_save``.
+    """
+    state, save = trainer.state, type(trainer.state).save_to_json
+
+    def save_to_json(json_path: str) -> None:
+        save(state, json_path)
+        folder = Path(json_path).parent
+        if folder == run_directory(trainer) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}":
+            write(folder)
+
+    vars(state)["save_to_json"] = save_to_json
+
+
+def no_longer_when_saved(trainer: Trainer) -> None:
+    """Undo ``when_saved``."""
+    vars(trainer.state).pop("save_to_json", None)
 
 
 def plain_model(model: nn.Module, who: str = "the Trainer's model") -> PreTrainedModel:

@@ -3,8 +3,9 @@
 A subclass says what to install and what to store; when, is decided here.
 """
 
+import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,12 +25,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_compress.callbacks.access import (
     calling_trainer,
+    no_longer_when_saved,
     plain_model,
-    pushed_checkpoint,
     resumed_checkpoint,
     run_directory,
+    when_saved,
 )
-from hf_compress.callbacks.state import Section, check_config, read_state, write_state
+from hf_compress.callbacks.state import Section, check_config, check_resumable, read_state, write_state
 from hf_compress.config import Config
 from hf_compress.errors import TrainingError
 
@@ -125,23 +127,33 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
             self._run = run
             extend_log(trainer)
+            when_saved(trainer, functools.partial(_write_early, trainer))
             self._start(run)
             if state.global_step > 0:
-                self._read(resumed_checkpoint(trainer), state.global_step)
+                folder = resumed_checkpoint(trainer)
+                self._read(folder, state.global_step)
+                check_resumable(folder)
         except BaseException:
             _take_all_off(trainer)
             raise
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the state of all compression callbacks to the checkpoint just written."""
-        self._write(args, state)
+        """Add the state of all compression callbacks to the checkpoint, now that no rank writes to it any more.
 
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Do what ``on_save`` does, before the checkpoint is uploaded."""
-        if self._run is not None and pushed_checkpoint(self._run.trainer) is not None:
-            self._write(args, state)
+        Raises:
+            TrainingError: If the checkpoint is not where the Trainer saves by itself.
+        """
+        if self._run is None or _running(self._run.trainer)[0] is not self:
+            return
+        self._run.trainer.accelerator.wait_for_everyone()
+        folder = self._run_directory / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and not folder.is_dir():
+            raise TrainingError(
+                f"{folder}: the Trainer saved a checkpoint elsewhere, so the compression state cannot be added to it. "
+                "Do not override Trainer._save_checkpoint to use another folder."
+            )
+        if args.should_save:
+            _write(self._run.trainer, folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,14 +177,14 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             _take_all_off(run.trainer)
             raise
         self._run = None
-        restore_log(run.trainer)
+        _restore_trainer(run.trainer)
 
     def _take_off(self) -> None:
         """Leave a run that failed."""
         run, self._run = self._run, None
         if run is not None:
             self._remove()
-            restore_log(run.trainer)
+            _restore_trainer(run.trainer)
 
     def _find_trainer(self) -> Trainer:
         known = self._trainer() if self._trainer is not None else None
@@ -191,21 +203,6 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 f"the Trainer has two callbacks for {self.section}; allowed: one {type(self).__name__} per Trainer. "
                 f"Remove one with trainer.remove_callback({type(self).__name__})."
             )
-
-    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Write the state of all running compression callbacks, if this is the first of them."""
-        if self._run is None or not args.should_save:
-            return
-        running = _running(self._run.trainer)
-        if running[0] is not self:
-            return
-        folder = self._run_directory / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if not folder.is_dir():
-            raise TrainingError(
-                f"{folder}: the Trainer saved a checkpoint elsewhere, so the compression state cannot be added to it. "
-                "Do not override Trainer._save_checkpoint to use another folder."
-            )
-        write_state(folder, state.global_step, {other.section: other._stored() for other in running})
 
     def _stored(self) -> Section:
         tensors, facts = self._state()
@@ -290,9 +287,9 @@ def extend_log(trainer: Trainer) -> None:
 
 
 def restore_log(trainer: Trainer) -> None:
-    """Undo ``extend_log`` once no callback is running any more."""
+    """Undo ``extend_log``."""
     log = vars(trainer).get("log")
-    if isinstance(log, _TrainingLog) and not _running(trainer):
+    if isinstance(log, _TrainingLog):
         if log.was_on_instance:
             setattr(trainer, "log", log.original)  # noqa: B010
         else:
@@ -326,6 +323,25 @@ def _compression_callbacks(trainer: Trainer) -> list[CompressionCallback]:
 
 def _running(trainer: Trainer) -> list[CompressionCallback]:
     return [callback for callback in _compression_callbacks(trainer) if callback._run is not None]
+
+
+def _restore_trainer(trainer: Trainer) -> None:
+    """Give the Trainer its own methods back once no callback is running any more."""
+    if not _running(trainer):
+        restore_log(trainer)
+        no_longer_when_saved(trainer)
+
+
+def _write_early(trainer: Trainer, folder: Path) -> None:
+    """Write the state while other ranks may still be saving; ``on_save`` writes it again."""
+    args = trainer.args
+    others = {f"rng_state_{rank}.pth" for rank in range(args.world_size) if rank != args.process_index}
+    _write(trainer, folder, others)
+
+
+def _write(trainer: Trainer, folder: Path, unfinished: Collection[str] = ()) -> None:
+    sections = {callback.section: callback._stored() for callback in _running(trainer)}
+    write_state(folder, trainer.state.global_step, sections, unfinished)
 
 
 def _take_all_off(trainer: Trainer) -> None:

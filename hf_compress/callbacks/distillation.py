@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_compress.callbacks.access import plain_model
 from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
-from hf_compress.callbacks.teacher import check_teacher, frozen, load_teacher, logits_of, teacher_logits
+from hf_compress.callbacks.teacher import check_teacher, digest, frozen, load_teacher, logits_of, teacher_logits
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.losses import DistillationLoss
 from hf_compress.distillation.positions import select_positions
@@ -56,11 +56,13 @@ class DistillationCallback(CompressionCallback):
         self.teacher = teacher
         self._installed = ExitStack()
         self._mixer: _Mixer | None = None
+        self._teacher_digest = ""
 
     def _start(self, run: Run) -> None:
         teacher = self._ready_teacher(run)
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen(teacher))
+        self._teacher_digest = digest(plain_model(teacher))
         mixer = self._mixer = _Mixer(self.config, teacher, run)
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
         model: Any = trainer.model
@@ -94,6 +96,16 @@ class DistillationCallback(CompressionCallback):
 
     def _metrics(self) -> Mapping[str, float]:
         return self._mixer.averages() if self._mixer is not None else {}
+
+    def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        return {}, {"teacher": self._teacher_digest}
+
+    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        if facts.get("teacher") != self._teacher_digest:
+            raise TrainingError(
+                "DistillationCallback: the checkpoint's run had another teacher, or the same in another dtype. Resume "
+                "with that teacher, or start a new run from the checkpoint's weights."
+            )
 
     def _ready_teacher(self, run: Run) -> nn.Module:
         """Return the teacher, checked, on the training device."""

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.callbacks.access import refuse_prompts
 from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
+from hf_compress.callbacks.state import check_moments
 from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups
@@ -221,9 +222,10 @@ class PruningCallback(CompressionCallback):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"mask.{name}": mask for name, mask in self._masks.items()}
         tensors |= {f"score.{name}": score for name, score in self._scores.items()}
-        return tensors, {}
+        return tensors, {"window": list(self._window)}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        check_moments("PruningCallback", "pruning", facts.get("window"), list(self._window))
         expected = {f"{kind}.{name}" for name in self._masks for kind in ("mask", "score")}
         if expected != set(tensors):
             different = sorted(expected ^ set(tensors))

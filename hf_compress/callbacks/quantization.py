@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.state import check_moments
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.fake_quantize import (
@@ -93,9 +94,10 @@ class QuantizationCallback(CompressionCallback):
             self._installed = False
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        return {}, {"trained": self._trained, "modules": list(self._linears)}
+        return {}, {"trained": self._trained, "modules": list(self._linears), "begin": [self._begin]}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        check_moments("QuantizationCallback", "quantization", facts.get("begin"), [self._begin])
         if facts["modules"] != list(self._linears):
             different = sorted({*facts["modules"]} ^ {*self._linears})
             raise TrainingError(

@@ -8,12 +8,15 @@ is written last, so a process killed at any moment leaves either a complete stat
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -25,6 +28,10 @@ JSON_FILE = "hf_compress_state.json"
 
 _BLOCK = 1 << 16
 _MAX_BLOCKS = 256
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_READ_ON_RESUME = {".safetensors", ".bin", ".pt", ".pth", ".distcp"}
+"""Suffixes of the weights, optimizer, scheduler, scaler and random states that a resumed run reads."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,16 @@ class Section:
     """Anything JSON can hold."""
 
 
-def write_state(folder: Path, global_step: int, sections: Mapping[str, Section]) -> None:
+def write_state(
+    folder: Path, global_step: int, sections: Mapping[str, Section], unfinished: Collection[str] = ()
+) -> None:
     """Add the state to a checkpoint whose other files are written already.
 
     Args:
         folder: The checkpoint folder.
         global_step: Optimizer steps done so far.
         sections: Section name -> what to store.
+        unfinished: Names of files that other processes may still be writing; they get no digest.
     """
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
@@ -64,7 +74,7 @@ def write_state(folder: Path, global_step: int, sections: Mapping[str, Section])
             for name, section in sections.items()
         },
         "sha256": hashlib.sha256(payload).hexdigest(),
-        "checkpoint": _fingerprints(folder),
+        "checkpoint": {name: digest for name, digest in _fingerprints(folder) if name not in unfinished},
     }
     _write_atomically(folder / JSON_FILE, json.dumps(document, indent=2).encode())
 
@@ -83,32 +93,61 @@ def read_state(folder: Path, global_step: int | None = None) -> dict[str, Sectio
         TrainingError: If the state is missing, damaged, of another version or step, or belongs to a checkpoint
             with other contents than the folder has now.
     """
-    document, payload = _read_files(folder)
-    if document.get("schema_version") != SCHEMA_VERSION:
-        raise TrainingError(
-            f"{folder / JSON_FILE}: schema_version is {document.get('schema_version')!r}; this version of "
-            f"hf-compress reads {SCHEMA_VERSION}. Resume with the version that wrote it."
-        )
-    if global_step is not None and document.get("global_step") != global_step:
-        raise TrainingError(
-            f"{folder / JSON_FILE}: written at step {document.get('global_step')!r}, but training resumes at step "
-            f"{global_step}. {_remedy(folder)}"
-        )
-    if document.get("sha256") != hashlib.sha256(payload).hexdigest():
-        raise TrainingError(f"{folder / TENSOR_FILE}: its sha256 is not the one in {JSON_FILE}. {_remedy(folder)}")
-    tensors = safetensors.torch.load(payload)
     try:
-        _check_fingerprints(folder, document["checkpoint"])
-        return {
-            name: Section(
-                config=section["config"],
-                tensors={key: tensors[f"{name}.{key}"] for key in section["tensors"]},
-                facts=section["facts"],
-            )
-            for name, section in document["sections"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{folder / JSON_FILE}: incomplete ({error!r}). {_remedy(folder)}") from error
+        return _read_state(folder, global_step)
+    except TrainingError as error:
+        raise TrainingError(f"{error} {_remedy(folder)}") from error.__cause__
+
+
+def check_moments(who: str, what: str, stored: Any, current: list[int]) -> None:
+    """Check that fractions of the run are the same steps as when the checkpoint was written.
+
+    Raises:
+        TrainingError: If not, as when the number of steps was changed.
+    """
+    if stored != current:
+        raise TrainingError(
+            f"{who}: {what} begins and ends at steps {stored} in the checkpoint, {current} now: fractions of a run "
+            "whose number of steps changed. Resume with the same max_steps or num_train_epochs, batch size and number "
+            "of processes, or start a new run from the checkpoint's weights; moments given in steps (int) stay."
+        )
+
+
+def check_resumable(folder: Path) -> None:
+    """Check that a checkpoint holds what the Trainer needs besides weights; it would go on without, in silence.
+
+    Raises:
+        TrainingError: If it has no optimizer.
+    """
+    if not any(folder.glob("optimizer*")):
+        raise TrainingError(
+            f"{folder}: holds no optimizer state, as with save_only_model=True, so the run cannot go on where it was. "
+            "Train with save_only_model=False to resume, or start a new run from the checkpoint's weights."
+        )
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint that a run with compression callbacks can resume from.
+
+    A process killed while it saves leaves a checkpoint that cannot be resumed from, and Transformers would choose it
+    as the newest. This passes it over::
+
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+
+    Nothing is changed or deleted. A checkpoint that is passed over draws a warning.
+
+    Args:
+        output_dir: ``TrainingArguments.output_dir``; it need not exist.
+
+    Returns:
+        The checkpoint's folder, or None if there is none, which makes ``train`` start from the beginning.
+    """
+    for folder in _checkpoints(Path(output_dir)):
+        reason = _why_not_resumable(folder)
+        if reason is None:
+            return str(folder)
+        warnings.warn(f"{folder} is passed over: {reason}", stacklevel=2)
+    return None
 
 
 def check_config(folder: Path, section: str, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -130,6 +169,56 @@ def check_config(folder: Path, section: str, stored: Mapping[str, Any], current:
         )
 
 
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders that are called like checkpoints, newest first."""
+    try:
+        steps = {path: _CHECKPOINT.fullmatch(path.name) for path in output_dir.iterdir() if path.is_dir()}
+    except OSError:
+        return []
+    found = {path: int(match[1]) for path, match in steps.items() if match}
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def _why_not_resumable(folder: Path) -> str | None:
+    step = _CHECKPOINT.fullmatch(folder.name)
+    try:
+        _read_state(folder, int(step[1]) if step else None)
+        check_resumable(folder)
+    except (TrainingError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _read_state(folder: Path, global_step: int | None) -> dict[str, Section]:
+    """Do the work of ``read_state``, whose errors add what else there is to resume from."""
+    document, payload = _read_files(folder)
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise TrainingError(
+            f"{folder / JSON_FILE}: schema_version is {document.get('schema_version')!r}; this version of "
+            f"hf-compress reads {SCHEMA_VERSION}. Resume with the version that wrote it."
+        )
+    if global_step is not None and document.get("global_step") != global_step:
+        raise TrainingError(
+            f"{folder / JSON_FILE}: written at step {document.get('global_step')!r}, but training resumes at step "
+            f"{global_step}."
+        )
+    if document.get("sha256") != hashlib.sha256(payload).hexdigest():
+        raise TrainingError(f"{folder / TENSOR_FILE}: its sha256 is not the one in {JSON_FILE}.")
+    try:
+        _check_fingerprints(folder, document["checkpoint"])
+        tensors = safetensors.torch.load(payload)
+        return {
+            name: Section(
+                config=section["config"],
+                tensors={key: tensors[f"{name}.{key}"] for key in section["tensors"]},
+                facts=section["facts"],
+            )
+            for name, section in document["sections"].items()
+        }
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise TrainingError(f"{folder / JSON_FILE}: incomplete ({error!r}).") from error
+
+
 def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
     try:
         document = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
@@ -137,24 +226,29 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
     except FileNotFoundError as error:
         raise TrainingError(
             f"{folder}: no {Path(error.filename).name}. The checkpoint was made without compression callbacks, or "
-            f"the process died while writing it. {_remedy(folder)}"
+            "the process died while writing it."
         ) from error
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder / JSON_FILE}: cannot be read: {error}. {_remedy(folder)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{folder / JSON_FILE}: cannot be read: {error}.") from error
     if not isinstance(document, dict):
-        raise TrainingError(f"{folder / JSON_FILE}: not a JSON object. {_remedy(folder)}")
+        raise TrainingError(f"{folder / JSON_FILE}: not a JSON object.")
     return document, payload
 
 
 def _remedy(folder: Path) -> str:
-    others = sorted(path.parent.name for path in folder.parent.glob(f"checkpoint-*/{JSON_FILE}"))
-    complete = ", ".join(name for name in others if name != folder.name)
-    found = f"resume from a complete checkpoint ({complete})" if complete else "no other checkpoint there is complete"
-    return f"What to do: {found}, or start a new run."
+    others = [path for path in _checkpoints(folder.parent) if path.name != folder.name]
+    complete = ", ".join(path.name for path in others if _why_not_resumable(path) is None)
+    if not complete:
+        return "What to do: start a new run; no other checkpoint there is complete."
+    return (
+        f"What to do: resume from a complete checkpoint ({complete}), such as "
+        "resume_from_checkpoint=hf_compress.last_complete_checkpoint(output_dir), or start a new run."
+    )
 
 
 def _write_atomically(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same name: what a killed process left of it is overwritten and renamed, and never uploaded.
+    temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(payload)
         file.flush()
@@ -162,20 +256,34 @@ def _write_atomically(path: Path, payload: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _fingerprints(folder: Path) -> dict[str, str]:
-    """Digests of the checkpoint's own files: a rerun killed while overwriting the folder must not fit old state."""
-    names = {TRAINER_STATE_NAME, *(path.name for path in folder.glob("*.safetensors"))} - {TENSOR_FILE}
-    return {name: _fingerprint(folder / name) for name in sorted(names) if (folder / name).is_file()}
+def _fingerprints(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield names and digests of the files that a resumed run reads.
+
+    A rerun killed while overwriting the folder must not fit the old state, nor an old optimizer new weights.
+    """
+    for path in sorted(folder.rglob("*")):
+        if _is_read_on_resume(path) and path.name != TENSOR_FILE and path.is_file():
+            yield path.relative_to(folder).as_posix(), _fingerprint(path)
+
+
+def _is_read_on_resume(path: Path) -> bool:
+    special = path.name in (TRAINER_STATE_NAME, ".metadata") or path.name.endswith(".index.json")
+    return special or path.suffix in _READ_ON_RESUME
 
 
 def _check_fingerprints(folder: Path, stored: Mapping[str, str]) -> None:
-    present = _fingerprints(folder)
+    try:
+        present = dict(_fingerprints(folder))
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be read: {error}.") from error
     changed = sorted(name for name, digest in stored.items() if present.get(name) != digest)
     if changed:
         raise TrainingError(
             f"{folder}: {', '.join(changed)} changed after {JSON_FILE} was written, as when another run is killed "
-            f"while it overwrites the folder. {_remedy(folder)}"
+            "while it overwrites the folder."
         )
+    if TRAINER_STATE_NAME not in stored:
+        raise TrainingError(f"{folder / JSON_FILE}: incomplete (no digest of {TRAINER_STATE_NAME}).")
 
 
 def _fingerprint(path: Path) -> str:

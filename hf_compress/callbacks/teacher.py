@@ -1,5 +1,6 @@
 """Where a teacher comes from, whether it can teach this student, and how it is called."""
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from transformers.utils.hub import cached_file
 
 from hf_compress.callbacks.access import plain_model
 from hf_compress.errors import TrainingError
+
+_DIGEST_VALUES = 64
 
 
 def load_teacher(name: str, student: PreTrainedModel) -> PreTrainedModel:
@@ -88,6 +91,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+def digest(model: nn.Module) -> str:
+    """Return a digest that tells models apart by the names, shapes, dtypes and some values of their parameters."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.data
+        if type(values) is Tensor and not values.is_meta:  # others are offloaded, sharded or packed
+            found.update(values.reshape(-1)[:_DIGEST_VALUES].cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def teacher_logits(teacher: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -1,5 +1,8 @@
+import hashlib
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,18 @@ import pytest
 import torch
 
 from hf_compress.callbacks import state
-from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE, Section, check_config, read_state, write_state
+from hf_compress.callbacks.state import (
+    JSON_FILE,
+    TENSOR_FILE,
+    Section,
+    check_config,
+    last_complete_checkpoint,
+    read_state,
+    write_state,
+)
 from hf_compress.errors import TrainingError
+
+TRAINERS_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 SECTIONS = {
     "pruning": Section(
@@ -26,6 +39,8 @@ def folder(tmp_path: Path) -> Path:
     checkpoint = tmp_path / "checkpoint-7"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(os.urandom(3 * state._BLOCK + 5))
+    for name in TRAINERS_FILES[1:-1]:
+        (checkpoint / name).write_bytes(os.urandom(20))
     (checkpoint / "trainer_state.json").write_text('{"global_step": 7}')
     return checkpoint
 
@@ -40,9 +55,7 @@ def test_everything_comes_back(folder: Path) -> None:
         assert torch.equal(sections["pruning"].tensors[name], tensor)
         assert sections["pruning"].tensors[name].dtype == tensor.dtype
     assert sections["distillation"].tensors == {}
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [JSON_FILE, TENSOR_FILE, "model.safetensors", "trainer_state.json"]
-    )
+    assert {path.name for path in folder.iterdir()} == {JSON_FILE, TENSOR_FILE, *TRAINERS_FILES}
 
 
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
@@ -92,7 +105,7 @@ def test_a_damaged_checkpoint_is_refused(folder: Path, name: str) -> None:
 
 def test_the_error_names_the_checkpoints_that_are_complete(folder: Path) -> None:
     earlier = folder.with_name("checkpoint-5")
-    earlier.mkdir()
+    shutil.copytree(folder, earlier)
     write_state(earlier, 5, SECTIONS)
     with pytest.raises(TrainingError, match=r"complete checkpoint \(checkpoint-5\)"):
         read_state(folder, 7)
@@ -135,3 +148,112 @@ def test_a_changed_config_is_listed_field_by_field(folder: Path) -> None:
     check_config(folder, "distillation", stored, {"alpha": 0.9, "exclude": ("a",), "loss": "kl"})
     with pytest.raises(TrainingError, match=r"alpha: 0\.9 in the checkpoint, 0\.5 now; new: None .* True now"):
         check_config(folder, "distillation", stored, {"alpha": 0.5, "exclude": ("a",), "loss": "kl", "new": True})
+
+
+def test_the_newest_complete_checkpoint_is_found(folder: Path) -> None:
+    write_state(folder, 7, SECTIONS)
+    older = folder.with_name("checkpoint-5")
+    shutil.copytree(folder, older)
+    write_state(older, 5, SECTIONS)
+    for number in range(10, 13):  # newer by number, not by name
+        folder.with_name(f"checkpoint-{number}").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert last_complete_checkpoint(folder.parent) == str(folder)
+    assert [str(each.message).split()[0] for each in caught] == [
+        str(folder.with_name(f"checkpoint-{number}")) for number in (12, 11, 10)
+    ]
+
+
+@pytest.mark.parametrize("name", TRAINERS_FILES)
+@pytest.mark.parametrize("how", ["cut off", "empty", "gone", "another"])
+def test_a_checkpoint_with_a_damaged_file_of_the_trainer_is_passed_over(folder: Path, name: str, how: str) -> None:
+    write_state(folder, 7, SECTIONS)
+    path = folder / name
+    {
+        "cut off": lambda: path.write_bytes(path.read_bytes()[:-1]),
+        "empty": lambda: path.write_bytes(b""),
+        "gone": path.unlink,
+        "another": lambda: flip_last_byte(path),
+    }[how]()
+    with pytest.warns(UserWarning, match=f"checkpoint-7 is passed over: .*{name} changed"):
+        assert last_complete_checkpoint(folder.parent) is None
+    with pytest.raises(TrainingError, match=f"{name} changed after"):
+        read_state(folder, 7)
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+GARBAGE = {
+    "a folder for the JSON file": lambda folder: make_folder(folder / JSON_FILE),
+    "a folder for the tensor file": lambda folder: make_folder(folder / TENSOR_FILE),
+    "a folder for the weights": lambda folder: make_folder(folder / "model.safetensors"),
+    "bytes that are no text": lambda folder: (folder / JSON_FILE).write_bytes(b"\xff\xfe\x00"),
+    "brackets without end": lambda folder: (folder / JSON_FILE).write_text("[" * 100_000),
+    "a number": lambda folder: (folder / JSON_FILE).write_text("1"),
+    "sections that are none": lambda folder: edit_json(folder, "sections", {"pruning": 3}),
+    "digests that are none": lambda folder: edit_json(folder, "checkpoint", {}),
+    "another folder's state": lambda folder: edit_json(folder, "global_step", 8),
+    "a tensor file of another kind": lambda folder: (
+        (folder / TENSOR_FILE).write_bytes(b"xyz"),
+        edit_json(folder, "sha256", hashlib.sha256(b"xyz").hexdigest()),
+    ),
+    "all of it gone": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_passed_over(folder: Path, name: str) -> None:
+    write_state(folder, 7, SECTIONS)
+    GARBAGE[name](folder)
+    with pytest.warns(UserWarning, match="checkpoint-7 is passed over"):
+        assert last_complete_checkpoint(folder.parent) is None
+    with pytest.raises(TrainingError, match=r"hf_compress_state|model\.safetensors"):
+        read_state(folder, 7)
+
+
+def test_nothing_to_resume_from_is_none(tmp_path: Path) -> None:
+    for name in ("checkpoint-x", "checkpoint-", "my-checkpoint-3", "checkpoint-4-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9").write_text("a file")
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(str(tmp_path / "missing")) is None
+    assert last_complete_checkpoint(tmp_path / "checkpoint-9") is None
+
+
+def test_what_a_killed_process_left_behind_is_used_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_state(folder, 7, SECTIONS)
+    assert {path.name for path in folder.iterdir()} - {*TRAINERS_FILES} == {f".{TENSOR_FILE}.tmp"}
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    write_state(folder, 7, SECTIONS)
+    assert {path.name for path in folder.iterdir()} == {JSON_FILE, TENSOR_FILE, *TRAINERS_FILES}
+
+
+def test_files_that_other_ranks_still_write_are_not_covered(folder: Path) -> None:
+    (folder / "rng_state_1.pth").write_bytes(b"half")
+    write_state(folder, 7, SECTIONS, {"rng_state_1.pth"})
+    (folder / "rng_state_1.pth").write_bytes(b"half and half")
+    read_state(folder, 7)
+    write_state(folder, 7, SECTIONS)
+    (folder / "rng_state_1.pth").write_bytes(b"half")
+    with pytest.raises(TrainingError, match=r"rng_state_1\.pth changed"):
+        read_state(folder, 7)
+
+
+def test_shards_in_folders_are_covered(folder: Path) -> None:
+    shard = folder / "optimizer_0" / "__0_0.distcp"
+    shard.parent.mkdir()
+    shard.write_bytes(b"rank 0")
+    write_state(folder, 7, SECTIONS)
+    shard.write_bytes(b"rank 1")
+    with pytest.raises(TrainingError, match=r"optimizer_0/__0_0\.distcp changed"):
+        read_state(folder, 7)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_compress.callbacks.state import read_state
+from hf_compress.callbacks.state import JSON_FILE, read_state
 
 
 @pytest.mark.multiprocess
@@ -30,4 +31,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for kind in ("bert", "llama"):
-        assert list(read_state(tmp_path / kind / "checkpoint-1", 1)) == ["distillation"]
+        folder = tmp_path / kind / "checkpoint-1"
+        assert list(read_state(folder, 1)) == ["distillation"]
+        covered = json.loads((folder / JSON_FILE).read_text())["checkpoint"]
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(covered)

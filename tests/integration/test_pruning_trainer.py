@@ -143,33 +143,6 @@ def test_logs_show_the_sparsity(train) -> None:
     assert values[0] == 0.0 and values[-1] == 0.75
 
 
-def test_checkpoints_hold_the_plain_models_keys(train, tmp_path) -> None:
-    """Law 4."""
-    from safetensors import safe_open
-
-    trainer, _ = train(config(), save_strategy="steps", save_steps=4)
-    with safe_open(tmp_path / "run" / "checkpoint-4" / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == set(trainer.model.state_dict())
-
-
-@pytest.mark.parametrize("kill_at", [2, 3, 5, 7])
-@pytest.mark.parametrize("criterion", ["taylor", "l2"])
-def test_resumed_equals_straight(tiny_bert, classification_data, make_trainer, tmp_path, kill_at, criterion) -> None:
-    """Law 5: dropout on, before, within and after the pruning window."""
-    data = classification_data(32)
-
-    def trainer_with(callback):
-        return make_trainer(tiny_bert(), data, [callback], max_steps=8, save_strategy="steps", save_steps=1)
-
-    straight, callback = trainer_with(first := PruningCallback(config(criterion=criterion))), first
-    straight.train()
-    resumed = trainer_with(second := PruningCallback(config(criterion=criterion)))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{kill_at}"))
-    for (name, a), b in zip(straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert all(torch.equal(mask, second.masks()[name]) for name, mask in callback.masks().items())
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

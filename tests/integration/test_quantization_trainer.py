@@ -141,26 +141,6 @@ def test_the_best_checkpoint_after_the_start_is_fine(tiny_bert, classification_d
     assert fake_quantized_modules(trainer.model)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_resumed_equals_straight(step, tiny_bert, classification_data, make_trainer, tmp_path) -> None:
-    data, options = classification_data(16), {"save_strategy": "steps", "save_steps": 1}
-    straight = make_trainer(tiny_bert(), data, [callback(begin=2)], **options)
-    straight.train()
-    recorder = Recorder()
-    resumed = make_trainer(tiny_bert(seed=5), data, [callback(begin=2), recorder], **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
-    assert recorder.quantized == [False, False, True, True][step:]
-    assert equal(straight.model.state_dict(), resumed.model.state_dict())
-
-
-def test_resuming_with_other_layers_raises(tiny_bert, classification_data, make_trainer, tmp_path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(tiny_bert(), classification_data(), [callback()], **options).train()
-    trainer = make_trainer(tiny_bert(), classification_data(), [callback(exclude=("pooler",))], **options)
-    with pytest.raises(TrainingError, match="quantization config differs"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-
-
 def test_training_again_starts_afresh(tiny_bert, classification_data, make_trainer) -> None:
     recorder = Recorder()
     trainer = make_trainer(tiny_bert(), classification_data(), [callback(begin=2), recorder])

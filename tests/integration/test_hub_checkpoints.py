@@ -1,0 +1,75 @@
+"""Checkpoints pushed to the Hub while training, and runs that go on from them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_hub import fake_hub
+
+from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE, read_state
+
+PROGRAM = Path(__file__).with_name("hub_checkpoints.py")
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """(the folder of the program, repository -> commits)."""
+    folder = tmp_path_factory.mktemp("hub")
+    paths = os.pathsep.join([str(PROGRAM.parents[2]), str(PROGRAM.parents[1])])
+    with fake_hub() as hub:
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), str(folder)],
+            env={**os.environ, **hub.environment(folder / "home"), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder, hub.commits
+
+
+STATE = {JSON_FILE, TENSOR_FILE}
+
+
+def names_in(files, folder) -> set[str]:
+    return {path.removeprefix(folder) for path in files if path.startswith(folder)}
+
+
+def test_every_pushed_checkpoint_holds_its_state(pushed, tmp_path) -> None:
+    """In each commit, not only in the last: the upload runs beside the training."""
+    _, commits = pushed
+    for repo, folders in (
+        ("checkpoint", {"last-checkpoint/": 2}),
+        ("all_checkpoints", {"checkpoint-3/": 2, "checkpoint-6/": 1}),
+    ):
+        for folder, at_least in folders.items():
+            with_it = [files for _, files in commits[f"tester/{repo}"] if names_in(files, folder)]
+            assert len(with_it) >= at_least
+            for number, files in enumerate(with_it):
+                copy = tmp_path / repo / folder / str(number)
+                copy.mkdir(parents=True)
+                for name in names_in(files, folder):
+                    (copy / name).write_bytes(files[folder + name])
+                assert {"model.safetensors", "optimizer.pt", "trainer_state.json", *STATE} <= names_in(files, folder)
+                assert set(read_state(copy)) == {"pruning", "distillation", "quantization"}
+
+
+def test_a_pushed_model_is_a_plain_one(pushed) -> None:
+    _, commits = pushed
+    for repo in ("every_save", "checkpoint", "all_checkpoints"):
+        files = commits[f"tester/{repo}"][-1][1]
+        top = {path for path in files if "/" not in path}
+        assert {"model.safetensors", "config.json"} <= top
+        assert not top & STATE
+    assert not any("/" in path for path in commits["tester/every_save"][-1][1])
+
+
+@pytest.mark.parametrize(("strategy", "first_step"), [("checkpoint", 7), ("all_checkpoints", 4)])
+def test_a_run_goes_on_from_a_downloaded_checkpoint_bit_for_bit(pushed, strategy, first_step) -> None:
+    outcome = json.loads((pushed[0] / "outcomes.json").read_text())[strategy]
+    assert outcome["steps"] == list(range(first_step, 11))
+    assert outcome["different"] == []
