@@ -129,7 +129,7 @@ def _masked(model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan) -> Iter
 def _model_of(model_or_trainer: Any) -> PreTrainedModel:
     model = model_or_trainer
     if not isinstance(model, nn.Module) and hasattr(model, "accelerator"):
-        model = model.accelerator.unwrap_model(model.model, keep_fp32_wrapper=False)
+        model = model.accelerator.unwrap_model(model.model)
     if not isinstance(model, PreTrainedModel):
         remedy = remedy_for(model)
         raise ShrinkError(
