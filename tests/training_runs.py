@@ -108,7 +108,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
