@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -36,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "activation_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
     "clipping": {"max_grad_norm": 1e-3},
     "weight decay": {"weight_decay": 0.5},
     "label smoothing": {"label_smoothing_factor": 0.2},
@@ -65,9 +67,12 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     }.items()
 }
 
+DELICATE = ("ragged accumulation", "reentrant checkpointing", "bf16", "fp16")
+"""The options that change where gradients come from; the others are slow tests where many runs are needed."""
+
 NUM_EXAMPLES = 18
 
-RUNTIME = ("runtime", "per_second", "flos")
+RUNTIME = ("runtime", "per_second", "flos", "preparation_time")
 
 
 def compression(
@@ -86,6 +91,24 @@ def compression(
 def neutral(names: Iterable[str], steps: int) -> list[Any]:
     """Callbacks that change nothing before the last of ``steps``; quantization has no setting that never starts."""
     return compression(names, begin=steps - 1, structures={"heads": 0.0, "ffn": 0.0}, end=1)
+
+
+def cases_of_methods(*fast: str) -> Any:
+    """Parametrizes a test with every method; the default run takes the named ones."""
+    return pytest.mark.parametrize("method", [slow_unless(name in fast, name, name=name) for name in METHODS])
+
+
+def as_on_a_gpu(trainer: Any) -> Any:
+    """Switch on what accelerate silently leaves off for ``fp16=True`` on CPUs, where torch has it: autocast, scaler."""
+    if trainer.args.fp16:
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return trainer
+
+
+def slow_unless(condition: bool, *values: Any, name: str) -> Any:
+    """A test case that the default run leaves out unless the condition holds."""
+    return pytest.param(*values, id=name, marks=[] if condition else pytest.mark.slow)
 
 
 class Recorder(TrainerCallback):

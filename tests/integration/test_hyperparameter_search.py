@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import METHODS, NUM_EXAMPLES, compression, instrumented, neutral
+from training_runs import METHODS, NUM_EXAMPLES, cases_of_methods, compression, instrumented, neutral
 from transformers import Trainer, TrainerCallback
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
@@ -93,7 +93,7 @@ def rates(trial: Any) -> dict[str, float]:
     return {"learning_rate": trial.suggest_categorical("learning_rate", RATES)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@cases_of_methods("all")
 def test_every_trial_is_compressed(search: Any, tiny_bert: Any, tmp_path: Path, method: str) -> None:
     callbacks = compression(METHODS[method], tiny_bert(seed=1))
     trainer, backend = search(callbacks, save_strategy="steps", save_steps=4)
@@ -114,7 +114,8 @@ def test_trials_are_neutral(search: Any) -> None:
     assert len(set(plain.objectives)) == len(RATES)
 
 
-@pytest.mark.parametrize(("method", "given_up"), [*((method, 1) for method in METHODS), ("all", 0)])
+@pytest.mark.parametrize("given_up", [0, 1])
+@cases_of_methods("all")
 def test_a_trial_that_is_given_up_is_no_error(search: Any, tiny_bert: Any, method: str, given_up: int) -> None:
     """The search ends it through ``on_train_end``, before any target can have been met, and goes on."""
     callbacks = compression(METHODS[method], tiny_bert(seed=1))

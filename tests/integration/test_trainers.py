@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 import tiny_models
 import torch.nn.functional as F
-from training_runs import METHODS, NUM_EXAMPLES, Recorder, compression, instrumented, neutral, same
+from training_runs import (
+    METHODS,
+    NUM_EXAMPLES,
+    Recorder,
+    cases_of_methods,
+    compression,
+    instrumented,
+    neutral,
+    same,
+    slow_unless,
+)
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from hf_compress import PruningCallback, QuantizationCallback, shrink
-
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def check_result(trainer: Any, data: Any) -> None:
@@ -70,7 +78,7 @@ KINDS: dict[str, tuple[type[Trainer], dict[str, Any], dict[str, Any]]] = {
     "smoothed labels under super": (CallsSuper, {"label_smoothing_factor": 0.1}, {}),
 }
 CASES = [
-    pytest.param(kind, method, marks=[] if method == "all" or kind in ("Trainer", "own loss") else pytest.mark.slow)
+    slow_unless(method == "all" or (kind, method) == ("own loss", "pruning"), kind, method, name=f"{kind}, {method}")
     for kind in KINDS
     for method in METHODS
     # Distillation has nothing to mix its loss into there; that it says so is tested in test_distillation_guards.py.
@@ -105,7 +113,7 @@ def test_kinds_of_trainer(tiny_bert: Any, classification_data: Any, make_trainer
     check_result(trainer, data)
 
 
-@every_method
+@cases_of_methods("all")
 def test_seq2seq_trainer_generates_before_while_and_after(classification_data: Any, tmp_path: Any, method: str) -> None:
     data = [
         {"input_ids": example["input_ids"], "labels": example["input_ids"][:5]} for example in classification_data(8)
@@ -148,7 +156,7 @@ def test_seq2seq_trainer_generates_before_while_and_after(classification_data: A
         assert np.array_equal(Seq2SeqTrainer(small, args, eval_dataset=data).predict(data).predictions, own)
 
 
-@every_method
+@cases_of_methods("all")
 def test_training_twice(tiny_bert: Any, classification_data: Any, make_trainer: Any, method: str) -> None:
     """The second run starts from the model that the first one left, masked and all, with the same optimizer."""
     data = classification_data(NUM_EXAMPLES)
@@ -198,19 +206,19 @@ OUT_OF_MEMORY = {
 }
 
 
-@pytest.mark.parametrize(("method", "smoothing"), [*((method, 0.0) for method in METHODS), ("distillation", 0.1)])
-def test_finding_a_batch_size(
-    tiny_bert: Any, classification_data: Any, make_trainer: Any, method: str, smoothing: float
-) -> None:
+@cases_of_methods("all")
+def test_finding_a_batch_size(tiny_bert: Any, classification_data: Any, make_trainer: Any, method: str) -> None:
+    """Labels are smoothed, so that the attempt that failed leaves inputs for a loss that never was computed."""
     data = classification_data(NUM_EXAMPLES)
     callbacks = compression(METHODS[method], tiny_bert(seed=1))
-    trainer = make_trainer(tiny_bert(), data, callbacks, label_smoothing_factor=smoothing, **OUT_OF_MEMORY)
+    trainer = make_trainer(tiny_bert(), data, callbacks, label_smoothing_factor=0.1, **OUT_OF_MEMORY)
     trainer.train()
     assert trainer._train_batch_size < 4
     assert trainer.state.global_step == 4
     check_result(trainer, data)
 
 
+@pytest.mark.slow
 def test_finding_a_batch_size_is_neutral(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
     """Law 1: nothing of the attempt that failed is left in gates or weights; the first step's scores tell."""
     runs = []
@@ -232,7 +240,7 @@ class Watch(TrainerCallback):
             self.models.append(model)
 
 
-@every_method
+@cases_of_methods("all")
 def test_models_from_model_init(tiny_bert: Any, classification_data: Any, make_trainer: Any, method: str) -> None:
     """Every run has a model of its own; the one before is left alone and plain."""
     data, watch = classification_data(NUM_EXAMPLES), Watch()

@@ -3,18 +3,26 @@
 from typing import Any
 
 import pytest
-from training_runs import NUM_EXAMPLES, OPTIONS, SCHEDULERS, Recorder, history, instrumented, neutral, same
+from training_runs import (
+    NUM_EXAMPLES,
+    OPTIONS,
+    SCHEDULERS,
+    Recorder,
+    as_on_a_gpu,
+    history,
+    instrumented,
+    neutral,
+    same,
+    slow_unless,
+)
 
-COMPLICATED = ("ragged accumulation", "reentrant checkpointing", "bf16")
 METHODS = {"pruning": ("pruning",), "quantization": ("quantization",), "both": ("quantization", "pruning")}
 
-slow = pytest.mark.slow
 CASES = [
-    *(pytest.param(option, list(METHODS) if option in COMPLICATED else ["both"], id=option) for option in OPTIONS),
+    *(pytest.param(option, ["both"], id=option) for option in OPTIONS),
     *(
-        pytest.param(option, ["pruning", "quantization"], marks=slow, id=f"{option}, alone")
+        slow_unless(option == "ragged accumulation", option, ["pruning", "quantization"], name=f"{option}, alone")
         for option in OPTIONS
-        if option not in COMPLICATED
     ),
 ]
 
@@ -27,7 +35,7 @@ def trained(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> Any:
         recorder = Recorder()
         options = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 5, **args}
         trainer = make_trainer(tiny_bert(), classification_data(NUM_EXAMPLES), [*callbacks, recorder], **options)
-        trainer.train()
+        as_on_a_gpu(trainer).train()
         return trainer, recorder
 
     return train
@@ -57,13 +65,10 @@ def test_options_keep_neutral_callbacks_neutral(trained: Any, option: str, metho
     check_neutral(trained, OPTIONS[option], methods)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("reduce_lr_on_plateau", "warmup_stable_decay") else slow)
-        for name in SCHEDULERS
-    ],
-)
+STEPS_ON_METRICS = "reduce_lr_on_plateau"
+
+
+@pytest.mark.parametrize("name", [slow_unless(name == STEPS_ON_METRICS, name, name=name) for name in SCHEDULERS])
 def test_learning_rate_schedules_keep_neutral_callbacks_neutral(trained: Any, name: str) -> None:
     check_neutral(trained, SCHEDULERS[name], ["both"])
 
