@@ -52,6 +52,14 @@ def resumed_checkpoint(trainer: Trainer) -> Path:
     )
 
 
+def gives_up_trial(trainer: Trainer) -> bool:
+    """Return whether a hyperparameter search is just ending a trial that is not worth going on with.
+
+    The Trainer then calls ``on_train_end`` in the middle of training, and leaves training with an exception.
+    """
+    return any(f.f_code.co_name == "_report_to_hp_search" and f.f_locals.get("self") is trainer for f in _frames())
+
+
 def when_saved(trainer: Trainer, write: Callable[[Path], None]) -> None:
     """Have ``write`` called with each checkpoint folder once the Trainer has written its last file there.
 

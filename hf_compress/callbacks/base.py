@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_compress.callbacks.access import (
     calling_trainer,
+    gives_up_trial,
     no_longer_when_saved,
     plain_model,
     resumed_checkpoint,
@@ -160,6 +161,8 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Go back to the best checkpoint's state if the model did, then finish.
 
+        A trial that a hyperparameter search gives up is only taken off: it cannot have met its target.
+
         Raises:
             TrainingError: If training began without this callback, or if the best checkpoint cannot be read.
         """
@@ -169,6 +172,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 f"{type(self).__name__} was added after training had begun, so it did nothing. Pass it in "
                 "Trainer(callbacks=[...]) or call trainer.add_callback before trainer.train()."
             )
+        if gives_up_trial(run.trainer):
+            self._take_off()
+            return
         try:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._read(Path(state.best_model_checkpoint), None)

@@ -137,8 +137,8 @@ def logits_of(outputs: Any, who: str) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TrainingError(
             f"distillation: the {who} returned {_describe(outputs)} instead of a ModelOutput with logits. Do not set "
-            "return_dict=False; turn use_liger_kernel off, whose fused loss keeps the logits back; heads with other "
-            "outputs cannot be distilled."
+            "return_dict=False. Fused losses never have logits: turn use_liger_kernel off, and give TRL's SFTTrainer a "
+            "compute_loss_func, which it calls with them. Heads with other outputs cannot be distilled."
         )
     return logits
 

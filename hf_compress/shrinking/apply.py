@@ -18,7 +18,11 @@ from hf_compress.shrinking.sizes import refresh_sizes
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a deep copy without gradients and without anything attached to it; the model keeps both."""
+    """Return a deep copy without gradients and without anything attached to it; the model keeps both.
+
+    A forward that was replaced on the instance is not copied: wrappers (autocast in mixed precision, fused heads) hold
+    on to the original, whose weights the copy would compute with.
+    """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in gradients:
@@ -27,6 +31,8 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+    for name in ("forward", "_original_forward"):  # the latter is what accelerate keeps to undo the former
+        vars(duplicate).pop(name, None)
     detach_all(duplicate)
     forget_caches(duplicate)
     return duplicate

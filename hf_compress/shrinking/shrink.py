@@ -147,7 +147,7 @@ def _masked(model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan) -> Iter
 def _model_of(model_or_trainer: Any) -> PreTrainedModel:
     model = model_or_trainer
     if not isinstance(model, nn.Module) and hasattr(model, "accelerator"):
-        model = model.accelerator.unwrap_model(model.model, keep_fp32_wrapper=False)
+        model = model.accelerator.unwrap_model(model.model)
         model = model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
     if not isinstance(model, PreTrainedModel):
         remedy = remedy_for(model)

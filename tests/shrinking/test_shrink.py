@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import tiny_models
@@ -63,6 +64,24 @@ def test_the_original_is_untouched() -> None:
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.config.to_dict() == config
+
+
+def test_a_wrapper_around_forward_stays_with_the_original() -> None:
+    """It holds on to the original's own forward, as autocast in mixed precision and fused language heads do."""
+    plain, model = tiny_models.bert(), tiny_models.bert()
+    own = model.forward
+
+    @functools.wraps(type(model).forward)
+    def wrapped(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    model.forward = wrapped
+    small = shrink(model, uneven_masks())
+    assert model.forward is wrapped
+    assert torch.equal(logits(small), logits(shrink(plain, uneven_masks())))
+    with torch.no_grad():
+        model.classifier.bias.add_(1.0)  # the result has weights of its own
+    assert torch.equal(logits(small), logits(shrink(plain, uneven_masks())))
 
 
 def test_the_result_trains() -> None:
