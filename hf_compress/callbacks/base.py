@@ -3,6 +3,7 @@
 A subclass says what to install and what to store; when, is decided here.
 """
 
+import json
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -28,6 +28,14 @@ from hf_compress.callbacks.access import (
     pushed_checkpoint,
     resumed_checkpoint,
     run_directory,
+)
+from hf_compress.callbacks.ranks import (
+    check_parallelism,
+    check_same_on_all_ranks,
+    fail_together,
+    fingerprint,
+    num_ranks,
+    warn_of_lost_processes,
 )
 from hf_compress.callbacks.state import Section, check_config, read_state, write_state
 from hf_compress.config import Config
@@ -90,7 +98,10 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         raise NotImplementedError
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """Return the tensors and the JSON facts that a checkpoint needs; called on one rank only."""
+        """Return the tensors and the JSON facts that a checkpoint needs, the same on all ranks.
+
+        Called on one rank only when a checkpoint is written.
+        """
         return {}, {}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -119,15 +130,17 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         self._remove()
         trainer = self._find_trainer()
         try:
-            self._check_alone(trainer)
-            check_setup(trainer)
-            self._run_directory = run_directory(trainer)
-            run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
-            self._run = run
-            extend_log(trainer)
-            self._start(run)
-            if state.global_step > 0:
-                self._read(resumed_checkpoint(trainer), state.global_step)
+            with fail_together(args.device):
+                self._check_alone(trainer)
+                check_setup(trainer)
+                self._run_directory = run_directory(trainer)
+                run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
+                self._run = run
+                extend_log(trainer)
+                self._start(run)
+                if state.global_step > 0:
+                    self._read(resumed_checkpoint(trainer), state.global_step)
+            self._check_ranks_agree(args.device)
         except BaseException:
             _take_all_off(trainer)
             raise
@@ -158,9 +171,11 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 "Trainer(callbacks=[...]) or call trainer.add_callback before trainer.train()."
             )
         try:
-            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                self._read(Path(state.best_model_checkpoint), None)
-            self._stop(run)
+            with fail_together(args.device):
+                if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._read(Path(state.best_model_checkpoint), None)
+                self._stop(run)
+            self._check_ranks_agree(args.device)
         except BaseException:
             _take_all_off(run.trainer)
             raise
@@ -191,6 +206,12 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 f"the Trainer has two callbacks for {self.section}; allowed: one {type(self).__name__} per Trainer. "
                 f"Remove one with trainer.remove_callback({type(self).__name__})."
             )
+
+    def _check_ranks_agree(self, device: torch.device) -> None:
+        if num_ranks() > 1:
+            config = json.dumps(self.config.to_dict(), sort_keys=True)
+            values = {"config": config, "state": fingerprint(*self._state())}
+            check_same_on_all_ranks(values, f"{type(self).__name__}: config and state", device)
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write the state of all running compression callbacks, if this is the first of them."""
@@ -229,8 +250,8 @@ def check_setup(trainer: Trainer) -> None:
     """Check that the Trainer runs the model in a way that compression callbacks can work with.
 
     Raises:
-        TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, a quantized model, or trainable parameters
-            that the optimizer does not have.
+        TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, tensor, context and sequence parallelism, a
+            quantized model, or trainable parameters that the optimizer does not have.
     """
     if trainer.args.n_gpu > 1:
         raise TrainingError(
@@ -241,24 +262,14 @@ def check_setup(trainer: Trainer) -> None:
         raise TrainingError("DeepSpeed hides gradients from callbacks. Use DDP or FSDP version 2.")
     if _fsdp_version(trainer) == 1:
         raise TrainingError("FSDP version 1 flattens parameters. Set fsdp_config={'version': 2}, or use DDP.")
+    check_parallelism(trainer)
+    warn_of_lost_processes()
     model = _model(trainer)
     if getattr(model, "is_quantized", False):
         raise TrainingError(
             f"the {type(model).__name__} is quantized already (is_quantized is set); compress the floating-point model."
         )
     _check_optimizer(trainer)
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks; the tensor itself in a single process.
-
-    Every rank must call it, with the same shape.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def _fsdp_version(trainer: Trainer) -> int | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_compress.errors import GraphError
 
@@ -39,6 +40,12 @@ def remedy_for(model: Any) -> str | None:
         return (
             f"it has PEFT adapters{where}; what is removed from base weights would not fit them. Merge them first: "
             "model = model.merge_and_unload()."
+        )
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        return (
+            f"{sharded!r} is spread over several processes (a DTensor). Save the model and load it in one process; "
+            "after training with FSDP version 2, shrink(trainer) gathers it by itself."
         )
     quantized = next((name for name, p in model.named_parameters() if _is_quantized(p)), None)
     if quantized is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
 from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
+from hf_compress.instruments.sharded import reshard, whole, zero
 from hf_compress.instruments.subset import SubsetGate
 
 
@@ -74,15 +75,14 @@ class Gate:
         """Zero all weights of masked units: the model keeps its shapes and computes as if gated.
 
         Zero consumers alone would do that too, but then fake quantizers of the consumers' inputs would still see
-        the removed channels and choose other scales than in the shrunk model.
+        the removed channels and choose other scales than in the shrunk model. Collective under FSDP.
         """
         pruned = (~mask).nonzero().flatten()
         if len(pruned) == 0:
             return
-        with torch.no_grad():
-            for part in self.group.slices:
-                weight = self.model.get_parameter(part.parameter)
-                weight.index_fill_(part.dim, part.index[pruned].flatten().to(weight.device), 0.0)
+        reshard(self.model)
+        for part in self.group.slices:
+            zero(self.model.get_parameter(part.parameter), part.dim, part.index[pruned].flatten())
 
 
 class _ExpandedGate:
@@ -116,10 +116,10 @@ class _ParameterFactors:
 
 
 def unit_weights(model: nn.Module, group: DimensionGroup) -> Tensor:
-    """Return all weights of each unit of a group, [num_units, weights per unit]."""
+    """Return all weights of each unit of a group, [num_units, weights per unit]. Collective under FSDP."""
     parts = []
     for part in group.slices:
-        weight = model.get_parameter(part.parameter).detach().movedim(part.dim, 0)
+        weight = whole(model.get_parameter(part.parameter).detach()).movedim(part.dim, 0)
         parts.append(weight[part.index.to(weight.device)].reshape(group.num_units, -1).float())
     return torch.cat(parts, dim=1)
 

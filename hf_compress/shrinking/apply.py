@@ -13,17 +13,22 @@ from hf_compress.graph.capture import forget_caches
 from hf_compress.graph.integers import Attribute, write
 from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
+from hf_compress.instruments.sharded import unsharded
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
 from hf_compress.shrinking.sizes import refresh_sizes
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a deep copy without gradients and without anything attached to it; the model keeps both."""
+    """Return a deep copy without gradients and without anything attached to it; the model keeps both.
+
+    Of a model that FSDP has sharded, the copy is whole; every process has to ask for it.
+    """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in gradients:
             parameter.grad = None  # would be copied, and would keep the old shape
-        duplicate = copy.deepcopy(model)
+        with unsharded(model, weights=True):
+            duplicate = copy.deepcopy(model)
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient

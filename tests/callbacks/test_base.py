@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean, check_setup
+from hf_compress.callbacks.base import CompressionCallback, Run, check_setup
+from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE
 from hf_compress.config import DistillationConfig
 from hf_compress.errors import TrainingError
