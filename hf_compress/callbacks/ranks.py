@@ -152,8 +152,8 @@ def warn_of_lost_processes() -> None:
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
         logger.warning(
             "hf_compress: a single process is training, although `accelerate launch --cpu` seems to have been told to "
-            "start several: with --cpu it starts one. Use `accelerate launch --multi_gpu --num_processes N`, which works on "
-            "CPUs too, or `torchrun --nproc_per_node N`."
+            "start several: with --cpu it starts one. Use `accelerate launch --multi_gpu --num_processes N`, which "
+            "works on CPUs too, or `torchrun --nproc_per_node N`."
         )
 
 

@@ -90,7 +90,8 @@ def _as_without_fsdp(module: nn.Module) -> None:
     """Swap the class, and give the module dictionaries of its own without what FSDP put there."""
     module.__class__ = own_class(module)
     for name, value in list(module.__dict__.items()):
-        if _is_fsdps(value):  # a method that register_fsdp_forward_method wrapped
+        # Its states, by the function that made them; and methods wrapped by register_fsdp_forward_method.
+        if _is_fsdps(value) or (isinstance(value, dict) and any(_is_fsdps(key) for key in value)):
             del module.__dict__[name]
         elif name.endswith("hooks") and isinstance(value, dict):
             module.__dict__[name] = type(value)((key, hook) for key, hook in value.items() if not _is_fsdps(hook))
