@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import bert, llama
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -84,7 +84,12 @@ class Record(TrainerCallback):
 
 
 def make_trainer(
-    model: Any, data: Any, watched: list[CompressionCallback], folder: Path, **args: Any
+    model: Any,
+    data: Any,
+    watched: list[CompressionCallback],
+    folder: Path,
+    kind: type[Trainer] = Trainer,
+    **args: Any,
 ) -> tuple[Trainer, Record]:
     record = Record(watched)
     world = int(os.environ.get("WORLD_SIZE", "1"))  # processes meet in TrainingArguments
@@ -103,10 +108,11 @@ def make_trainer(
         "ddp_timeout": 60,
         **args,
     }
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         args=TrainingArguments(**options),
         train_dataset=data,
+        eval_dataset=data[:6],
         data_collator=record.collate,
         callbacks=[*watched, record],
     )
@@ -117,28 +123,30 @@ def make_trainer(
 def keep(trainer: Trainer, record: Record, folder: Path) -> None:
     """Write what the run came to."""
     tensors = {f"weight.{name}": whole(each.detach()) for name, each in trainer.model.named_parameters()}
-    logged = [[log[key] for key in sorted(log) if "loss" in key or "sparsity" in key] for log in trainer.state.log_history]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    logged = [[log[key] for key in sorted(log) if "loss" in key or "sparsity" in key] for log in logs]
     for callback in record.watched:
         if isinstance(callback, PruningCallback):
             tensors |= {f"mask.{name}": mask for name, mask in callback.masks().items()}
-    tensors |= record.tensors | {"seen": torch.stack(record.seen), "logged": torch.tensor(logged[:-1], dtype=torch.double)}
+    tensors |= record.tensors | {"seen": torch.stack(record.seen), "logged": torch.tensor(logged, dtype=torch.double)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"rank{rank()}.safetensors")
 
 
 def train(
-    folder: Path, kind: str, method: str, *, num_examples: int = 32, double: bool = True, resume: Any = None, **args: Any
+    folder: Path, kind: str, method: str, *, num_examples: int = 32, trainer_class: type[Trainer] = Trainer, **args: Any
 ) -> Trainer:
-    """Train, and keep what came out in ``folder``."""
+    """Train in double precision, in which sums of other shapes differ by too little to round to another integer.
+
+    What came out is kept in ``folder``.
+    """
     model, teacher = MODELS[kind](), MODELS[kind]()
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.mul_(1.3)
-    if double:  # sums of other shapes differ by 1e-16, which flips no rounding to an integer
-        model, teacher = model.double(), teacher.double()
-    watched = callbacks_for(method, teacher)
-    trainer, record = make_trainer(model, examples(kind, num_examples), watched, folder, **args)
-    trainer.train(resume_from_checkpoint=resume)
+    watched = callbacks_for(method, teacher.double())
+    trainer, record = make_trainer(model.double(), examples(kind, num_examples), watched, folder, trainer_class, **args)
+    trainer.train()
     keep(trainer, record, folder)
     return trainer
 
@@ -149,24 +157,57 @@ EQUAL = {"average_tokens_across_devices": False, "ddp_find_unused_parameters": F
 ACCUMULATED = {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": True}
 RAGGED = {"num_examples": 13, "max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 3}
 
-COMPARED: dict[str, Callable[[Path], Any]] = {
-    **{f"bert-{m}": lambda folder, m=m: train(folder, "bert", m, **EQUAL) for m in METHODS},
-    **{f"llama-{m}": lambda folder, m=m: train(folder, "llama", m, **ACCUMULATED) for m in METHODS},
+SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{f"bert-{method}": ("bert", method, EQUAL) for method in METHODS},
+    **{f"llama-{method}": ("llama", method, ACCUMULATED) for method in METHODS},
     # Masks do not depend on the gradient's scale where the weights stay the same.
-    "scaled": lambda folder: train(folder, "bert", "taylor", learning_rate=0.0),
+    "scaled": ("bert", "taylor", {"learning_rate": 0.0}),
 }
-"""Runs of which one process computes the same."""
+"""Runs of which one process computes the same: model, method, arguments."""
 
-RUNS: dict[str, Callable[[Path], Any]] = {
-    **COMPARED,
-    **{f"ragged-{m}": lambda folder, m=m: train(folder, "llama", m, **RAGGED) for m in ("plain", "neutral", "all")},
-}
+RUNS = {**SETTINGS, **{f"ragged-{method}": ("llama", method, RAGGED) for method in ("plain", "neutral", "all")}}
+
+
+def load(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    """Return what a rank kept of a run."""
+    return load_file(folder / name / f"rank{rank}.safetensors")
+
+
+def assert_ranks_agree(folder: Path, name: str) -> None:
+    """Check that two ranks held the same after every step, although they saw other data."""
+    first, second = load(folder, name, 0), load(folder, name, 1)
+    assert not torch.equal(first.pop("seen"), second.pop("seen"))
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    if RUNS[name][1] in ("taylor", "l2", "all"):
+        assert sum(key.startswith("step") and ".mask." in key for key in first) >= 4 * 4
+
+
+def assert_same_as_one_process(folder: Path, name: str, own: Path) -> Trainer:
+    """Repeat a run of ``SETTINGS`` in this process, where batches are whole, and compare."""
+    kind, method, args = SETTINGS[name]
+    trainer = train(own / name, kind, method, **args)
+    one, two = load(own, name), load(folder, name)
+    seen = torch.cat([load(folder, name, rank)["seen"] for rank in (0, 1)])
+    assert sorted(seen.tolist()) == sorted(one.pop("seen").tolist())
+    assert one.keys() == two.keys() - {"seen"}
+    for key, tensor in one.items():
+        if tensor.dtype == torch.bool:
+            assert torch.equal(tensor, two[key]), key
+        elif ".score." in key:  # kept in single precision
+            scale = 2 if name == "scaled" else 1
+            torch.testing.assert_close(two[key], scale * tensor, rtol=1e-5, atol=1e-7, msg=key)
+        elif key.startswith("weight."):
+            torch.testing.assert_close(two[key], tensor, rtol=1e-9, atol=1e-9, msg=key)
+        elif key == "logged" and name != "scaled":
+            torch.testing.assert_close(two[key], tensor, rtol=1e-6, atol=1e-6, msg=key)
+    return trainer
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    for name, run in RUNS.items():
-        run(folder / name)
+    for name, (kind, method, args) in RUNS.items():
+        train(folder / name, kind, method, **args)
 
 
 if __name__ == "__main__":
