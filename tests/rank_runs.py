@@ -24,7 +24,7 @@ from hf_compress import (
     QuantizationConfig,
 )
 from hf_compress.callbacks.base import CompressionCallback
-from hf_compress.instruments.sharded import whole
+from hf_compress.instruments.sharded import reshard, whole
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 METHODS = ("taylor", "l2", "quantization", "distillation", "all")
@@ -122,6 +122,7 @@ def make_trainer(
 
 def keep(trainer: Trainer, record: Record, folder: Path) -> None:
     """Write what the run came to."""
+    reshard(trainer.model)
     tensors = {f"weight.{name}": whole(each.detach()) for name, each in trainer.model.named_parameters()}
     logs = [log for log in trainer.state.log_history if "loss" in log]
     logged = [[log[key] for key in sorted(log) if "loss" in key or "sparsity" in key] for log in logs]
@@ -134,7 +135,14 @@ def keep(trainer: Trainer, record: Record, folder: Path) -> None:
 
 
 def train(
-    folder: Path, kind: str, method: str, *, num_examples: int = 32, trainer_class: type[Trainer] = Trainer, **args: Any
+    folder: Path,
+    kind: str,
+    method: str,
+    *,
+    num_examples: int = 32,
+    trainer_class: type[Trainer] = Trainer,
+    resume: Any = None,
+    **args: Any,
 ) -> Trainer:
     """Train in double precision, in which sums of other shapes differ by too little to round to another integer.
 
@@ -146,7 +154,7 @@ def train(
             parameter.mul_(1.3)
     watched = callbacks_for(method, teacher.double())
     trainer, record = make_trainer(model.double(), examples(kind, num_examples), watched, folder, trainer_class, **args)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     keep(trainer, record, folder)
     return trainer
 

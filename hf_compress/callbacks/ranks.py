@@ -143,17 +143,18 @@ def check_parallelism(trainer: Trainer) -> None:
 
 
 def warn_of_lost_processes() -> None:
-    """Warn if ``accelerate launch --cpu --num_processes n`` was asked for n processes and started a single one.
+    """Warn if ``accelerate launch`` was asked for several processes and started a single one.
 
-    It leaves the rendezvous address in the environment, and nobody to meet there.
+    So it does with ``--cpu``, or without a GPU and ``--multi_gpu``. It leaves its own variables and an address to meet
+    at in the environment, and nobody to meet there.
     """
     if num_ranks() > 1 or any(name in os.environ for name in _SIZES):
         return
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
         logger.warning(
-            "hf_compress: a single process is training, although `accelerate launch --cpu` seems to have been told to "
-            "start several: with --cpu it starts one. Use `accelerate launch --multi_gpu --num_processes N`, which "
-            "works on CPUs too, or `torchrun --nproc_per_node N`."
+            "hf_compress: a single process is training, although `accelerate launch` seems to have been told to start "
+            "several: on CPUs it starts one, unless it is called as `accelerate launch --multi_gpu --num_processes N`. "
+            "`torchrun --nproc_per_node N` works, too."
         )
 
 
