@@ -1,6 +1,7 @@
-"""What ``test_rank_faults.py`` starts under torchrun: checkpoints, and ranks that differ or fail; each is asserted here."""
+"""Checkpoints of two ranks, and ranks that differ or fail: ``test_ranks.py`` starts this under torchrun."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,22 @@ import torch
 import torch.distributed as dist
 from rank_runs import NO_DROPOUT, examples, keep, make_trainer, pruning, rank
 from tiny_models import bert, llama
-from transformers import TrainerCallback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import DistributedConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_compress import PruningCallback, QuantizationCallback, QuantizationConfig, TargetError, TrainingError
 from hf_compress.callbacks import base
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "reduce")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "broadcast",
+    "barrier",
+    "reduce",
+)
 
 
 def trainer_with(callbacks: list[Any], folder: Path, others: Any = (), **args: Any) -> Any:
@@ -171,21 +182,26 @@ def check_a_gate_that_one_rank_did_not_reach(folder: Path) -> None:
 
 
 def check_refusals(folder: Path) -> None:
-    """A model that is spread in another way than over data."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (2,))
-    model = llama()
-    for layer in model.model.layers:
-        plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
-        parallelize_module(layer.mlp, mesh, plan)
+    """Models that are spread in another way than the Trainer's FSDP does."""
     trainer, _ = make_trainer(llama(), examples("llama"), [], folder)
     trainer.create_optimizer()
     base.check_setup(trainer)
-    trainer.model = model
-    with raises(TrainingError, "gate_proj.weight' is a DTensor", "Use DDP or FSDP version 2"):
-        base.check_setup(trainer)
+    llama().save_pretrained(folder / "saved")  # rank 0 writes
+    dist.barrier()
+
+    def refused(model: Any, *texts: str) -> None:
+        trainer.model = model
+        with raises(TrainingError, *texts, "Use DDP or FSDP version 2"):
+            base.check_setup(trainer)
+
+    load = functools.partial(LlamaForCausalLM.from_pretrained, folder / "saved")
+    refused(load(tp_plan="auto"), "tp_size (tensor parallelism) is 2")
+    refused(load(distributed_config=DistributedConfig(fsdp_size=2)), "sharded by from_pretrained(distributed_config=")
+    by_hand = llama()
+    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    for layer in by_hand.model.layers:
+        parallelize_module(layer.mlp, init_device_mesh("cpu", (2,)), plan)
+    refused(by_hand, "gate_proj.weight' is a DTensor")
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {

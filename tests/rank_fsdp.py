@@ -1,7 +1,6 @@
 """What ``test_fsdp.py`` starts under torchrun: FSDP version 2 on two CPU processes."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,10 @@ def check_instruments(name: str, before: bool, leaves: bool) -> None:
 
 
 def layers_of(model: Any) -> Any:
-    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=lambda each: len(list(each.parameters())))
+    return max(
+        (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)),
+        key=lambda each: len(list(each.parameters())),
+    )
 
 
 def check_folding(name: str) -> None:
@@ -169,7 +171,7 @@ def check_copies(name: str) -> None:
     copied = plain_copy(sharded)
     assert [type(module) for module in copied.modules()] == [type(module) for module in plain.modules()]
     assert "generate" not in vars(copied)
-    expected = {name: tensor for name, tensor in plain.state_dict().items()}
+    expected = plain.state_dict()
     assert expected.keys() == copied.state_dict().keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in copied.state_dict().items())
     assert len(list(copied.parameters())) == len(list(plain.parameters()))  # tied weights are one still

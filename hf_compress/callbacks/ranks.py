@@ -132,7 +132,7 @@ def check_parallelism(trainer: Trainer) -> None:
     for name, size in sizes.items():
         if size > 1:
             raise TrainingError(f"{name} is {size}: several processes work on the same batch. {remedy}")
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+    if any(getattr(each, "is_distributed_loading_by_transformers", False) for each in (trainer, model)):
         raise TrainingError(f"the model was sharded by from_pretrained(distributed_config=...). {remedy}")
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     sharded = next((name for name, each in model.named_parameters() if isinstance(each, DTensor)), None)

@@ -11,6 +11,7 @@ from ranks import on_two_ranks
 
 pytestmark = pytest.mark.multiprocess
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks left what their runs came to."""
