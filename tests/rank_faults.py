@@ -93,9 +93,16 @@ def check_resuming(folder: Path) -> None:
 def check_other_config(folder: Path) -> None:
     """Both configs are good, but not the same."""
     callback = pruning(structures={"ffn": 0.5 if rank() == 0 else 0.25})
-    with raises(TrainingError, "PruningCallback: config and state differ between the 2 processes", "'config'"):
+    with raises(TrainingError, "PruningCallback: callbacks, config or state differ", "'config'"):
         trainer_with([callback], folder).train()
     assert callback._gates == {}
+
+
+def check_other_callbacks(folder: Path) -> None:
+    """The second would wait for ever for the other rank, so it is the first that says so."""
+    callbacks = [pruning(), QuantizationCallback(QuantizationConfig())][: 2 - rank()]
+    with raises(TrainingError, "first difference: 'callbacks'"):
+        trainer_with(callbacks, folder).train()
 
 
 def check_bad_config_everywhere(folder: Path) -> None:

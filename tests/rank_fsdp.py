@@ -20,6 +20,8 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress import GraphError, dimension_groups, shrink
+from hf_compress.callbacks.distillation import _shifts_labels
+from hf_compress.callbacks.teacher import load_teacher
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import install_fake_quantizers, quantizable_linears, remove_fake_quantizers
@@ -51,7 +53,7 @@ def train(folder: Path, kind: str, method: str, **args: Any) -> Trainer:
     return rank_runs.train(folder, kind, method, trainer_class=ShardedTrainer, **options)
 
 
-def shard(model: Any, units: type[torch.nn.Module]) -> None:
+def shard(model: Any, units: Any) -> None:
     for module in model.modules():  # a tied head has to be in one unit with the embeddings
         if isinstance(module, units) and module is not model.get_output_embeddings():
             fully_shard(module, mesh=MESH[0])
@@ -140,12 +142,12 @@ def layers_of(model: Any) -> Any:
     )
 
 
-def check_folding(name: str) -> None:
+def check_folding(name: str, layers: bool) -> None:
     """Zeros are the same bits as in the whole model, also where evaluation has left a gathered copy."""
     make = tiny_models.ZOO[name]
     plain, sharded = make(), make()
     groups = [group for group in dimension_groups(plain) if group.frozen is None and group.kind in ("heads", "ffn")]
-    shard(sharded, type(layers_of(sharded)[0]))
+    shard(sharded, type(layers_of(sharded)[0]) if layers else ())
     with torch.no_grad():
         sharded(**(make.example_inputs(plain) or make_example_inputs(plain)))
     for model in (plain, sharded):
@@ -189,6 +191,20 @@ def check_copies(name: str) -> None:
         raise AssertionError("a sharded model was analyzed")
 
 
+def check_teaching(folder: Path) -> None:
+    """The class that FSDP swaps in says nothing of a student's head; its own does."""
+    sharded = {name: tiny_models.ZOO[name]() for name in ("bert", "llama")}
+    for name, model in sharded.items():
+        model.save_pretrained(folder / f"teacher-{name}")  # rank 0 writes
+        shard(model, ())
+    dist.barrier()
+    for name, model in sharded.items():
+        teacher = load_teacher(str(folder / f"teacher-{name}"), model)
+        assert type(teacher) is type(tiny_models.ZOO[name]())
+        assert not isinstance(teacher, FSDPModule)
+        assert _shifts_labels(model) == (name == "llama")
+
+
 def check_resuming(folder: Path) -> None:
     """Resumed == straight, bit for bit."""
     # FSDP cannot load the state of an optimizer that has none, such as plain SGD.
@@ -205,8 +221,10 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     MESH.append(init_device_mesh("cpu", (2,)))
+    check_teaching(folder)
     for name in ("bert", "llama", "gpt2", "mixtral", "t5"):
-        check_folding(name)
+        check_folding(name, layers=True)
+        check_folding(name, layers=False)
         check_copies(name)
         for before in (True, False):
             for leaves in (True, False):

@@ -27,6 +27,9 @@ from hf_compress.callbacks.base import CompressionCallback
 from hf_compress.instruments.sharded import reshard, whole
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FIRST, EVALUATED = torch.tensor([0]), 1
+"""The first token of examples for evaluation, and of no other."""
+
 METHODS = ("taylor", "l2", "quantization", "distillation", "all")
 MODELS: dict[str, Callable[..., Any]] = {"bert": lambda: bert(**NO_DROPOUT), "llama": llama}
 
@@ -72,7 +75,7 @@ class Record(TrainerCallback):
         self.seen: list[torch.Tensor] = []
 
     def collate(self, batch: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        self.seen += [example["input_ids"] for example in batch]
+        self.seen += [example["input_ids"] for example in batch if example["input_ids"][0] != EVALUATED]
         return default_data_collator(batch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,7 +115,7 @@ def make_trainer(
         model=model,
         args=TrainingArguments(**options),
         train_dataset=data,
-        eval_dataset=data[:6],
+        eval_dataset=[{**each, "input_ids": each["input_ids"].index_fill(0, FIRST, EVALUATED)} for each in data[:6]],
         data_collator=record.collate,
         callbacks=[*watched, record],
     )

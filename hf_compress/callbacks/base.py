@@ -140,7 +140,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 self._start(run)
                 if state.global_step > 0:
                     self._read(resumed_checkpoint(trainer), state.global_step)
-            self._check_ranks_agree(args.device)
+            self._check_ranks_agree(run)
         except BaseException:
             _take_all_off(trainer)
             raise
@@ -175,7 +175,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._read(Path(state.best_model_checkpoint), None)
                 self._stop(run)
-            self._check_ranks_agree(args.device)
+            self._check_ranks_agree(run)
         except BaseException:
             _take_all_off(run.trainer)
             raise
@@ -207,11 +207,14 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 f"Remove one with trainer.remove_callback({type(self).__name__})."
             )
 
-    def _check_ranks_agree(self, device: torch.device) -> None:
+    def _check_ranks_agree(self, run: Run) -> None:
         if num_ranks() > 1:
-            config = json.dumps(self.config.to_dict(), sort_keys=True)
-            values = {"config": config, "state": fingerprint(*self._state())}
-            check_same_on_all_ranks(values, f"{type(self).__name__}: config and state", device)
+            values = {
+                "callbacks": str([other.section for other in _compression_callbacks(run.trainer)]),
+                "config": json.dumps(self.config.to_dict(), sort_keys=True),
+                "state": fingerprint(*self._state()),
+            }
+            check_same_on_all_ranks(values, f"{type(self).__name__}: callbacks, config or state", run.args.device)
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write the state of all running compression callbacks, if this is the first of them."""
