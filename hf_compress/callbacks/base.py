@@ -4,6 +4,7 @@ A subclass says what to install and what to store; when, is decided here.
 """
 
 import functools
+import json
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -31,6 +31,14 @@ from hf_compress.callbacks.access import (
     resumed_checkpoint,
     run_directory,
     when_saved,
+)
+from hf_compress.callbacks.ranks import (
+    check_parallelism,
+    check_same_on_all_ranks,
+    fail_together,
+    fingerprint,
+    num_ranks,
+    warn_of_lost_processes,
 )
 from hf_compress.callbacks.state import Section, check_config, check_resumable, read_state, write_state
 from hf_compress.config import Config
@@ -93,7 +101,10 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         raise NotImplementedError
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """Return the tensors and the JSON facts that a checkpoint needs; called on one rank only."""
+        """Return the tensors and the JSON facts that a checkpoint needs, the same on all ranks.
+
+        Called on one rank only when a checkpoint is written.
+        """
         return {}, {}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -122,18 +133,20 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         self._remove()
         trainer = self._find_trainer()
         try:
-            self._check_alone(trainer)
-            check_setup(trainer)
-            self._run_directory = run_directory(trainer)
-            run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
-            self._run = run
-            extend_log(trainer)
-            when_saved(trainer, functools.partial(_write_early, trainer))
-            self._start(run)
-            if state.global_step > 0:
-                folder = resumed_checkpoint(trainer)
-                self._read(folder, state.global_step)
-                check_resumable(folder)
+            with fail_together(args.device):
+                self._check_alone(trainer)
+                check_setup(trainer)
+                self._run_directory = run_directory(trainer)
+                run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
+                self._run = run
+                extend_log(trainer)
+                when_saved(trainer, functools.partial(_write_early, trainer))
+                self._start(run)
+                if state.global_step > 0:
+                    folder = resumed_checkpoint(trainer)
+                    self._read(folder, state.global_step)
+                    check_resumable(folder)
+            self._check_ranks_agree(run)
         except BaseException:
             _take_all_off(trainer)
             raise
@@ -176,9 +189,11 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             self._take_off()
             return
         try:
-            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                self._read(Path(state.best_model_checkpoint), None)
-            self._stop(run)
+            with fail_together(args.device):
+                if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._read(Path(state.best_model_checkpoint), None)
+                self._stop(run)
+            self._check_ranks_agree(run)
         except BaseException:
             _take_all_off(run.trainer)
             raise
@@ -210,6 +225,15 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 f"Remove one with trainer.remove_callback({type(self).__name__})."
             )
 
+    def _check_ranks_agree(self, run: Run) -> None:
+        if num_ranks() > 1:
+            values = {
+                "callbacks": str([other.section for other in _compression_callbacks(run.trainer)]),
+                "config": json.dumps(self.config.to_dict(), sort_keys=True),
+                "state": fingerprint(*self._state()),
+            }
+            check_same_on_all_ranks(values, f"{type(self).__name__}: callbacks, config or state", run.args.device)
+
     def _stored(self) -> Section:
         tensors, facts = self._state()
         return Section(self.config.to_dict(), tensors, facts)
@@ -232,8 +256,8 @@ def check_setup(trainer: Trainer) -> None:
     """Check that the Trainer runs the model in a way that compression callbacks can work with.
 
     Raises:
-        TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, a quantized model, or trainable parameters
-            that the optimizer does not have.
+        TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, tensor, context and sequence parallelism, a
+            quantized model, or trainable parameters that the optimizer does not have.
     """
     if trainer.args.n_gpu > 1:
         raise TrainingError(
@@ -244,24 +268,14 @@ def check_setup(trainer: Trainer) -> None:
         raise TrainingError("DeepSpeed hides gradients from callbacks. Use DDP or FSDP version 2.")
     if _fsdp_version(trainer) == 1:
         raise TrainingError("FSDP version 1 flattens parameters. Set fsdp_config={'version': 2}, or use DDP.")
+    check_parallelism(trainer)
+    warn_of_lost_processes()
     model = _model(trainer)
     if getattr(model, "is_quantized", False):
         raise TrainingError(
             f"the {type(model).__name__} is quantized already (is_quantized is set); compress the floating-point model."
         )
     _check_optimizer(trainer)
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks; the tensor itself in a single process.
-
-    Every rank must call it, with the same shape.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def _fsdp_version(trainer: Trainer) -> int | None:

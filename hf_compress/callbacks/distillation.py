@@ -17,12 +17,14 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_compress.callbacks.access import plain_model
-from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
+from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teacher import check_teacher, digest, frozen, load_teacher, logits_of, teacher_logits
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.losses import DistillationLoss
 from hf_compress.distillation.positions import select_positions
 from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.instruments.attach import own_class
 from hf_compress.registry import distillation_losses
 
 
@@ -291,7 +293,7 @@ def _shifts_labels(model: PreTrainedModel) -> bool:
     """Whether position i predicts the label at i + 1, by the rules the Trainer counts and smooths labels with."""
     if model.config.is_encoder_decoder:
         return False
-    named = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    named = own_class(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return named or LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
 
 

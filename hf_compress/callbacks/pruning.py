@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.callbacks.access import refuse_prompts
-from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean
+from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.ranks import check_same_on_all_ranks, mean_gradients
 from hf_compress.callbacks.state import check_moments
 from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
@@ -19,6 +20,7 @@ from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.adapters import has_adapters, plain_view
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
+from hf_compress.instruments.sharded import unsharded
 from hf_compress.pruning.allocate import Allocator, Limits, achieved_sparsity, check_reachable, tolerance
 from hf_compress.pruning.criteria import Criterion
 from hf_compress.registry import allocators, criteria
@@ -79,8 +81,8 @@ class PruningCallback(CompressionCallback):
         refuse_compressed(run.model)
         refuse_prompts(run.trainer.model)
         self._finished = False
-        # Adapters and fake quantizers that are there already would only blur the analysis.
-        with suspended(run.model):
+        # Adapters and fake quantizers that are there already would only blur the analysis; shapes are enough for it.
+        with suspended(run.model), unsharded(run.model, weights=False):
             plain = plain_view(run.model) if has_adapters(run.model) else run.model
             groups = self._select(dimension_groups(plain, self.example_inputs))
         check_gateable(run.model, groups)
@@ -140,15 +142,16 @@ class PruningCallback(CompressionCallback):
             return
         decay = self.config.score_decay
         scale = _loss_scale(kwargs.get("optimizer"))
-        for name, gate in self._gates.items():
-            gradient = gate.take_gradient()
+        gradients = {name: gate.take_gradient() for name, gate in self._gates.items()}
+        means = mean_gradients(gradients, {name: gate.value for name, gate in self._gates.items()})
+        for name, gradient in means.items():
             if gradient is None:
                 raise TrainingError(
                     f"PruningCallback: the gates of {name!r} got no gradient in step {state.global_step + 1}, so "
                     f"criterion {self.config.criterion!r} has nothing to go by. Is that part of the model frozen or "
                     "skipped in training?"
                 )
-            evidence = all_reduce_mean(gradient) / scale
+            evidence = gradient / scale
             if torch.isfinite(evidence).all():  # a step with overflow is skipped by the optimizer too
                 self._scores[name].mul_(decay).add_(self._criterion.score(evidence), alpha=1 - decay)
 
@@ -161,6 +164,7 @@ class PruningCallback(CompressionCallback):
             progress = schedules.get(self.config.schedule)(progress_at(step, begin, end))
             for kind, final in self.config.structures.items():
                 self._prune(kind, final * progress)
+            check_same_on_all_ranks(self._masks, "PruningCallback: masks", args.device)
 
     def _prune(self, kind: str, sparsity: float) -> None:
         names = self._kinds[kind]

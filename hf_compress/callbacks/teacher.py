@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from hf_compress.callbacks.access import plain_model
 from hf_compress.errors import TrainingError
+from hf_compress.instruments.attach import own_class
 
 _DIGEST_VALUES = 64
 
@@ -117,7 +118,7 @@ def teacher_logits(teacher: nn.Module, student: PreTrainedModel, inputs: Mapping
     """
     plain = plain_model(teacher)
     known = inspect.signature(type(plain).forward).parameters
-    taken = {name: value for name, value in inputs.items() if name in known or type(plain) is type(student)}
+    taken = {name: value for name, value in inputs.items() if name in known or type(plain) is own_class(student)}
     taken.pop("num_items_in_batch", None)
     if not plain.config.is_encoder_decoder:
         taken.pop("labels", None)
@@ -149,7 +150,7 @@ def _describe(outputs: Any) -> str:
 
 def _loader(teacher_config: Any, student: PreTrainedModel) -> Any:
     """Return the Auto class whose models have the student's kind of head, or the student's own class."""
-    own = type(student)
+    own: Any = own_class(student)
     for name, auto in vars(modeling_auto).items():
         # AutoModelForPreTraining mixes heads of all kinds.
         if not name.startswith("AutoModelFor") or name == "AutoModelForPreTraining":

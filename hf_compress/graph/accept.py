@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import prune
 
 from hf_compress.errors import GraphError
@@ -46,6 +47,12 @@ def remedy_for(model: Any) -> str | None:
         return (
             f"torch.nn.utils.prune masks a weight of {hooked!r}, which makes it a result instead of a parameter. Make "
             "the masks permanent first: prune.remove(module, name)."
+        )
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        return (
+            f"{sharded!r} is spread over several processes (a DTensor). Save the model and load it in one process; "
+            "after training with FSDP version 2, shrink(trainer) gathers it by itself."
         )
     quantized = next((name for name, p in model.named_parameters() if _is_quantized(p)), None)
     if quantized is not None:

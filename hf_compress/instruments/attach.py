@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import TargetError
@@ -47,6 +48,9 @@ class Attachment:
     The gate comes first, so that quantizers see what a physically smaller layer would see: removed channels
     are zeros in the input and are hidden from the weight's scale.
     """
+
+    base: type[nn.Module]
+    """The class that the module had before."""
 
     input_gates: list[InputGate] = field(default_factory=list)
     """Each gives factors [in_features]; the input is multiplied by all of them."""
@@ -140,7 +144,7 @@ def attach(name: str, module: nn.Module) -> Attachment:
     if current is not None:
         return current
     refuse_patched(name, module)
-    module.__dict__[_ATTRIBUTE] = Attachment()
+    module.__dict__[_ATTRIBUTE] = Attachment(type(module))
     module.__class__ = _subclass(type(module))
     attachment: Attachment = module.__dict__[_ATTRIBUTE]
     return attachment
@@ -152,16 +156,24 @@ def attachment_of(module: nn.Module) -> Attachment | None:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the module's class as it is without anything attached."""
-    own: type[nn.Module] = type(module) if attachment_of(module) is None else type(module).__mro__[1]
+    """Return the module's class as it is without anything attached and without FSDP, which swaps classes too."""
+    swapped = _swapped.values()
+    bases: tuple[Any, ...] = type(module).__mro__
+    own: type[nn.Module] = next(each for each in bases if each not in swapped and not issubclass(each, FSDPModule))
     return own
 
 
 def detach_if_empty(module: nn.Module) -> None:
-    """Give the module its own class back once nothing is attached to it."""
+    """Give the module the class back that it had, once nothing is attached to it.
+
+    Where FSDP has put a class of its own on top since, both stay; an empty attachment changes nothing.
+    """
     attachment = attachment_of(module)
-    if attachment is not None and attachment.is_empty():
-        module.__class__ = own_class(module)
+    if attachment is None or not attachment.is_empty():
+        return
+    if type(module) is _swapped[attachment.base]:
+        module.__class__ = attachment.base
+    if not isinstance(module, _swapped[attachment.base]):
         del module.__dict__[_ATTRIBUTE]
 
 
@@ -207,10 +219,9 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attachment: Attachment = self.__dict__[_ATTRIBUTE]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        own = type(self).__mro__[1].forward  # type: ignore[attr-defined]
         if attachment.acts_on_leaf():
-            return _leaf_forward(self, attachment, own, *args, **kwargs)
-        return own(self, *args, **kwargs)
+            return _leaf_forward(self, attachment, *args, **kwargs)
+        return attachment.base.forward(self, *args, **kwargs)
 
     def on_subset(*args: Any, **kwargs: Any) -> Any:
         # Gates have one factor per position of the whole parameter, so they act before a subset is taken.
@@ -237,9 +248,7 @@ def _substituted(gates: list[ParameterGate]) -> Iterator[None]:
             parameters[name] = value
 
 
-def _leaf_forward(
-    self: nn.Module, attachment: Attachment, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     layer = base_layer(self)
     kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
     factors = attachment.factors()
@@ -248,7 +257,7 @@ def _leaf_forward(
     if attachment.input_transform is not None:
         x = attachment.input_transform(x)
     if layer is not self and attachment.weight_transform is None:
-        return forward(self, x, *args, **kwargs)
+        return attachment.base.forward(self, x, *args, **kwargs)
     weight = effective_weight(self)
     if attachment.weight_transform is not None:
         mask = None if factors is None else _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
@@ -273,15 +282,18 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Let every module compute as if nothing were attached, while the context is open."""
-    swapped = [module for module in model.modules() if attachment_of(module) is not None]
-    classes = [type(module) for module in swapped]
-    for module, own in zip(swapped, classes, strict=True):
-        module.__class__ = own.__mro__[1]
+    attached = [(module, type(module), attachment_of(module)) for module in model.modules()]
+    swapped = [(module, own, attachment) for module, own, attachment in attached if attachment is not None]
+    for module, own, attachment in swapped:
+        if own is _swapped[attachment.base]:
+            module.__class__ = attachment.base
+        module.__dict__[_ATTRIBUTE] = Attachment(attachment.base)
     try:
         yield
     finally:
-        for module, own in zip(swapped, classes, strict=True):
+        for module, own, attachment in swapped:
             module.__class__ = own
+            module.__dict__[_ATTRIBUTE] = attachment
 
 
 def detach_all(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from hf_compress.errors import TargetError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
 from hf_compress.instruments.adapters import adapter_slices, check_lora, effective_weight, is_lora
 from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
+from hf_compress.instruments.sharded import reshard, whole, zero
 from hf_compress.instruments.subset import SubsetGate
 
 
@@ -75,16 +76,15 @@ class Gate:
         """Zero all weights of masked units: the model keeps its shapes and computes as if gated.
 
         Zero consumers alone would do that too, but then fake quantizers of the consumers' inputs would still see
-        the removed channels and choose other scales than in the shrunk model.
+        the removed channels and choose other scales than in the shrunk model. Collective under FSDP.
         """
         pruned = (~mask).nonzero().flatten()
         if len(pruned) == 0:
             return
-        with torch.no_grad():
-            for part in self.group.slices:
-                positions = part.index[pruned].flatten()
-                for weight, dim in _tensors(self.model, part):
-                    weight.index_fill_(dim, positions.to(weight.device), 0.0)
+        reshard(self.model)
+        for part in self.group.slices:
+            for weight, dim in _tensors(self.model, part):
+                zero(weight, dim, part.index[pruned].flatten())
 
 
 class _ExpandedGate:
@@ -118,15 +118,14 @@ class _ParameterFactors:
 
 
 def unit_weights(model: nn.Module, group: DimensionGroup) -> Tensor:
-    """Return all weights of each unit of a group, adapters merged, [num_units, weights per unit]."""
+    """Return all weights of each unit, adapters merged, [num_units, weights per unit]. Collective under FSDP."""
     parts = []
     for part in group.slices:
         owner, _, name = part.parameter.rpartition(".")
         module = model.get_submodule(owner)
-        whole = (
-            effective_weight(module) if name == "weight" and is_lora(module) else model.get_parameter(part.parameter)
-        )
-        weight = whole.detach().movedim(part.dim, 0)
+        merged = name == "weight" and is_lora(module)
+        tensor = effective_weight(module) if merged else model.get_parameter(part.parameter)
+        weight = whole(tensor.detach()).movedim(part.dim, 0)
         parts.append(weight[part.index.to(weight.device)].reshape(group.num_units, -1).float())
     return torch.cat(parts, dim=1)
 

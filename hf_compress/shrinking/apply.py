@@ -13,6 +13,7 @@ from hf_compress.graph.capture import forget_caches
 from hf_compress.graph.integers import Attribute, write
 from hf_compress.graph.multihead import loosen
 from hf_compress.instruments.attach import detach_all
+from hf_compress.instruments.sharded import unsharded
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
 from hf_compress.shrinking.sizes import refresh_sizes
 
@@ -21,13 +22,15 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a deep copy without gradients and without anything attached to it; the model keeps both.
 
     A forward that was replaced on the instance is not copied: wrappers (autocast in mixed precision, fused heads) hold
-    on to the original, whose weights the copy would compute with.
+    on to the original, whose weights the copy would compute with. Of a model that FSDP has sharded, the copy is whole;
+    every process has to ask for it.
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in gradients:
             parameter.grad = None  # would be copied, and would keep the old shape
-        duplicate = copy.deepcopy(model)
+        with unsharded(model, weights=True):
+            duplicate = copy.deepcopy(model)
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Trainer, TrainerCallback
 
-from hf_compress.callbacks.base import CompressionCallback, Run, all_reduce_mean, check_setup
+from hf_compress.callbacks.base import CompressionCallback, Run, check_setup
+from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE
 from hf_compress.config import DistillationConfig
 from hf_compress.errors import TrainingError
@@ -350,6 +353,35 @@ def test_fsdp_needs_version_2(
             check_setup(trainer)
     else:
         check_setup(trainer)
+
+
+def fsdp(**settings: Any) -> dict[str, Any]:
+    return {"fsdp_plugin": SimpleNamespace(fsdp_version=2, **settings)}
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "message"),
+    [
+        ({}, ParallelismConfig(tp_size=2), r"tp_size \(tensor parallelism\) is 2.*Use DDP or FSDP version 2"),
+        (fsdp(), ParallelismConfig(cp_size=2), r"cp_size \(context parallelism\) is 2"),
+        (fsdp(), ParallelismConfig(sp_size=4), r"sp_size \(sequence parallelism\) is 4"),
+        (fsdp(cpu_offload=CPUOffloadPolicy()), None, "Set offload_params to false"),
+        (fsdp(cpu_offload=OffloadPolicy()), ParallelismConfig(dp_shard_size=2), None),
+    ],
+)
+def test_ranks_that_share_a_batch_or_offload_are_refused(
+    make_trainer: Any, tiny_bert: Any, classification_data: Any, state: Any, config: Any, message: str | None
+) -> None:
+    """Accelerate has none of this on CPUs, so its settings stand in for it."""
+    trainer = make_trainer(tiny_bert(), classification_data())
+    trainer.create_optimizer()
+    trainer.is_fsdp_enabled = bool(state)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(**state), parallelism_config=config)
+    if message is None:
+        check_setup(trainer)
+    else:
+        with pytest.raises(TrainingError, match=message):
+            check_setup(trainer)
 
 
 def test_a_mean_over_one_rank_is_the_tensor_itself() -> None:

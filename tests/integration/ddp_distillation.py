@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tiny_models import bert, llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_compress.callbacks.base import all_reduce_mean
 from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.config import DistillationConfig
 from hf_compress.errors import TrainingError
 
