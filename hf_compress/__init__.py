@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 
 from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.callbacks.preview import Preview, preview
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.callbacks.state import last_complete_checkpoint
@@ -56,6 +57,7 @@ __all__ = [
     "GraphError",
     "ModelProfile",
     "ParameterSlice",
+    "Preview",
     "PruningCallback",
     "PruningConfig",
     "QuantizationCallback",
@@ -73,6 +75,7 @@ __all__ = [
     "make_labels",
     "op_rule",
     "plan_shrink",
+    "preview",
     "profile",
     "prune_vocabulary",
     "shrink",

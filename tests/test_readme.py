@@ -42,7 +42,7 @@ def test_the_example_runs(tiny_bert, classification_data, make_trainer, tmp_path
 
 def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _, masks, vocabulary, rule, _ = blocks("python")
+    _, masks, vocabulary, rule, *_ = blocks("python")
     torch.manual_seed(0)
     names = {"model": tiny_models.bert()}
     exec(compile(masks, "README.md", "exec"), names)
@@ -59,7 +59,7 @@ def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
 def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) -> None:
-    adapters = blocks("python")[4]
+    _, _, _, _, before, adapters, *_ = blocks("python")
     data = classification_data(16)
     names = {
         "model": tiny_bert(),
@@ -70,6 +70,8 @@ def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) 
         "PruningCallback": PruningCallback,
         "Trainer": Trainer,
     }
+    names["trainer"] = make_trainer(tiny_bert(), data, [PruningCallback(names["config"])], max_steps=8)
+    exec(compile(before, "README.md", "exec"), names)
     exec(compile(adapters, "README.md", "exec"), names)
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
 

@@ -32,14 +32,14 @@ from hf_compress.callbacks.access import (
     run_directory,
     when_saved,
 )
+from hf_compress.callbacks.preview import Preview, count_steps
 from hf_compress.callbacks.ranks import (
-    check_parallelism,
     check_same_on_all_ranks,
     fail_together,
     fingerprint,
     num_ranks,
-    warn_of_lost_processes,
 )
+from hf_compress.callbacks.setup import check_setup
 from hf_compress.callbacks.state import Section, check_config, check_resumable, read_state, write_state
 from hf_compress.config import Config
 from hf_compress.errors import TrainingError
@@ -113,6 +113,31 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     def _metrics(self) -> Mapping[str, float]:
         """Return what to add to the Trainer's training log; called on every rank, once per log."""
         return {}
+
+    def _preview(self, run: Run) -> Mapping[str, Any]:
+        """Return what there is to say about a run; called between ``_start`` and ``_remove``."""
+        return {}
+
+    def preview(self, trainer: Trainer) -> Preview:
+        """Say what this callback is going to do, without training; see ``hf_compress.preview`` for all of them.
+
+        Raises:
+            TrainingError: If the Trainer has trained already, or the setup is one in which the callback would not do
+                its work.
+            CompressionError: Whatever else ``trainer.train()`` would raise at its begin.
+        """
+        if self._run is not None or trainer.state.global_step > 0:
+            raise TrainingError(
+                f"{type(self).__name__}.preview: the Trainer has trained already. Ask before trainer.train()."
+            )
+        self._check_alone(trainer)
+        check_setup(trainer)
+        run = Run(_model(trainer), trainer.args, trainer, count_steps(trainer), trainer.args.device)
+        try:
+            self._start(run)
+            return Preview(run.total_steps, {self.section: self._preview(run)})
+        finally:
+            self._remove()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember the Trainer."""
@@ -250,51 +275,6 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         stored = sections[self.section]
         check_config(folder, self.section, stored.config, self.config.to_dict())
         self._restore(stored.tensors, stored.facts)
-
-
-def check_setup(trainer: Trainer) -> None:
-    """Check that the Trainer runs the model in a way that compression callbacks can work with.
-
-    Raises:
-        TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, tensor, context and sequence parallelism, a
-            quantized model, or trainable parameters that the optimizer does not have.
-    """
-    if trainer.args.n_gpu > 1:
-        raise TrainingError(
-            f"one process drives {trainer.args.n_gpu} GPUs (nn.DataParallel), whose replicas would not share what the "
-            "callbacks install. Start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
-        )
-    if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed hides gradients from callbacks. Use DDP or FSDP version 2.")
-    if _fsdp_version(trainer) == 1:
-        raise TrainingError("FSDP version 1 flattens parameters. Set fsdp_config={'version': 2}, or use DDP.")
-    check_parallelism(trainer)
-    warn_of_lost_processes()
-    model = _model(trainer)
-    if getattr(model, "is_quantized", False):
-        raise TrainingError(
-            f"the {type(model).__name__} is quantized already (is_quantized is set); compress the floating-point model."
-        )
-    _check_optimizer(trainer)
-
-
-def _fsdp_version(trainer: Trainer) -> int | None:
-    if trainer.is_fsdp_xla_enabled:
-        return 1
-    return trainer.accelerator.state.fsdp_plugin.fsdp_version if trainer.is_fsdp_enabled else None
-
-
-def _check_optimizer(trainer: Trainer) -> None:
-    optimizer: Any = trainer.optimizer
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = [(name, each) for name, each in _model(trainer).named_parameters() if each.requires_grad]
-    orphans = [name for name, parameter in trained if id(parameter) not in owned]
-    if orphans:
-        raise TrainingError(
-            f"the optimizer lacks {len(orphans)} of the model's trainable parameters (first: {orphans[0]!r}), so they "
-            "would never change. If the model changed since the last train(), set trainer.optimizer = "
-            "trainer.lr_scheduler = None; if the optimizer is your own, give it all parameters or freeze these."
-        )
 
 
 def extend_log(trainer: Trainer) -> None:

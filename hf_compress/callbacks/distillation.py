@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_compress.callbacks.access import plain_model
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teacher import check_teacher, digest, frozen, load_teacher, logits_of, teacher_logits
 from hf_compress.config import DistillationConfig
@@ -109,6 +110,22 @@ class DistillationCallback(CompressionCallback):
                 "with that teacher, or start a new run from the checkpoint's weights."
             )
 
+    def _preview(self, run: Run) -> Mapping[str, Any]:
+        mixer = self._mixer
+        assert mixer is not None
+        facts: dict[str, Any] = {
+            "teacher": f"{type(plain_model(mixer.teacher)).__name__}, {mixer.teacher_size():,} parameters",
+            "loss": f"{1 - self.config.alpha:g} * task + {self.config.alpha:g} * {self.config.loss}",
+            "temperature": self.config.temperature,
+        }
+        inputs = first_batch(run.trainer)
+        model: Any = run.trainer.model
+        with torch.no_grad(), torch.random.fork_rng(), run.trainer.accelerator.autocast():
+            outputs = model(**inputs)  # no gradients, so the hooks leave it alone
+            losses = mixer.per_position(outputs, inputs, inputs.get("labels"), mixer.shift)
+        facts["distillation loss of the first batch"] = float(losses.mean())
+        return facts
+
     def _ready_teacher(self, run: Run) -> nn.Module:
         """Return the teacher, checked, on the training device."""
         teacher: Any = self.teacher
@@ -143,6 +160,10 @@ class _Mixer:
         self.num_computed = self.num_used = self.num_steps = 0
         self.sums = torch.zeros(2, device=run.device)
         """Task and distillation loss since the last log, scaled as the Trainer scales the loss."""
+
+    def teacher_size(self) -> int:
+        """Return the number of the teacher's parameters."""
+        return sum(parameter.numel() for parameter in self.teacher.parameters())
 
     def place_probe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Let the first forward pass show whether its loss depends on num_items_in_batch."""
@@ -210,6 +231,16 @@ class _Mixer:
         self.num_computed = self.num_used = 0
         self.num_steps += 1
 
+    def per_position(self, outputs: Any, inputs: Mapping[str, Any], labels: Any, shift: bool) -> Tensor:
+        """Return the distillation loss of every position that counts, [num_positions]."""
+        own = logits_of(outputs, "student")
+        prefix = "decoder_" if self.run.model.config.is_encoder_decoder else ""
+        mask = inputs.get(f"{prefix}attention_mask")
+        student, teacher = select_positions(
+            own, self._teach(inputs).to(own.device), labels=labels, attention_mask=mask, shift=shift
+        )
+        return self.loss(student, teacher, self.config.temperature)
+
     def _probe(self, num_items: Any) -> Any:
         if self.per_item is not None:
             return num_items
@@ -227,13 +258,7 @@ class _Mixer:
         if self.per_item is None and num_items is not None:
             self.per_item = _depends(task_loss, num_items)
             num_items = num_items.detach()
-        own = logits_of(outputs, "student")
-        prefix = "decoder_" if self.run.model.config.is_encoder_decoder else ""
-        mask = inputs.get(f"{prefix}attention_mask")
-        student, teacher = select_positions(
-            own, self._teach(inputs).to(own.device), labels=labels, attention_mask=mask, shift=shift
-        )
-        per_position = self.loss(student, teacher, self.config.temperature)
+        per_position = self.per_position(outputs, inputs, labels, shift)
         count = num_items if self.per_item and num_items is not None else max(len(per_position), 1)
         distillation_loss = per_position.sum() / count
         self._watch(task_loss.detach(), distillation_loss)

@@ -15,8 +15,9 @@ from hf_compress.callbacks.ranks import check_same_on_all_ranks, mean_gradients
 from hf_compress.callbacks.state import check_moments
 from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError, ShrinkError, TargetError, TrainingError, choices
+from hf_compress.graph.costs import Costs
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups
-from hf_compress.graph.model import dimension_groups
+from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.adapters import has_adapters, plain_view
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
@@ -26,6 +27,10 @@ from hf_compress.pruning.criteria import Criterion
 from hf_compress.registry import allocators, criteria
 from hf_compress.schedule import progress_at, schedules
 from hf_compress.shrinking.plan import refuse_compressed
+from hf_compress.shrinking.shrink import shrink
+
+MOMENTS_SHOWN = 12
+"""Changes of the masks that a preview lists."""
 
 
 class PruningCallback(CompressionCallback):
@@ -61,6 +66,8 @@ class PruningCallback(CompressionCallback):
         self._masks: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] = {}
         self._kinds: dict[str, list[str]] = {}
+        self._thresholds: dict[str, float] = {}
+        self._costs: Costs | None = None
         self._window = (0, 1)
         self._finished = False
 
@@ -83,12 +90,14 @@ class PruningCallback(CompressionCallback):
         self._finished = False
         # Adapters and fake quantizers that are there already would only blur the analysis; shapes are enough for it.
         with suspended(run.model), unsharded(run.model, weights=False):
-            plain = plain_view(run.model) if has_adapters(run.model) else run.model
-            groups = self._select(dimension_groups(plain, self.example_inputs))
+            graph = ModelGraph(plain_view(run.model) if has_adapters(run.model) else run.model, self.example_inputs)
+        groups = self._select(graph.groups)
+        self._costs = graph.costs
         check_gateable(run.model, groups)
         self._window = self.config.window(run.total_steps)
         needs_gradient = self._criterion.needs == "gate_gradients"
         self._gates = {group.name: Gate(group, run.model, needs_gradient=needs_gradient) for group in groups}
+        self._thresholds = {}
         self._masks = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in groups}
         self._scores = {name: torch.zeros_like(gate.value, requires_grad=False) for name, gate in self._gates.items()}
 
@@ -157,21 +166,30 @@ class PruningCallback(CompressionCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tighten the masks when the schedule says so."""
-        begin, end = self._window
         step = state.global_step
-        due = step == end or (begin < step < end and (step - begin) % self.config.update_every == 0)
-        if due and self._gates:
-            progress = schedules.get(self.config.schedule)(progress_at(step, begin, end))
+        if self._is_due(step) and self._gates:
+            progress = schedules.get(self.config.schedule)(progress_at(step, *self._window))
             for kind, final in self.config.structures.items():
                 self._prune(kind, final * progress)
             check_same_on_all_ranks(self._masks, "PruningCallback: masks", args.device)
 
+    def _is_due(self, step: int) -> bool:
+        begin, end = self._window
+        return step == end or (begin < step < end and (step - begin) % self.config.update_every == 0)
+
     def _prune(self, kind: str, sparsity: float) -> None:
         names = self._kinds[kind]
         scores = {name: self._score(name) for name in names}
+        if sparsity > 0 and not any(bool((scores[name][self._masks[name]] != 0).any()) for name in names):
+            raise TrainingError(
+                f"PruningCallback: the scores of all {kind!r} are 0 when the first are to go, so nothing says which. "
+                "Were all gradients zero or not finite so far? Check the loss and its precision, or begin later."
+            )
         for name, mask in self._allocate(scores, sparsity, self._limits(kind)).items():
             self._masks[name] = mask
             self._gates[name].set_mask(mask)
+        kept = [scores[name][self._masks[name]].min() for name in names if self._masks[name].any()]
+        self._thresholds[kind] = float(torch.stack(kept).min()) if kept else 0.0
 
     def _score(self, name: str) -> Tensor:
         """Return the scores of a group; what is pruned stays pruned."""
@@ -183,8 +201,59 @@ class PruningCallback(CompressionCallback):
         return score.cpu().masked_fill(~self._masks[name], -1.0)
 
     def _metrics(self) -> Mapping[str, float]:
-        by_kind = {kind: {name: self._masks[name] for name in names} for kind, names in self._kinds.items()}
-        return {f"{kind}_sparsity": round(achieved_sparsity(masks), 4) for kind, masks in by_kind.items()}
+        """Sparsity and lowest score kept by structure, and what the model would have if it were shrunk now."""
+        found: dict[str, float] = {}
+        for kind, names in self._kinds.items():
+            found[f"{kind}_sparsity"] = round(achieved_sparsity({name: self._masks[name] for name in names}), 4)
+            if kind in self._thresholds:
+                found[f"{kind}_threshold"] = self._thresholds[kind]
+        return found | self._left()
+
+    def _left(self) -> dict[str, float]:
+        if self._costs is None:
+            return {}
+        kept = {name: int(mask.sum()) for name, mask in self._masks.items()}
+        return {
+            "parameters": self._costs.parameters(kept),
+            "flops_kept": round(self._costs.flops(kept) / max(self._costs.flops({}), 1), 4),
+        }
+
+    def _preview(self, run: Run) -> Mapping[str, Any]:
+        begin, end = self._window
+        grow = schedules.get(self.config.schedule)
+        moments = [step for step in range(begin, end + 1) if self._is_due(step)]
+        shown = moments if len(moments) <= MOMENTS_SHOWN else [*moments[: MOMENTS_SHOWN - 1], moments[-1]]
+        before = self._left()
+        self._masks = self._trial_masks()
+        after = self._left()
+        facts: dict[str, Any] = {
+            kind: {
+                "units": sum(len(self._masks[name]) for name in names),
+                "removed": sum(int((~self._masks[name]).sum()) for name in names),
+                "layers": len(names),
+            }
+            for kind, names in self._kinds.items()
+        }
+        facts["criterion"], facts["allocation"] = self.config.criterion, self.config.allocation
+        facts["share of the removal by step"] = {
+            f"step {step:,}": round(grow(progress_at(step, begin, end)), 4) for step in shown
+        }
+        facts["steps after it"] = run.total_steps - end
+        facts["parameters"], facts["parameters after shrink"] = before["parameters"], after["parameters"]
+        facts["operations kept"] = after["flops_kept"]
+        with suspended(run.model):
+            shrink(run.trainer, self._masks, example_inputs=self.example_inputs)
+        facts["trial"] = "a copy was shrunk with masks of these sizes and computes what it computes masked"
+        return facts
+
+    def _trial_masks(self) -> dict[str, Tensor]:
+        """Return masks of the final sparsity, by the size of the weights as they are."""
+        masks: dict[str, Tensor] = {}
+        for kind, sparsity in self.config.structures.items():
+            gates = [self._gates[name] for name in self._kinds[kind]]
+            scores = {g.group.name: unit_weights(g.model, g.group).norm(dim=1).cpu() for g in gates}
+            masks |= self._allocate(scores, sparsity, self._limits(kind))
+        return masks
 
     def _stop(self, run: Run) -> None:
         for kind, asked in self.config.structures.items():
@@ -226,7 +295,7 @@ class PruningCallback(CompressionCallback):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"mask.{name}": mask for name, mask in self._masks.items()}
         tensors |= {f"score.{name}": score for name, score in self._scores.items()}
-        return tensors, {"window": list(self._window)}
+        return tensors, {"window": list(self._window), "thresholds": self._thresholds}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         check_moments("PruningCallback", "pruning", facts.get("window"), list(self._window))
@@ -237,6 +306,7 @@ class PruningCallback(CompressionCallback):
                 f"PruningCallback: the checkpoint's masks belong to other groups (first difference: {different[0]!r}); "
                 "resume with the model that the checkpoint was written for."
             )
+        self._thresholds = dict(facts["thresholds"])
         for name, gate in self._gates.items():
             self._masks[name] = tensors[f"mask.{name}"].cpu().bool()
             self._scores[name] = tensors[f"score.{name}"].to(gate.value.device)

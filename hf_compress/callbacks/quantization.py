@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -10,12 +11,14 @@ from hf_compress.callbacks.base import CompressionCallback, Run
 from hf_compress.callbacks.state import check_moments
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.instruments.adapters import effective_weight
 from hf_compress.instruments.fake_quantize import (
     check_fake_quantizable,
     install_fake_quantizers,
     quantizable_linears,
     remove_fake_quantizers,
 )
+from hf_compress.instruments.sharded import whole
 from hf_compress.quantization.quantizers import Scheme
 from hf_compress.registry import schemes
 from hf_compress.schedule import to_steps
@@ -81,6 +84,35 @@ class QuantizationCallback(CompressionCallback):
                 f"{self._begin} of {run.total_steps}. Training stopped before it, or load_best_model_at_end went back "
                 "to a checkpoint before it. Set begin earlier."
             )
+
+    def _preview(self, run: Run) -> Mapping[str, Any]:
+        weights = [self._weight(module) for module in self._linears.values()]
+        numbers, rows = sum(w.numel() for w in weights), sum(w.shape[0] for w in weights)
+        return {
+            "scheme": self.config.scheme,
+            "layers": len(weights),
+            "first and last": [next(iter(self._linears)), next(reversed(self._linears))],
+            "weights in them": numbers,
+            "share of all parameters": numbers / sum(p.numel() for p in run.model.parameters()),
+            "bytes of these weights": sum(w.numel() * w.element_size() for w in weights),
+            "bytes as integers": numbers + 4 * rows,
+            "begins at step": self._begin,
+        }
+
+    def _metrics(self) -> Mapping[str, float]:
+        """The largest step of the weights' grids, and by how much rounding changes the weights."""
+        if not self._installed:
+            return {}
+        with torch.no_grad():
+            pairs = [(w, self._scheme.fake_quantize_weight(w, None)) for w in map(self._weight, self._linears.values())]
+            squares = torch.stack([torch.stack([(w - q).pow(2).sum(), w.pow(2).sum()]) for w, q in pairs]).sum(dim=0)
+            largest = torch.stack([self._scheme.weight_scale(w).max() for w, _ in pairs]).max()
+            error, scale = torch.stack([(squares[0] / squares[1].clamp_min(1e-30)).sqrt(), largest]).tolist()
+        return {"weight_rounding_error": error, "largest_weight_scale": scale}
+
+    @staticmethod
+    def _weight(module: nn.Module) -> Tensor:
+        return whole(effective_weight(module).detach())
 
     def _install(self) -> None:
         if not self._installed:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging
 
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.pretrained import CompressedConfig, choose_guard, is_uneven, stored_method
@@ -94,7 +95,7 @@ def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[
 @torch.no_grad()
 def _to_dense(model: PreTrainedModel, names: list[str]) -> None:
     scheme = Int8Dynamic()
-    for name in names:
+    for name in _progress(names):
         weight = model.get_submodule(name).get_parameter("weight")
         scale = scheme.weight_scale(weight)
         weight.copy_(dequantize(quantize(weight, scale), scale, weight.dtype))
@@ -113,7 +114,7 @@ def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
         ) from error
     scheme = Int8Dynamic()
     inputs = QuantizeTensorToInt8Kwargs(PerRow())
-    for name in names:
+    for name in _progress(names):
         module: Any = model.get_submodule(name)
         scale = scheme.weight_scale(module.weight)
         weight = Int8Tensor.from_hp(module.weight.detach(), PerRow(), scale=scale, act_quant_kwargs=inputs)
@@ -128,6 +129,12 @@ def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
         config = CompressedConfig(**{**stored, "inner": config.to_dict(), "guard": guard})
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+
+
+def _progress(names: list[str]) -> Any:
+    """Show a bar where transformers would, see ``transformers.utils.logging.disable_progress_bar``."""
+    bars: Any = logging
+    return bars.tqdm(names, desc="Quantizing layers")
 
 
 _FORMATS: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {"torchao": _to_torchao, "dense": _to_dense}

@@ -5,8 +5,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
+from transformers.utils import logging
 
 from hf_compress.errors import ShrinkError
 
@@ -58,7 +60,8 @@ def count_tokens(backend: Tokenizer, texts: Iterable[Text], unknown_id: int | No
     usage, generator = Usage(), random.Random(0)
     reservoir: list[Text] = []
     rare: list[Text] = []
-    for batch in _batches(_checked(texts)):
+    bars: Any = logging
+    for batch in bars.tqdm(_batches(_checked(texts)), desc="Counting tokens", unit_scale=BATCH_SIZE, unit=" texts"):
         encode = backend.encode_batch_fast if unknown_id is None else backend.encode_batch
         for text, encoding in zip(batch, encode(batch), strict=True):
             ids = encoding.ids

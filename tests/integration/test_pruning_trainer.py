@@ -13,7 +13,10 @@ from hf_compress import (
     PruningConfig,
     ShrinkError,
     TargetError,
+    TrainingError,
     dimension_groups,
+    make_example_inputs,
+    profile,
     shrink,
 )
 
@@ -141,6 +144,29 @@ def test_logs_show_the_sparsity(train) -> None:
     trainer, _ = train(config(), logging_strategy="steps", logging_steps=1)
     values = [entry["ffn_sparsity"] for entry in trainer.state.log_history if "ffn_sparsity" in entry]
     assert values[0] == 0.0 and values[-1] == 0.75
+
+
+def test_logs_say_what_the_model_would_have_after_shrinking(train) -> None:
+    trainer, _ = train(config(), logging_strategy="steps", logging_steps=1)
+    entries = [entry for entry in trainer.state.log_history if "parameters" in entry]
+    small = shrink(trainer)
+    inputs = make_example_inputs(trainer.model)
+    whole, left = (profile(model, inputs, latency=False) for model in (trainer.model, small))
+    assert entries[0]["parameters"] == whole.parameters and entries[0]["flops_kept"] == 1.0
+    assert entries[-1]["parameters"] == left.parameters
+    assert entries[-1]["flops_kept"] == pytest.approx(left.flops / whole.flops, abs=1e-4)
+    assert "heads_threshold" not in entries[0]
+    assert entries[-1]["heads_threshold"] > 0
+
+
+def test_scores_that_never_move_are_an_error(tiny_bert, classification_data, make_trainer) -> None:
+    """Which units go would be chance: here every gradient is not a number."""
+    model = tiny_bert()
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    trainer = make_trainer(model, classification_data(32), [PruningCallback(config())], max_steps=8)
+    with pytest.raises(TrainingError, match="scores of all 'heads' are 0 when the first are to go"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

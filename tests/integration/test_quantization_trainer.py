@@ -10,6 +10,7 @@ from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TargetError, TrainingError
 from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_linears
+from hf_compress.quantization.quantizers import Int8Dynamic
 
 
 class Recorder(TrainerCallback):
@@ -45,6 +46,22 @@ def test_training_differs_from_plain_and_learns(tiny_bert, classification_data, 
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.5 * before
+
+
+def test_logs_say_how_coarse_the_grid_is(tiny_bert, classification_data, make_trainer) -> None:
+    model = tiny_bert()
+    settings = {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 0.0}
+    trainer = make_trainer(model, classification_data(), [callback(begin=2)], max_steps=4, **settings)
+    trainer.train()
+    found = [entry.get("weight_rounding_error") for entry in trainer.state.log_history if "loss" in entry]
+    assert found[:2] == [None, None]
+    weights = [module.weight.detach() for module in quantizable_linears(model).values()]
+    rounded = [Int8Dynamic().fake_quantize_weight(weight, None) for weight in weights]
+    errors = [(weight - grid).pow(2).sum() for weight, grid in zip(weights, rounded, strict=True)]
+    error = (sum(errors) / sum(weight.pow(2).sum() for weight in weights)).sqrt()
+    assert found[2:] == pytest.approx([float(error)] * 2, rel=1e-5)
+    scales = [entry["largest_weight_scale"] for entry in trainer.state.log_history if "largest_weight_scale" in entry]
+    assert scales == pytest.approx([max(float(w.abs().max()) for w in weights) / 127] * 2, rel=1e-2)
 
 
 def test_evaluation_after_training_measures_the_quantized_model(tiny_bert, classification_data, make_trainer) -> None:
