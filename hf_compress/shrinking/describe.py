@@ -10,7 +10,7 @@ from hf_compress.errors import ShrinkError
 from hf_compress.graph.blocks import cache_places, emptied_blocks, empty_block
 from hf_compress.graph.depth import build_empty
 from hf_compress.graph.integers import Attribute, read
-from hf_compress.shrinking.apply import loosened_modules
+from hf_compress.graph.multihead import FlexibleMultiheadAttention
 from hf_compress.shrinking.depth import renamed
 from hf_compress.shrinking.plan import ShrinkPlan
 from hf_compress.shrinking.reload import Agrees
@@ -37,7 +37,7 @@ def describe_sizes(
     changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan) + cache_places(model, plan.emptied)
     anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
     buffers = {name: anew[name] for name in sorted(_made_anew(model)) if name in anew}
-    flexible = [name for name in (renamed(name, plan.layers) for name in loosened_modules(model, plan)) if name]
+    flexible = [name for name, module in model.named_modules() if isinstance(module, FlexibleMultiheadAttention)]
     emptied = {renamed(name, plan.layers): how for name, how in plan.emptied.items()}
     emptied.pop(None, None)
     if not buffers and not flexible and not emptied:
