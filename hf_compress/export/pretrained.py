@@ -30,7 +30,7 @@ from hf_compress.export.stored import follow_resizing, stored_shapes
 from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.multihead import loosen
 from hf_compress.shrinking.describe import FORMAT_VERSION
-from hf_compress.shrinking.sizes import refresh_sizes
+from hf_compress.shrinking.sizes import refresh_sizes, store_too
 
 METHOD = "hf_compress"
 
@@ -153,6 +153,7 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         model.config.quantization_config = self.outer
         _check_loaded(model, self.outer.shapes)
+        store_too(model, self.outer.shapes)
         slice_buffers(model, self.outer.buffers)
         # Saving applies the conversions of loading in reverse, and transformers has no reverse for making integer
         # tensors. None is needed: get_state_dict_and_metadata takes them apart again.

@@ -13,8 +13,14 @@ from hf_compress.graph.integers import Attribute, read
 from hf_compress.graph.multihead import FlexibleMultiheadAttention
 from hf_compress.shrinking.depth import renamed
 from hf_compress.shrinking.plan import ShrinkPlan
-from hf_compress.shrinking.reload import Agrees
-from hf_compress.shrinking.sizes import find_stock_config, non_persistent_buffers, same_floats, tensor_shapes
+from hf_compress.shrinking.sizes import (
+    Agrees,
+    find_stock_config,
+    non_persistent_buffers,
+    same_floats,
+    store_too,
+    tensor_shapes,
+)
 
 FORMAT_VERSION = 1
 
@@ -61,6 +67,7 @@ def describe_sizes(
     if buffers:
         uneven["buffers"] = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in buffers.items()}
     model.config.quantization_config = uneven
+    store_too(model, uneven["shapes"])
     if not agrees(model.config):
         raise ShrinkError(
             f"{type(model).__name__}: loaded again, the result would compute something else: the model's code keeps a "

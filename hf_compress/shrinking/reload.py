@@ -11,9 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_compress.errors import CompressionError
+from hf_compress.shrinking.sizes import Agrees, left_out_when_saved
 from hf_compress.shrinking.verify import FORWARD_ERRORS, TOLERANCES, in_full_precision, relative_error, run
-
-Agrees = Callable[[PretrainedConfig], bool]
 
 
 def reload_check(model: PreTrainedModel, inputs: Mapping[str, Any], dense: Callable[[], PreTrainedModel]) -> Agrees:
@@ -47,11 +46,13 @@ def _loads_the_same(
 ) -> bool:
     stored = copy.deepcopy(config)
     stored.architectures = [type(model).__name__]  # as saving does
+    absent = left_out_when_saved(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
     kernels = {"attn_implementation": config._attn_implementation, "experts_implementation": _experts(config)}
     try:
         with _silent():
             loaded: Any = type(model).from_pretrained(
-                None, config=stored, state_dict=model.state_dict(), dtype=model.dtype, **kernels
+                None, config=stored, state_dict=state, dtype=model.dtype, **kernels
             )
         actual = run(in_full_precision(loaded.to(model.device)), inputs)
     except (*FORWARD_ERRORS, OSError, ImportError, CompressionError):

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from accelerate import init_empty_weights
@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.graph.depth import build_empty, submodule
 from hf_compress.graph.integers import Attribute, read
-from hf_compress.shrinking.reload import Agrees
 
 MAX_CONFIG_TRIALS = 64
+
+Agrees = Callable[[PretrainedConfig], bool]
+"""Whether a model, loaded with a config, computes what it computes now."""
 
 
 def refresh_sizes(model: nn.Module) -> None:
@@ -130,6 +132,16 @@ def non_persistent_buffers(model: nn.Module) -> set[str]:
     for prefix, module in model.named_modules():
         names |= {f"{prefix}.{name}" if prefix else name for name in module._non_persistent_buffers_set}
     return names
+
+
+def left_out_when_saved(model: PreTrainedModel) -> set[str]:
+    """Return the names of tensors that are not stored, since the architecture makes them anew: sinusoidal positions."""
+    return set(model._keys_to_ignore_on_save or ())
+
+
+def store_too(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Have tensors of other shapes than the architecture makes stored all the same."""
+    model._keys_to_ignore_on_save = left_out_when_saved(model) - set(names)
 
 
 def _integer_fields(config: PretrainedConfig) -> Iterator[tuple[str, int]]:

@@ -118,14 +118,7 @@ NOT_YET: dict[str, set[str]] = {
     "everything": {"wav2vec2_conformer_rotary"},
     "equal": {"splinter"},
     "training": {"splinter", "wav2vec2_bert", "lilt"},
-    "reload": {
-        "bridgetower",
-        "chinese_clip",
-        "levit",
-        "marian",
-        "rwkv",
-        "vilt",
-    },
+    "reload": {"rwkv", "vilt"},
     "generation": {
         "bamba",
         "blip2",
