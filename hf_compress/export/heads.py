@@ -81,9 +81,7 @@ def _tie(model: PreTrainedModel) -> None:
         setattr(model.get_submodule(owner), name, model.get_parameter(source))
 
 
-def _kept(
-    group: DimensionGroup, owners: Mapping[tuple[str, int], int], shapes: Mapping[str, list[int]]
-) -> int | None:
+def _kept(group: DimensionGroup, owners: Mapping[tuple[str, int], int], shapes: Mapping[str, list[int]]) -> int | None:
     """Return how many units of a group the known parameters have, or None if they do not say or all are left."""
     for part in group.slices:
         # Rows of a query projection are heads times channels: their number alone does not say of which there are fewer.

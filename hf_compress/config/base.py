@@ -1,0 +1,168 @@
+"""Shared by every config: frozen, validated on construction, stored as JSON or YAML."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from hf_compress.errors import ConfigError, choices
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shared by every config: strict keys, JSON and YAML both ways."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of the stored form; a file written by a newer version is refused."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise self._error("schema_version", self.schema_version, f"{SCHEMA_VERSION}", "Upgrade hf-compress.")
+        self._validate()
+
+    def _validate(self) -> None:
+        """Check every field; overridden by each config."""
+
+    def _error(self, name: str, given: object, allowed: str, remedy: str = "") -> ConfigError:
+        text = f"{type(self).__name__}.{name}: got {given!r}; allowed: {allowed}."
+        return ConfigError(f"{text} {remedy}".rstrip())
+
+    def _check_number(
+        self, name: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+            interval = f"a number in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+            raise self._error(name, value, interval)
+
+    def _check_choice(self, name: str, allowed: Any) -> None:
+        value = getattr(self, name)
+        if value not in tuple(allowed):
+            raise ConfigError(f"{type(self).__name__}.{name}: unknown value {value!r}; {choices(value, allowed)}.")
+
+    def _check_text(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or not value:
+            raise self._error(name, value, "a text that is not empty")
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._error(name, value, "an int >= 1")
+
+    def _check_moment(self, name: str) -> None:
+        """A moment is an int (optimizer steps) or a float (fraction of the run)."""
+        value = getattr(self, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or value < 0
+            or (isinstance(value, float) and value > 1)
+        ):
+            raise self._error(name, value, "an int >= 0 (optimizer steps) or a float in [0, 1] (fraction of the run)")
+
+    def _check_patterns(self, name: str) -> None:
+        """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
+        value = getattr(self, name)
+        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+            raise self._error(name, value, "a tuple or list of regular expressions")
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self._error(name, pattern, "regular expressions", f"This one is none: {error}.") from error
+        object.__setattr__(self, name, tuple(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, numbers and strings."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build a config from ``to_dict()`` output.
+
+        Raises:
+            ConfigError: For an unknown key or a value that the config does not allow.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {choices(key, known)}.")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """Return the config as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        """Return the config as YAML text."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the config to a ``.json``, ``.yaml`` or ``.yml`` file."""
+        path = Path(path)
+        path.write_text(self.to_json() if _suffix(path) == "json" else self.to_yaml(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a config from a ``.json``, ``.yaml`` or ``.yml`` file.
+
+        Raises:
+            ConfigError: If the file cannot be parsed or holds anything but a valid config.
+        """
+        path = Path(path)
+        suffix = _suffix(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text) if suffix == "json" else parse_yaml(text)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected a mapping of {cls.__name__} fields, got {type(data).__name__}.")
+        return cls.from_dict(data)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 3e-5 as a number, as YAML 1.2 and everybody who writes a learning rate do; YAML 1.1 sees a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that ``_Loader`` would read as numbers."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what YAML text says.
+
+    Raises:
+        yaml.YAMLError: If it cannot be parsed.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+def _suffix(path: Path) -> str:
+    kinds = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}
+    if path.suffix not in kinds:
+        raise ConfigError(f"{path}: unknown file type {path.suffix!r}; allowed: .json, .yaml, .yml.")
+    return kinds[path.suffix]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
