@@ -13,7 +13,14 @@ from hf_compress.callbacks.preview import Preview, preview
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.callbacks.state import last_complete_checkpoint
-from hf_compress.config import DistillationConfig, PruningConfig, QuantizationConfig, Recipe
+from hf_compress.config import (
+    DatasetConfig,
+    DistillationConfig,
+    PruningConfig,
+    QuantizationConfig,
+    Recipe,
+    ShrinkConfig,
+)
 from hf_compress.errors import (
     CompressionError,
     ConfigError,
@@ -31,6 +38,7 @@ from hf_compress.graph.labels import make_labels
 from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
 from hf_compress.pruning import allocate, criteria  # noqa: F401 - imported for what they register
+from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
 from hf_compress.report.profile import ModelProfile, profile
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
@@ -50,6 +58,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CompressionError",
     "ConfigError",
+    "DatasetConfig",
     "DimensionGroup",
     "DistillationCallback",
     "DistillationConfig",
@@ -63,6 +72,8 @@ __all__ = [
     "QuantizationCallback",
     "QuantizationConfig",
     "Recipe",
+    "RunResult",
+    "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
     "TargetError",
@@ -71,6 +82,7 @@ __all__ = [
     "dimension_groups",
     "export_quantized",
     "last_complete_checkpoint",
+    "make_callbacks",
     "make_example_inputs",
     "make_labels",
     "op_rule",
@@ -78,5 +90,6 @@ __all__ = [
     "preview",
     "profile",
     "prune_vocabulary",
+    "run_recipe",
     "shrink",
 ]

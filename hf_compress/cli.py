@@ -4,13 +4,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from hf_compress.errors import CompressionError, ConfigError
@@ -20,6 +20,9 @@ from hf_compress.export.quantized import export_quantized
 from hf_compress.export.skeleton import build_skeleton
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import dimension_groups
+from hf_compress.recipe.models import load_config, loading
+from hf_compress.recipe.overrides import load_recipe
+from hf_compress.recipe.run import run_recipe
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
@@ -51,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-compress", description="Look at, measure and export compressed models.")
+    parser = argparse.ArgumentParser(
+        prog="hf-compress", description="Make, measure and export compressed models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     loading = argparse.ArgumentParser(add_help=False)
     loading.add_argument("--auto-class", help="class that loads the model; default: the one in its config.json")
@@ -65,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--load-weights", action="store_true", help="analyze the loaded model, not its shapes alone")
     inspect.set_defaults(run=_inspect)
 
+    _add_run(commands)
+
     card = commands.add_parser("card", help="write a model card again from the folder's results.json")
     card.add_argument("directory", help="folder of a compressed model")
     card.set_defaults(run=_card)
@@ -76,6 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--exclude", action="append", help="regular expression of Linear layers to leave as they are")
     export.set_defaults(run=_export)
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="train, compress, save and compare, as one recipe file says")
+    run.add_argument("recipe", help=".yaml or .json file")
+    run.add_argument("--dry-run", action="store_true", help="load and check everything, say what would be done, stop")
+    run.add_argument("--output", help="folder to write, instead of the recipe's")
+    run.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if there is one")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: training.learning_rate=3e-5"
+    )
+    run.set_defaults(run=_run)
 
 
 def _add_measuring(commands: Any, loading: argparse.ArgumentParser) -> None:
@@ -116,25 +135,13 @@ def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
         ConfigError: If the class is unknown or the model cannot be loaded.
     """
     _, loader = _config_and_class(name, auto_class)
-    with _loading(name):
+    with loading(name):
         loaded: PreTrainedModel = loader.from_pretrained(name, trust_remote_code=False).eval()
     return loaded
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Turn what goes wrong with damaged or foreign files, which can be any exception, into one message."""
-    try:
-        yield
-    except CompressionError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
-
-
 def _config_and_class(name: str, auto_class: str | None) -> tuple[Any, Any]:
-    with _loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # asked about it, a script would wait
+    config = load_config(name)
     named = config.architectures or []
     if not isinstance(named, list | tuple) or not all(isinstance(each, str) for each in named):
         raise ConfigError(f"{name}: config.json, architectures: got {named!r}; allowed: a list of class names.")
@@ -198,6 +205,12 @@ def _compare(given: argparse.Namespace) -> str:
     if given.format == "json":
         return json.dumps(table.to_dict(), indent=2)
     return table.to_markdown() if given.format == "markdown" else str(table)
+
+
+def _run(given: argparse.Namespace) -> str:
+    recipe = load_recipe(given.recipe, given.set, given.output)
+    datasets.disable_progress_bars()
+    return str(run_recipe(recipe, dry_run=given.dry_run, resume=given.resume))
 
 
 def _card(given: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import hf_compress
 from hf_compress import PruningCallback, PruningConfig, cli, shrink
 from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
-from hf_compress.export.quantized import _FORMATS
+from hf_compress.export.quantized import FORMATS
 from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
 from hf_compress.schedule import schedules
 
@@ -94,7 +94,7 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
         distillation_losses,
         schemes,
         QuantizationConfig.METHODS,
-        _FORMATS,
+        FORMATS,
     ],
     ids=["structure", "criterion", "allocation", "schedule", "loss", "scheme", "method", "format"],
 )

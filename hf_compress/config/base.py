@@ -118,16 +118,7 @@ class Config:
         Raises:
             ConfigError: If the file cannot be parsed or holds anything but a valid config.
         """
-        path = Path(path)
-        suffix = _suffix(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text) if suffix == "json" else parse_yaml(text)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: expected a mapping of {cls.__name__} fields, got {type(data).__name__}.")
-        return cls.from_dict(data)
+        return cls.from_dict(read_file(Path(path), cls.__name__))
 
 
 class _Loader(yaml.SafeLoader):
@@ -149,6 +140,27 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: If it cannot be parsed.
     """
     return yaml.load(text, Loader=_Loader)
+
+
+def read_file(path: Path, kind: str) -> dict[str, Any]:
+    """Return the mapping in a ``.json``, ``.yaml`` or ``.yml`` file.
+
+    Args:
+        path: The file.
+        kind: Name of the config that it should hold, for messages.
+
+    Raises:
+        ConfigError: If it cannot be parsed, or holds no mapping.
+    """
+    suffix = _suffix(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if suffix == "json" else parse_yaml(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of {kind} fields, got {type(data).__name__}.")
+    return data
 
 
 def _suffix(path: Path) -> str:

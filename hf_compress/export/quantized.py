@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from hf_compress.quantization.quantizers import Int8Dynamic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_NO_TORCHAO = (
+    "format 'torchao' needs the torchao package. Install it with: pip install 'hf-compress[int8]'; or use "
+    "format='dense'."
+)
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -52,16 +57,27 @@ def export_quantized(
             attached, other layers are chosen than the model was trained with, or the folder holds something else.
         TargetError: If there is nothing to quantize or a pattern matches nothing.
     """
-    if format not in _FORMATS:
-        raise ExportError(f"export_quantized: unknown format {format!r}; {choices(format, _FORMATS)}.")
+    check_format(format)
     directory = Path(directory)
     _check_target(directory)
     names = list(_check_model(model, exclude))
     duplicate = copy.deepcopy(model)
     detach_all(duplicate)
-    _FORMATS[format](duplicate, names)
+    FORMATS[format](duplicate, names)
     _save(duplicate, directory)
     return directory
+
+
+def check_format(format: str) -> None:
+    """Check that a format exists and that its library is installed.
+
+    Raises:
+        ExportError: If not.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"export_quantized: unknown format {format!r}; {choices(format, FORMATS)}.")
+    if format == "torchao" and find_spec("torchao") is None:
+        raise ExportError(f"export_quantized: {_NO_TORCHAO}")
 
 
 def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[str, nn.Module]:
@@ -108,10 +124,7 @@ def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
         from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
         from transformers import TorchAoConfig
     except ImportError as error:
-        raise ExportError(
-            f"export_quantized: format 'torchao' needs the torchao package ({error}). Install it with: pip install "
-            "'hf-compress[int8]'; or use format='dense'."
-        ) from error
+        raise ExportError(f"export_quantized: {_NO_TORCHAO} ({error})") from error
     scheme = Int8Dynamic()
     inputs = QuantizeTensorToInt8Kwargs(PerRow())
     for name in _progress(names):
@@ -137,7 +150,8 @@ def _progress(names: list[str]) -> Any:
     return bars.tqdm(names, desc="Quantizing layers")
 
 
-_FORMATS: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {"torchao": _to_torchao, "dense": _to_dense}
+FORMATS: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {"torchao": _to_torchao, "dense": _to_dense}
+"""Name of a format -> what it does to the model before it is saved."""
 
 
 def _check_target(directory: Path) -> None:

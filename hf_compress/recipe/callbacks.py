@@ -1,0 +1,41 @@
+"""The callbacks that a recipe describes."""
+
+import os
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.callbacks.quantization import QuantizationCallback
+from hf_compress.config import Recipe
+from hf_compress.errors import ConfigError
+
+
+def make_callbacks(
+    recipe: Recipe, teacher: PreTrainedModel | str | os.PathLike[str] | None = None
+) -> list[TrainerCallback]:
+    """Return the callbacks of a recipe, for ``Trainer(callbacks=...)``.
+
+    Args:
+        recipe: What to do; model, data and training arguments in it are not looked at.
+        teacher: The teacher, see ``DistillationCallback``; the recipe's by default.
+
+    Raises:
+        ConfigError: If there is distillation without a teacher, or a teacher without distillation.
+    """
+    teacher = recipe.teacher if teacher is None else teacher
+    callbacks: list[TrainerCallback] = []
+    if recipe.pruning is not None:
+        callbacks.append(PruningCallback(recipe.pruning))
+    if recipe.distillation is not None:
+        if teacher is None:
+            raise ConfigError(
+                "Recipe.teacher: got None; allowed: the Hub name or folder of a model, since the recipe distills. "
+                "Set teacher, or leave distillation out."
+            )
+        callbacks.append(DistillationCallback(recipe.distillation, teacher))
+    elif teacher is not None:
+        raise ConfigError("make_callbacks: teacher is given, but the recipe has no distillation section; add one.")
+    if recipe.quantization is not None:
+        callbacks.append(QuantizationCallback(recipe.quantization))
+    return callbacks

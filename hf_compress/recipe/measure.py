@@ -1,0 +1,104 @@
+"""The dense model beside what a run made of it: one table, and a model card in each folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerState
+
+from hf_compress.export.card import write_card
+from hf_compress.graph.model import dimension_groups
+from hf_compress.recipe.evaluate import METRICS, evaluate
+from hf_compress.recipe.models import AUTO_CLASSES, load_student, loading
+from hf_compress.recipe.trainer import Prepared
+from hf_compress.report.compare import DEFAULT_LENGTH, Comparison, compare
+from hf_compress.report.results import Results, kept_units
+
+DENSE = "dense"
+
+HUB_TASKS = {
+    "text-classification": "text-classification",
+    "token-classification": "token-classification",
+    "causal-lm": "text-generation",
+    "seq2seq-lm": "text2text-generation",
+}
+"""Task -> its name on the Hub."""
+
+
+def measure(
+    prepared: Prepared, folders: Mapping[str, Path], masks: Mapping[str, Tensor], state: TrainerState
+) -> Comparison:
+    """Compare the dense model with what lies in the folders, and write the folders' model cards.
+
+    Args:
+        prepared: What was trained.
+        folders: Name -> folder; the first is the compressed model, others are other formats of it.
+        masks: What pruning kept, see ``PruningCallback.masks``; empty without pruning.
+        state: The Trainer's, for facts about the training.
+    """
+    models, new = _load(prepared, folders)
+    notes = ["dense is the model that the run began with"]
+    if new:
+        notes[0] += f"; it is not evaluated, since its checkpoint has no {new[0]}"
+    if any(getattr(model, "is_quantized", False) for model in models.values()):
+        notes.append("integers are fast under torch.compile only: hf-compress compare DENSE COMPRESSED --compile")
+    scores = {
+        name: evaluate(model, prepared.batches(), prepared.task, prepared.args.device)
+        for name, model in models.items()
+        if name != DENSE or not new
+    }
+    first, *others = folders
+    table = compare(
+        models[DENSE],
+        models[first],
+        others={name: models[name] for name in others},
+        names=(DENSE, first),
+        length=min(DEFAULT_LENGTH, _longest(prepared)),
+        directories={name: str(folder) for name, folder in folders.items()},
+        notes=notes,
+    ).with_metric(METRICS[prepared.task], scores)
+    kept = kept_units(dimension_groups(models[DENSE]), masks) if masks else {}
+    for name, folder in folders.items():
+        write_card(folder, _results(prepared, name, table, kept, state))
+    return table
+
+
+def _load(prepared: Prepared, folders: Mapping[str, Path]) -> tuple[dict[str, PreTrainedModel], tuple[str, ...]]:
+    """Load everything from disk, as others will; also return what the dense checkpoint lacks."""
+    dense = load_student(str(prepared.recipe.model), prepared.task, prepared.tokenizer, prepared.labels)
+    models: dict[str, Any] = {DENSE: dense.model}
+    for name, folder in folders.items():
+        with loading(str(folder)):
+            models[name] = AUTO_CLASSES[prepared.task].from_pretrained(folder)
+    return models, dense.new
+
+
+def _longest(prepared: Prepared) -> int:
+    return max(len(ids) for ids in prepared.splits.evaluation["input_ids"])
+
+
+def _results(
+    prepared: Prepared, name: str, table: Comparison, kept: dict[str, list[dict[str, Any]]], state: TrainerState
+) -> Results:
+    recipe, splits = prepared.recipe, prepared.splits
+    assert recipe.model is not None and recipe.dataset is not None
+    own_model, own_data = Path(recipe.model).exists(), Path(recipe.dataset.path).exists()
+    short = Path(recipe.model).name
+    return Results(
+        name=f"{short} {name}",
+        model=name,
+        base_model=short if own_model else recipe.model,
+        base_model_on_hub=not own_model,
+        auto_class=AUTO_CLASSES[prepared.task].__name__,
+        requires="hf-compress[int8]" if recipe.export == "torchao" and name.endswith("torchao") else "hf-compress",
+        task=HUB_TASKS[prepared.task],
+        dataset=Path(recipe.dataset.path).name if own_data else recipe.dataset.path,
+        dataset_id=None if own_data else recipe.dataset.path,
+        evaluation_split=splits.evaluation_name,
+        num_evaluation_examples=len(splits.evaluation),
+        comparison=table.to_dict(),
+        kept=kept,
+        recipe=recipe.to_dict(),
+        training={"optimizer_steps": state.global_step, "training_examples": len(splits.train)},
+    )

@@ -1,0 +1,114 @@
+"""Loading models and tokenizers, with one message where that fails."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_compress.errors import CompressionError, ConfigError
+
+AUTO_CLASSES: dict[str, Any] = {
+    "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+}
+"""Task -> the class that loads its models."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and whether the checkpoint had all of it."""
+
+    model: PreTrainedModel
+
+    new: tuple[str, ...]
+    """Parameters that the checkpoint lacked or had in other sizes: they are random."""
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what goes wrong with damaged or foreign files, which can be any exception, into one message.
+
+    Raises:
+        ConfigError: Instead of whatever is raised inside.
+    """
+    try:
+        yield
+    except CompressionError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def load_config(name: str) -> Any:
+    """Return the config of a model.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    with loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)  # asked about it, a script would wait
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that can pad: with its end-of-sequence token if it has none for that.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or has neither token.
+    """
+    with loading(f"{name}: tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
+        raise ConfigError(f"{name}: has no tokenizer; save one beside the model.")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"{name}: the tokenizer has neither a padding nor an end-of-sequence token, so texts of several "
+                "lengths fit in no batch. Set tokenizer.pad_token and save the tokenizer."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_student(name: str, task: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Loaded:
+    """Load the model to train, in float32, with a new head where it has none for the labels.
+
+    Args:
+        name: Hub name or folder.
+        task: A key of ``AUTO_CLASSES``.
+        tokenizer: Gives the model its padding token if it has none.
+        labels: Names of the labels, empty for language models.
+
+    Raises:
+        ConfigError: If it cannot be loaded for the task, or has fewer embeddings than the tokenizer has tokens.
+    """
+    names = dict(enumerate(labels))
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    if labels:
+        options |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+    with loading(name):
+        model, report = AUTO_CLASSES[task].from_pretrained(name, **options)
+    new = tuple(sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}))
+    if new and not labels:
+        raise ConfigError(f"{name}: its checkpoint lacks {', '.join(new)}; a language model needs all of its weights.")
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise ConfigError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds only {embeddings}.")
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model, new)

@@ -1,0 +1,122 @@
+"""What a run leaves behind, and the folder that it leaves it in."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from hf_compress.callbacks.preview import Preview
+from hf_compress.config import Recipe
+from hf_compress.errors import ConfigError
+from hf_compress.report.compare import Comparison
+
+RECIPE_FILE = "recipe.yaml"
+RESULT_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Where everything is, and how good and small it is; prints as a summary."""
+
+    output: Path
+    """The recipe's output folder."""
+
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """Name of a model in ``comparison`` -> its folder, tokenizer and model card included."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What ``trainer.evaluate()`` returned after training."""
+
+    comparison: Comparison | None = None
+    """The dense model beside the compressed ones; None after a dry run, and in all processes but the first."""
+
+    preview: Preview | None = None
+    """What the run would do, after a dry run."""
+
+    notes: tuple[str, ...] = ()
+    """Facts about model and data."""
+
+    def save(self) -> None:
+        """Write the result into the output folder, which is what makes a run finished."""
+        assert self.comparison is not None
+        data = {
+            "folders": {name: folder.relative_to(self.output).as_posix() for name, folder in self.folders.items()},
+            "metrics": dict(self.metrics),
+            "comparison": self.comparison.to_dict(),
+            "notes": list(self.notes),
+        }
+        (self.output / RESULT_FILE).write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, output: Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ConfigError: If it is damaged.
+        """
+        path = output / RESULT_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                output=output,
+                folders={name: output / folder for name, folder in data["folders"].items()},
+                metrics=data["metrics"],
+                comparison=Comparison.from_dict(data["comparison"]),
+                notes=tuple(data["notes"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: is damaged ({error!r}). Delete it and resume to measure again.") from error
+
+    def __str__(self) -> str:
+        lines = list(self.notes)
+        if self.preview is not None:
+            lines += [str(self.preview), "dry run: nothing was trained, nothing was saved"]
+        if self.comparison is not None:
+            lines += ["", str(self.comparison), ""]
+        lines += [f"{name}: {folder}" for name, folder in self.folders.items()]
+        return "\n".join(lines)
+
+
+def check_output(recipe: Recipe, resume: bool) -> Path:
+    """Check that a run may write to the recipe's output folder; nothing is written.
+
+    Raises:
+        ConfigError: If there are files that are not from this recipe, or that a new run would overwrite.
+    """
+    output = Path(str(recipe.output))
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"Recipe.output: {output} is a file; give the name of a new folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return output
+    stored = output / RECIPE_FILE
+    if not stored.is_file():
+        raise ConfigError(
+            f"Recipe.output: {output} holds files, but not from a recipe (no {RECIPE_FILE}), so nothing is written "
+            "there. Choose another output."
+        )
+    different = _differences(Recipe.load(stored).to_dict(), recipe.to_dict())
+    if different:
+        raise ConfigError(
+            f"Recipe.output: {output} is from another recipe, which differs in {', '.join(different)}. Choose another "
+            "output, or run the recipe that it is from."
+        )
+    if not resume:
+        raise ConfigError(
+            f"Recipe.output: {output} holds a run of this recipe already. Go on with it with --resume (resume=True), "
+            "or choose another output."
+        )
+    return output
+
+
+def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings that differ; where the output lies is none of them."""
+    found: list[str] = []
+    for key in dict.fromkeys([*stored, *given]):
+        old, new = stored.get(key), given.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and prefix + key != "output":
+            found.append(prefix + key)
+    return found

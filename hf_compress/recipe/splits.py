@@ -1,0 +1,129 @@
+"""Loading data sets: from the Hub, from files, from folders."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from hf_compress.config import DatasetConfig
+from hf_compress.errors import ConfigError, choices
+
+FILE_BUILDERS = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
+}  # fmt: skip
+HELD_OUT = ("test", "validation", "dev")
+HELD_OUT_SHARE = 0.1
+UNLABELED = -1
+"""What data sets hide labels with."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What to train and to evaluate on."""
+
+    train: Any
+    """A ``datasets.Dataset``."""
+
+    evaluation: Any
+    """A ``datasets.Dataset``."""
+
+    evaluation_name: str
+    """Name of the split that ``evaluation`` comes from."""
+
+    notes: tuple[str, ...] = ()
+    """What was done to the data that nobody asked for."""
+
+    def named(self) -> dict[str, Any]:
+        """Return both by name, for messages."""
+        return {"training": self.train, "evaluation": self.evaluation}
+
+
+def load_splits(config: DatasetConfig, label: str | None, seed: int) -> Splits:
+    """Load a data set and choose its splits.
+
+    Args:
+        config: Where it is; its columns are not looked at.
+        label: Column without which, or without values in which, a split is no use for evaluation; None if any is.
+        seed: Seed for splitting off evaluation data where there are none, and for choosing training examples.
+
+    Raises:
+        ConfigError: If there is no such data set or split, or the evaluation split has no labels.
+    """
+    splits = _load(config)
+    for name in (config.train_split, config.eval_split):
+        if name is not None and name not in splits:
+            raise ConfigError(f"dataset {config.path!r}: has no split {name!r}; {choices(name, splits)}.")
+    train, evaluation, name = _choose(splits, config, label, seed)
+    if config.max_train_examples is not None and config.max_train_examples < len(train):
+        train = train.shuffle(seed=seed).select(range(config.max_train_examples))
+    if config.max_eval_examples is not None and config.max_eval_examples < len(evaluation):
+        evaluation = evaluation.select(range(config.max_eval_examples))
+    return Splits(train, evaluation, name)
+
+
+def drop_incomplete(splits: Splits, columns: Iterable[str]) -> Splits:
+    """Check that columns are there, and leave rows out in which one has no value.
+
+    Raises:
+        ConfigError: If a column is missing, or no row is left.
+    """
+    columns = list(columns)
+    notes = list(splits.notes)
+    parts = []
+    for which, part in splits.named().items():
+        for column in columns:
+            if column not in part.column_names:
+                known = choices(column, part.column_names)
+                raise ConfigError(f"dataset: no column {column!r} in the {which} data; {known}.")
+            if part.num_rows > 0 and all(value is None for value in part[column]):
+                raise ConfigError(f"dataset: column {column!r} has no values in the {which} data.")
+        complete = [all(v is not None for v in row) for row in zip(*(part[column] for column in columns), strict=True)]
+        if not any(complete):
+            raise ConfigError(f"dataset: the {which} data have no row with a value in each of {columns}.")
+        if not all(complete):
+            notes.append(f"{complete.count(False):,} {which} examples without {' or '.join(columns)} were left out")
+            part = part.select([i for i, keep in enumerate(complete) if keep])
+        parts.append(part)
+    return replace(splits, train=parts[0], evaluation=parts[1], notes=tuple(notes))
+
+
+def _load(config: DatasetConfig) -> Any:
+    path = Path(config.path)
+    try:
+        if path.suffix in FILE_BUILDERS and path.is_file():
+            options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+            found = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = load_from_disk(str(path))
+        else:
+            found = load_dataset(config.path, config.name)
+    except Exception as error:  # whatever the parsers of all formats raise
+        raise ConfigError(
+            f"dataset {config.path!r}: cannot be loaded from the Hub or from disk: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return DatasetDict({"train": found}) if isinstance(found, Dataset) else found
+
+
+def _choose(splits: Any, config: DatasetConfig, label: str | None, seed: int) -> tuple[Any, Any, str]:
+    train = splits[config.train_split]
+    for name in HELD_OUT if config.eval_split is None else (config.eval_split,):
+        if name in splits and name != config.train_split and _has_labels(splits[name], label):
+            return train, splits[name], name
+    if config.eval_split is not None:
+        problem = f"holds no labels in {label!r}"
+        if config.eval_split == config.train_split:
+            problem = "is the training split"
+        raise ConfigError(f"dataset {config.path!r}: split {config.eval_split!r} {problem}; choose another eval_split.")
+    if len(train) < 2:
+        raise ConfigError(f"dataset {config.path!r}: {len(train)} examples are too few to hold some out.")
+    parts = train.train_test_split(test_size=HELD_OUT_SHARE, seed=seed)
+    return parts["train"], parts["test"], f"held-out {HELD_OUT_SHARE:.0%}"
+
+
+def _has_labels(data: Any, label: str | None) -> bool:
+    if label is None:
+        return True
+    return label in data.column_names and any(value not in (None, UNLABELED) for value in data[label])
