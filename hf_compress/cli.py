@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-compress", description="Make, measure and export compressed models."
-    )
+    parser = argparse.ArgumentParser(prog="hf-compress", description="Make, measure and export compressed models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     loading = argparse.ArgumentParser(add_help=False)
     loading.add_argument("--auto-class", help="class that loads the model; default: the one in its config.json")

@@ -15,6 +15,8 @@ IGNORED = -100
 LABELS = "labels"
 """The column of numbers."""
 
+_TEMPORARY = "__hf_compress_labels"
+
 
 @dataclass(frozen=True)
 class _Column:
@@ -66,7 +68,10 @@ def number_labels(splits: Splits, column: str, orders: Iterable[Sequence[str]] =
             else (None if row is None else numbers[str(row)])
             for row in read[which]
         ]
-        parts.append(part.remove_columns(column).add_column(LABELS, values))
+        # In this order: a data set that loses its last column has no rows left.
+        added = part.add_column(_TEMPORARY, values)
+        added = added.remove_columns([name for name in {column, LABELS} if name in part.column_names])
+        parts.append(added.rename_column(_TEMPORARY, LABELS))
     numbered = replace(splits, train=parts[0], evaluation=parts[1])
     try:
         return drop_incomplete(numbered, [LABELS]), tuple(names)

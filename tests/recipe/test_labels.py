@@ -1,0 +1,80 @@
+"""Which number a label gets, and which rows and splits are used."""
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, List
+
+from hf_compress import ConfigError, DatasetConfig
+from hf_compress.recipe.labels import number_labels
+from hf_compress.recipe.splits import Splits, drop_incomplete, load_splits
+
+
+def splits_of(train: Dataset, evaluation: Dataset | None = None) -> Splits:
+    return Splits(train, train if evaluation is None else evaluation, "test")
+
+
+def numbered(values, feature=None, orders=()):
+    data = Dataset.from_dict({"y": values})
+    if feature is not None:
+        data = data.cast_column("y", feature)
+    splits, names = number_labels(splits_of(data), "y", orders)
+    return list(splits.train["labels"]), names
+
+
+def test_numbers_are_ordered_as_numbers_and_texts_as_texts() -> None:
+    assert numbered([10, 9, 10]) == ([1, 0, 1], ("9", "10"))
+    assert numbered(["b", "a"]) == ([1, 0], ("a", "b"))
+    assert numbered([True, False]) == ([1, 0], ("False", "True"))
+    assert numbered([-1, 1]) == ([0, 1], ("-1", "1"))
+
+
+def test_classes_keep_their_numbers_and_hidden_ones_go() -> None:
+    classes = ClassLabel(names=["no", "yes"])
+    assert numbered([1, -1, 0], classes) == ([1, 0], ("no", "yes"))
+    with pytest.raises(ConfigError, match="column 'y' holds no labels"):
+        numbered([-1, -1], classes)
+
+
+def test_a_model_that_knows_the_labels_gives_the_order() -> None:
+    orders = [["LABEL_0", "LABEL_1"], ["yes", "no"], ["no", "yes"]]
+    assert numbered(["no", "yes"], orders=orders) == ([1, 0], ("yes", "no"))
+    assert numbered([0, 1], ClassLabel(names=["no", "yes"]), orders) == ([1, 0], ("yes", "no"))
+
+
+def test_lists_of_labels() -> None:
+    assert numbered([["b", "a"], ["b"]]) == ([[1, 0], [1]], ("a", "b"))
+    assert numbered([[1, -100, 0]], List(ClassLabel(names=["x", "y"]))) == ([[1, -100, 0]], ("x", "y"))
+
+
+def test_a_column_that_is_called_labels_gives_way() -> None:
+    data = Dataset.from_dict({"labels": [7, 7], "y": ["a", "b"]})
+    splits, names = number_labels(splits_of(data), "y")
+    assert splits.train.column_names == ["labels"]
+    assert (splits.train["labels"][:], names) == ([0, 1], ("a", "b"))
+    assert number_labels(splits_of(data), "labels")[0].train["labels"][:] == [0, 0]
+
+
+def test_labels_of_both_splits_count() -> None:
+    splits = splits_of(Dataset.from_dict({"y": ["b"]}), Dataset.from_dict({"y": ["a", "b"]}))
+    found, names = number_labels(splits, "y")
+    assert names == ("a", "b")
+    assert (list(found.train["labels"]), list(found.evaluation["labels"])) == ([1], [0, 1])
+
+
+def test_incomplete_rows_are_left_out_and_said() -> None:
+    data = Dataset.from_dict({"x": ["a", None, "c"], "y": ["p", "q", None]})
+    splits = drop_incomplete(splits_of(data), ["x", "y"])
+    assert splits.train["x"][:] == ["a"]
+    assert splits.notes == (
+        "2 training examples without x or y were left out",
+        "2 evaluation examples without x or y were left out",
+    )
+
+
+def test_so_many_examples_and_no_more(tmp_path) -> None:
+    data = Dataset.from_dict({"text": [str(i) for i in range(20)]})
+    DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "data")
+    config = DatasetConfig(path=str(tmp_path / "data"), max_train_examples=5, max_eval_examples=3)
+    splits = load_splits(config, None, seed=0)
+    assert (len(splits.train), splits.evaluation["text"][:]) == (5, ["0", "1", "2"])
+    assert splits.train["text"][:] == load_splits(config, None, seed=0).train["text"][:]
+    assert splits.train["text"][:] != load_splits(config, None, seed=1).train["text"][:]

@@ -1,0 +1,118 @@
+"""``hf-compress run``: what is wrong with a recipe is one clear message, exit code 2, and nothing is written."""
+
+from pathlib import Path
+
+import pytest
+import recipe_files
+import yaml
+
+from hf_compress import ConfigError, Recipe, cli, make_callbacks
+from hf_compress.recipe.overrides import load_recipe
+
+
+def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return cli.main(["run", str(path), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["modle=x"], "unknown key 'modle'; closest match: 'model'"),
+        (["task=text-clasification"], "closest match: 'text-classification'"),
+        (["dataset.path=missing.csv"], "'missing.csv': cannot be loaded from the Hub or from disk"),
+        (["dataset.paht=x"], "DatasetConfig: unknown key 'paht'; closest match: 'path'"),
+        (["dataset.text_columns=reviews"], "no column 'reviews' in the training data; closest match: 'review'"),
+        (["dataset.label_column=star"], "no column 'star' in the training data; closest match: 'stars'"),
+        (["dataset.label_column=null"], "no column 'label'"),
+        (["dataset.eval_split=dev"], "has no split 'dev'; allowed: 'train'"),
+        (["dataset.eval_split=train"], "split 'train' is the training split"),
+        (["dataset.max_length=41"], "max_length: got 41; allowed: at most 40, the model's limit"),
+        (["dataset.target_column=stars"], "dataset.target_column: got 'stars'; allowed: None for text-classification"),
+        (["task=causal-lm"], "dataset.label_column: got 'stars'; allowed: None for causal-lm"),
+        (["model=missing/model"], "missing/model: cannot be loaded"),
+        (["training.learning_rat=1"], "Recipe.training: unknown key 'learning_rat'; closest match: 'learning_rate'"),
+        (["training.learning_rate=high"], "training.learning_rate: got 'high'; allowed: a number"),
+        (["training.use_cpu=1"], "training.use_cpu: got 1; allowed: true or false"),
+        (["training.output_dir=x"], "'output_dir' has no place in a recipe. Set the recipe's output"),
+        (["training.eval_strategy=often"], "Recipe.training: transformers refuses it"),
+        (["pruning.structures={heads: 0.9}"], "heads"),  # four heads: one has to stay
+        (["pruning.structures={experts: 0.5}"], "unknown structure 'experts'"),
+        (["distillation={}"], "Recipe.teacher: got None"),
+        (["distillation={}", "teacher=missing/teacher"], "missing/teacher"),
+        (["export=int4"], "unknown format 'int4'"),
+        (["pruning=null", "quantization={}", "shrink={uniform: true}"], "shrink: got"),
+        (["output=null"], "Recipe.output: missing; a run needs model, task, dataset and output"),
+        (["model.x=1"], "'model' is"),
+        (["x"], "--set 'x': allowed: NAME=VALUE"),
+        (["training.seed=["], "the value is no YAML"),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) else "",
+)
+def test_one_message_and_exit_code_2(settings, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.Trainer.train", lambda *a, **k: pytest.fail("trained"))
+    changes = [part for setting in settings for part in ("--set", setting)]
+    code = hf_compress(tmp_path, recipe_files.classification(tmp_path), "--dry-run", *changes)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    error = captured.err[captured.err.index("error: ") :]
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"review": "a b", "stars": ""}] * 4, "column 'stars' has no values in the training data"),
+        ([{"review": "", "stars": "up"}] * 4, "column 'review' has no values in the training data"),
+        ([{"review": "a", "stars": 0.5}] * 4, "column 'stars' holds float64 values; class labels are needed"),
+        ([{"review": 3, "stars": "up"}] * 4, "column 'review' of the training data holds"),
+        ([{"review": "a", "stars": "up"}], "1 examples are too few to hold some out"),
+    ],
+)
+def test_useless_data_are_one_message(rows, message, tmp_path, capsys) -> None:
+    recipe = recipe_files.classification(tmp_path)
+    recipe_files.write_csv(tmp_path / "reviews.csv", rows)
+    assert hf_compress(tmp_path, recipe, "--dry-run") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys) -> None:
+    recipe = recipe_files.classification(tmp_path)
+    recipe_files.save_model(tmp_path / "other", "seq2seq-lm")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens([f"new{i}" for i in range(200)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert hf_compress(tmp_path, recipe, "--dry-run") == 2
+    assert "the model embeds only" in capsys.readouterr().err
+
+
+def test_the_command_line_changes_single_settings(tmp_path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("quantization: {begin: 0.5}\ntraining: {learning_rate: 1e-4, seed: 3}\noutput: here\n")
+    settings = ["training.learning_rate=3e-5", "pruning.structures.heads=0.25", "quantization=null"]
+    recipe = load_recipe(path, settings, output="there")
+    assert recipe == Recipe.from_dict(
+        {
+            "training": {"learning_rate": 3e-5, "seed": 3},
+            "pruning": {"structures": {"heads": 0.25}},
+            "output": "there",
+        }
+    )
+
+
+def test_recipes_make_callbacks_in_code() -> None:
+    recipe = Recipe.from_dict({"pruning": {"structures": {"heads": 0.5}}, "quantization": {}})
+    assert [callback.section for callback in make_callbacks(recipe)] == ["pruning", "quantization"]
+    assert make_callbacks(recipe)[0].config is recipe.pruning
+    with pytest.raises(ConfigError, match="no distillation section"):
+        make_callbacks(recipe, teacher="somewhere")
+    taught = Recipe.from_dict({"distillation": {}, "teacher": "a"})
+    assert [callback.teacher for callback in (*make_callbacks(taught), *make_callbacks(taught, "b"))] == ["a", "b"]
