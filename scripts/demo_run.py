@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import transformers
 from demo_report import INT8, SMALL, console, measure, reloads_bit_identically, show, write_results
 from demo_settings import Settings
-from demo_task import Task, TaskError, evaluation_batches, load_splits, prepare, weights_fingerprint
+from demo_task import Task, evaluation_batches, prepare, weights_fingerprint
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +32,8 @@ from transformers import (
 
 from hf_compress import (
     CompressionError,
+    ConfigError,
+    DatasetConfig,
     DistillationCallback,
     PruningCallback,
     QuantizationCallback,
@@ -38,6 +41,7 @@ from hf_compress import (
     export_quantized,
     shrink,
 )
+from hf_compress.recipe.splits import Splits, load_splits
 from hf_compress.report.results import kept_units
 
 NUM_STEPS = 6
@@ -52,17 +56,17 @@ def load_task(settings: Settings) -> tuple[str, PreTrainedTokenizerBase, Task]:
     """Return the pretrained model's name or folder, its tokenizer and the data."""
     source = settings.model or str(demo_data.model_folder())
     if settings.dataset is None:
-        splits = (*demo_data.movie_snippets(), "test")
+        splits = Splits(*demo_data.movie_snippets(), "test")
     else:
-        options = (settings.label_column, settings.test_split, settings.seed)
-        splits = load_splits(settings.dataset, settings.dataset_config, *options)
+        data = DatasetConfig(path=settings.dataset, name=settings.dataset_config, eval_split=settings.test_split)
+        splits = load_splits(data, settings.label_column, settings.seed)
     if settings.train_examples is not None:
-        count = min(settings.train_examples, len(splits[0]))
-        splits = (splits[0].shuffle(seed=settings.seed).select(range(count)), *splits[1:])
+        count = min(settings.train_examples, len(splits.train))
+        splits = replace(splits, train=splits.train.shuffle(seed=settings.seed).select(range(count)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise TaskError(f"--model {source}: cannot be loaded from the Hub or from disk: {error}") from error
+        raise ConfigError(f"--model {source}: cannot be loaded from the Hub or from disk: {error}") from error
     columns = (settings.text_column, settings.text_pair_column, settings.label_column)
     task = prepare(splits, columns, tokenizer, settings.max_length)
     console.print(
@@ -106,7 +110,7 @@ def load_classifier(source: str, task: Task, new_head: bool) -> PreTrainedModel:
     """Load the pretrained model with a head for the task's labels, a new one where it has none that fits.
 
     Raises:
-        TaskError: If a new head would be needed but is not going to be trained, or the model cannot be loaded.
+        ConfigError: If a new head would be needed but is not going to be trained, or the model cannot be loaded.
     """
     options = {"dtype": torch.float32, "ignore_mismatched_sizes": new_head, "output_loading_info": True}
     try:
@@ -114,11 +118,11 @@ def load_classifier(source: str, task: Task, new_head: bool) -> PreTrainedModel:
             source, **options, **task.model_options()
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise TaskError(
+        raise ConfigError(
             f"--model {source}: cannot be loaded for {len(task.labels)} labels: {error}"
         ) from error
     if report["missing_keys"] and not new_head:
-        raise TaskError(f"--teacher-epochs 0: {source} has no trained {min(report['missing_keys'])}.")
+        raise ConfigError(f"--teacher-epochs 0: {source} has no trained {min(report['missing_keys'])}.")
     return model
 
 
@@ -225,6 +229,6 @@ def main() -> None:
     datasets.disable_progress_bars()
     try:
         run(settings)
-    except (CompressionError, TaskError, demo_data.DemoDataError) as error:
+    except (CompressionError, demo_data.DemoDataError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(2)

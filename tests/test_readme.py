@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import recipe_files
 import tiny_models
 import torch
 from tokenizers import Tokenizer
@@ -76,6 +77,26 @@ def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) 
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
 
 
+def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("yaml")
+    recipe_files.save_model(Path("bert-base-uncased"), "text-classification")
+    recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
+    Path("recipe.yaml").write_text(example, encoding="utf-8")
+    lines = [line.split("#")[0] for line in README.splitlines() if line.startswith("hf-compress run recipe")]
+    dry, whole, resumed, changed = (line.split()[1:] for line in lines)
+    assert cli.main(dry) == 0
+    assert not Path("runs").exists()
+    assert cli.main(whole) == 0
+    for name in ("compressed", "compressed-torchao"):
+        AutoModelForSequenceClassification.from_pretrained(f"runs/reviews/{name}")
+        assert "accuracy (%)" in Path(f"runs/reviews/{name}/README.md").read_text(encoding="utf-8")
+    table = capsys.readouterr().out.partition("    dense  ")[2]
+    assert cli.main(resumed) == 0
+    assert capsys.readouterr().out.partition("    dense  ")[2] == table != ""
+    assert cli.main([*changed, "--dry-run"]) == 0
+
+
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     words = {f"w{i}": i for i in range(len(special), size)}
@@ -107,7 +128,7 @@ def test_every_command_exists() -> None:
     commands = {
         line.split()[1] for block in blocks("bash") for line in block.splitlines() if "hf-compress " in line
     }
-    assert commands == {"inspect", "profile", "compare", "export", "card"}
+    assert commands == {"inspect", "profile", "compare", "run", "export", "card"}
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])

@@ -1,11 +1,11 @@
-"""Which number a label gets, and which rows and splits are used."""
+"""Which number a label gets."""
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, List
+from datasets import ClassLabel, Dataset, List
 
-from hf_compress import ConfigError, DatasetConfig
+from hf_compress import ConfigError
 from hf_compress.recipe.labels import number_labels
-from hf_compress.recipe.splits import Splits, drop_incomplete, load_splits
+from hf_compress.recipe.splits import Splits
 
 
 def splits_of(train: Dataset, evaluation: Dataset | None = None) -> Splits:
@@ -58,23 +58,3 @@ def test_labels_of_both_splits_count() -> None:
     found, names = number_labels(splits, "y")
     assert names == ("a", "b")
     assert (list(found.train["labels"]), list(found.evaluation["labels"])) == ([1], [0, 1])
-
-
-def test_incomplete_rows_are_left_out_and_said() -> None:
-    data = Dataset.from_dict({"x": ["a", None, "c"], "y": ["p", "q", None]})
-    splits = drop_incomplete(splits_of(data), ["x", "y"])
-    assert splits.train["x"][:] == ["a"]
-    assert splits.notes == (
-        "2 training examples without x or y were left out",
-        "2 evaluation examples without x or y were left out",
-    )
-
-
-def test_so_many_examples_and_no_more(tmp_path) -> None:
-    data = Dataset.from_dict({"text": [str(i) for i in range(20)]})
-    DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "data")
-    config = DatasetConfig(path=str(tmp_path / "data"), max_train_examples=5, max_eval_examples=3)
-    splits = load_splits(config, None, seed=0)
-    assert (len(splits.train), splits.evaluation["text"][:]) == (5, ["0", "1", "2"])
-    assert splits.train["text"][:] == load_splits(config, None, seed=0).train["text"][:]
-    assert splits.train["text"][:] != load_splits(config, None, seed=1).train["text"][:]

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 import hf_compress
+from hf_compress import ConfigError
+from hf_compress.recipe.splits import Splits
 
 SCRIPTS = Path(hf_compress.__file__).parent.parent / "scripts"
 WORDS = ["good", "bad", "fine", "poor", "film", "plot"]
@@ -33,42 +35,8 @@ def tokenizer(tmp_path) -> BertTokenizer:
     return BertTokenizer(str(vocabulary))
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "folder", "folder of splits"])
-def test_local_data_of_every_kind(task, tmp_path, kind: str) -> None:
-    data, path = Dataset.from_list(ROWS), tmp_path / f"data.{kind}"
-    write = {
-        "csv": lambda: data.to_csv(path),
-        "tsv": lambda: data.to_csv(path, sep="\t"),
-        "json": lambda: path.write_text(json.dumps(ROWS), encoding="utf-8"),
-        "jsonl": lambda: data.to_json(path),
-        "parquet": lambda: data.to_parquet(path),
-        "folder": lambda: data.save_to_disk(path),
-        "folder of splits": lambda: DatasetDict({"train": data}).save_to_disk(path),
-    }
-    write[kind]()
-    train, test, split = task.load_splits(str(path), None, "stars", None, seed=0)
-    assert (len(train), len(test), split) == (36, 4, "held-out 10%")
-    assert sorted([*train["review"], *test["review"]]) == sorted(row["review"] for row in ROWS)
-
-
-def test_the_evaluation_split_is_the_first_with_labels(task, tmp_path) -> None:
-    labeled = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    hidden = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})
-    DatasetDict({"train": labeled, "validation": labeled, "test": hidden}).save_to_disk(tmp_path / "glue")
-    assert task.load_splits(str(tmp_path / "glue"), None, "label", None, seed=0)[2] == "validation"
-    with pytest.raises(task.TaskError, match="holds no labels"):
-        task.load_splits(str(tmp_path / "glue"), None, "label", "test", seed=0)
-    with pytest.raises(task.TaskError, match="no split 'dev'"):
-        task.load_splits(str(tmp_path / "glue"), None, "label", "dev", seed=0)
-
-
-def test_missing_data_are_a_clear_error(task, tmp_path) -> None:
-    with pytest.raises(task.TaskError, match="cannot be loaded"):
-        task.load_splits(str(tmp_path / "missing.csv"), None, "label", None, seed=0)
-
-
 def prepared(task, tokenizer, train, test=None, columns=("review", None, "stars")):
-    return task.prepare((train, test or train, "test"), columns, tokenizer, 16)
+    return task.prepare(Splits(train, test or train, "test"), columns, tokenizer, 16)
 
 
 def test_labels_of_any_type_become_numbers(task, tokenizer) -> None:
@@ -101,9 +69,9 @@ def test_the_fingerprint_follows_the_content(task, tokenizer) -> None:
 
 def test_unusable_columns_are_clear_errors(task, tokenizer) -> None:
     rows = Dataset.from_list(ROWS)
-    with pytest.raises(task.TaskError, match=r"no column 'text'.*'review', 'stars'"):
+    with pytest.raises(ConfigError, match=r"no column 'text'.*'review', 'stars'"):
         prepared(task, tokenizer, rows, columns=("text", None, "stars"))
-    with pytest.raises(task.TaskError, match="class labels are needed"):
+    with pytest.raises(ConfigError, match="class labels are needed"):
         prepared(task, tokenizer, rows.map(lambda row: {"stars": 0.5}))
 
 
