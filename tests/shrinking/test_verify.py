@@ -29,7 +29,8 @@ class Sized(PreTrainedModel):
             return {"logits": self.head(x + self.down(hidden) * (1 + 0.002 * len(self.up.bias)))}
         if self.how in ("barely", "rounding"):
             factor = 1 + 1e-5 * len(self.up.bias) if self.how == "barely" else 1
-            return {"logits": (self.head(self.down(hidden)) * 1000).sin() * factor}
+            size = len(self.up.bias)  # dividing and multiplying by it is nothing but rounding
+            return {"logits": (self.head(self.down(hidden) / size * size) * 1000).sin() * factor}
         if self.how == "length" and x.shape[1] < 5:
             hidden = hidden.roll(1, -1)
         logits = (
