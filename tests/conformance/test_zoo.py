@@ -102,9 +102,8 @@ REFUSED = {
     "deepseek_v2": ["hidden", "head_dim"],
     "diffllama": ["layers"],
     "falcon_mqa": ["head_dim"],
-    "rwkv": ["layers"],
+    "rwkv": ["layers", "ffn"],
     "xlstm": ["hidden"],
-    "encodec": ["other"],
     "pvt": ["hidden"],
 }
 """Kinds that look prunable, but where ``shrink`` finds that the result is wrong or does not run, and says so."""
