@@ -104,6 +104,7 @@ REFUSED = {
     "falcon_mqa": ["head_dim"],
     "rwkv": ["layers", "ffn"],
     "xlstm": ["hidden"],
+    "encodec": ["other"],  # codebooks start as zeros, and so do all outputs
     "pvt": ["hidden"],
 }
 """Kinds that look prunable, but where ``shrink`` finds that the result is wrong or does not run, and says so."""
