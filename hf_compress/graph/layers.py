@@ -72,13 +72,13 @@ def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tu
     if full is None or without_first is None:
         return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
     ends = (range(1, count), without_first), (range(count - 1), find_shallower(full, {name: range(count - 1)}))
-    if all(_misfits(full, name, kept, shallower) is None for kept, shallower in ends):
+    if all(_misfits(full, name, kept, shallower, provides) is None for kept, shallower in ends):
         return None, (0,) if provides and not _takes_over(full, name, without_first) else ()
     # Layers differ from place to place: each has to be tried.
     reasons = {}
     for i in range(count):
         kept = [k for k in range(count) if k != i]
-        reasons[i] = _misfits(full, name, kept, find_shallower(full, {name: kept}))
+        reasons[i] = _misfits(full, name, kept, find_shallower(full, {name: kept}), provides)
     fixed = tuple(i for i, reason in reasons.items() if reason is not None)
     return reasons[0] if len(fixed) == count else None, fixed
 
@@ -89,7 +89,9 @@ def _takes_over(model: PreTrainedModel, name: str, shallower: Shallower) -> bool
     return not wanted <= {inner for inner, _ in model.get_submodule(f"{name}.1").named_modules()}
 
 
-def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int], shallower: Shallower | None) -> str | None:
+def _misfits(
+    model: PreTrainedModel, name: str, kept: Sequence[int], shallower: Shallower | None, provides: bool
+) -> str | None:
     if shallower is None:
         return f"{type(model.config).__name__} cannot describe it without them"
     for place, index in enumerate(kept):
@@ -98,6 +100,10 @@ def _misfits(model: PreTrainedModel, name: str, kept: Sequence[int], shallower: 
         reason = misfit(before, after, index, place)
         if reason is not None:
             return reason
+        present = {inner for inner, _ in before.named_modules()}
+        gained = next((inner for inner, _ in after.named_modules() if inner not in present), None)
+        if gained is not None and not (provides and place == 0):  # a cross-attention in every other layer
+            return f"layer {index} lacks {gained!r}, which a layer at place {place} has"
     return None
 
 

@@ -70,8 +70,8 @@ def describe_sizes(
     store_too(model, uneven["shapes"])
     if not agrees(model.config):
         raise ShrinkError(
-            f"{type(model).__name__}: loaded again, the result would compute something else: the model's code keeps a "
-            "number that it made from a size. Exclude that kind of structure. The original model is untouched."
+            f"{type(model).__name__}: loaded again, the result would fail or compute something else: the model's code "
+            "keeps a number that it made from a size. Exclude that kind of structure. The original model is untouched."
         )
 
 

@@ -102,9 +102,9 @@ REFUSED = {
     "deepseek_v2": ["hidden", "head_dim"],
     "diffllama": ["layers"],
     "falcon_mqa": ["head_dim"],
-    "rwkv": ["layers"],
+    "rwkv": ["layers", "ffn"],
     "xlstm": ["hidden"],
-    "encodec": ["other"],
+    "encodec": ["other"],  # codebooks start as zeros, and so do all outputs
     "pvt": ["hidden"],
 }
 """Kinds that look prunable, but where ``shrink`` finds that the result is wrong or does not run, and says so."""

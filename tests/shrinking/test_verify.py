@@ -27,6 +27,10 @@ class Sized(PreTrainedModel):
         hidden = F.relu(self.up(x))
         if self.how == "slightly":
             return {"logits": self.head(x + self.down(hidden) * (1 + 0.002 * len(self.up.bias)))}
+        if self.how in ("barely", "rounding"):
+            factor = 1 + 1e-5 * len(self.up.bias) if self.how == "barely" else 1
+            size = len(self.up.bias)  # dividing and multiplying by it is nothing but rounding
+            return {"logits": (self.head(self.down(hidden) / size * size) * 1000).sin() * factor}
         if self.how == "length" and x.shape[1] < 5:
             hidden = hidden.roll(1, -1)
         logits = (
@@ -55,6 +59,18 @@ def test_low_precision_is_verified_in_full_precision() -> None:
     """The error of one percent is within the rounding of bfloat16 outputs."""
     with pytest.raises(ShrinkError, match="differs from the masked one"):
         cut(Sized("slightly").to(torch.bfloat16))
+
+
+def test_rounding_that_a_model_amplifies_is_no_error_but_small_errors_are() -> None:
+    """Both differ by less than 1e-3 and by more than 1e-5; in float64 only one does."""
+    small = cut(Sized("rounding"))
+    masked = Sized("rounding")
+    with torch.no_grad():
+        masked.down.weight[:, 13:] = 0
+        error = relative_error(masked(X)["logits"], small(X)["logits"])
+    assert 1e-5 < error < 1e-3
+    with pytest.raises(ShrinkError, match="differs from the masked one"):
+        cut(Sized("barely"))
 
 
 def test_a_lower_precision_model_stays_one() -> None:
