@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.errors import TargetError
 from hf_compress.instruments.adapters import base_layer, effective_weight, is_lora
 from hf_compress.instruments.remake import Changes, remade_linear
+from hf_compress.quantization.quantizers import Scheme
 
 
 class InputGate(Protocol):
@@ -67,14 +68,14 @@ class Attachment:
     input_gates: list[InputGate] = field(default_factory=list)
     """Each gives factors [in_features]; the input is multiplied by all of them."""
 
-    input_transform: Callable[[Tensor], Tensor] | None = None
-    """Applied to the gated input, [..., in_features]; a fake quantizer."""
+    input_quantizer: Scheme | None = None
+    """Fake-quantizes the gated input, [..., in_features]."""
 
     weight_mask: WeightMask | None = None
     """Applied to the weight."""
 
-    weight_transform: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    """Called with the weight and the detached input factors broadcast against it (or None); a fake quantizer."""
+    weight_quantizer: Scheme | None = None
+    """Fake-quantizes the masked weight; it is told which inputs are removed."""
 
     parameter_gates: list[ParameterGate] = field(default_factory=list)
     """Change parameters while the module runs: the only way into those that are not read by a leaf module."""
@@ -91,17 +92,17 @@ class Attachment:
 
     def acts_on_leaf(self) -> bool:
         """Return whether input or weight of a leaf module pass through something."""
-        return bool(self.input_gates) or self.input_transform is not None or self.changes_weight()
+        return bool(self.input_gates) or self.input_quantizer is not None or self.changes_weight()
 
     def changes_weight(self) -> bool:
         """Return whether a leaf module computes with another weight."""
-        return self.weight_mask is not None or self.weight_transform is not None
+        return self.weight_mask is not None or self.weight_quantizer is not None
 
     def clear(self) -> None:
         """Take everything off."""
         self.input_gates.clear()
         self.parameter_gates.clear()
-        self.input_transform = self.weight_mask = self.weight_transform = self.subset = self.layer = None
+        self.input_quantizer = self.weight_mask = self.weight_quantizer = self.subset = self.layer = None
 
     def factors(self) -> Tensor | None:
         """Return the product of all input gates, [in_features], or None without gates."""
@@ -273,39 +274,62 @@ def _substituted(gates: list[ParameterGate]) -> Iterator[None]:
 def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     layer: Any = base_layer(self)
     kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
-    change_x, change_weight = changes = _changes(attachment, kind, x, layer.weight)
+    # Autocast casts a weight once, however often it is used, and sums its gradients in the lower precision; a weight
+    # that is not changed has to stay the one that is cast.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    plain = layer is self and kind.is_linear and not (autocast and not attachment.changes_weight())
+    fold = plain and attachment.input_quantizer is None and x.numel() >= layer.weight.numel()
+    change_x, change_weight = changes = _changes(attachment, kind, x, layer.weight, fold)
     if layer is not self and not attachment.changes_weight():
         return attachment.base.forward(self, change_x(x), *args, **kwargs)
     weight = effective_weight(self)
     compute = partial(kind.compute, layer)
-    # Where autograd would keep an adapter's merged weight anyway there is nothing to gain; compilers decide themselves.
-    remade = kind.is_linear and weight is layer.weight and torch.is_grad_enabled()
-    # Autocast casts a weight only once however often it is used, and so sums gradients in the lower precision.
-    if torch.is_autocast_enabled(x.device.type) and not attachment.changes_weight():
-        remade = False
-    if not remade or torch.compiler.is_compiling():
+    # Autograd keeps an adapter's merged weight anyway; compilers decide themselves what to keep.
+    if not plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compute(change_x(x), change_weight(weight), layer.bias)
     guards = () if attachment.weight_mask is None else (attachment.weight_mask.tensor(x.device),)
     return remade_linear(compute, (x, weight, layer.bias), changes, kind.weight_in_dim, guards)
 
 
-def _changes(attachment: Attachment, kind: LeafKind, x: Tensor, weight: Tensor) -> Changes:
-    """Return what is done to input and weight, as it is now: the backward pass does it again."""
+def _changes(attachment: Attachment, kind: LeafKind, x: Tensor, weight: Tensor, fold: bool) -> Changes:
+    """Return what is done to input and weight, as it is now: the backward pass does it again.
+
+    Args:
+        attachment: What is attached to the layer.
+        kind: How it computes.
+        x: Its input.
+        weight: Its weight.
+        fold: Multiply the weight by the gates instead of the input. The products are the same, and it is cheaper
+            where there are more tokens than outputs; but a quantizer of the input has to see removed channels as 0.
+    """
     factors = attachment.factors()
-    mask, input_transform = attachment.weight_mask, attachment.input_transform
-    weight_transform = attachment.weight_transform
-    shaped = hidden = None
+    mask, x_scheme, weight_scheme = attachment.weight_mask, attachment.input_quantizer, attachment.weight_quantizer
+    for_x = for_weight = hidden = None
+    if factors is not None and fold:
+        for_weight = _broadcast(factors.to(weight.dtype), weight.dim(), kind.weight_in_dim)
+    elif factors is not None:
+        for_x = _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
     if factors is not None:
-        shaped = _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
         hidden = _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
 
+    scales: dict[str, Tensor] = {}  # small enough to be remembered
+
     def change_x(x: Tensor) -> Tensor:
-        x = x if shaped is None else x * shaped
-        return x if input_transform is None else input_transform(x)
+        x = x if for_x is None else x * for_x
+        if x_scheme is None:
+            return x
+        if "x" not in scales:
+            scales["x"] = x_scheme.input_scale(x)
+        return x_scheme.fake_quantize_input(x, scales["x"])
 
     def change_weight(weight: Tensor) -> Tensor:
+        weight = weight if for_weight is None else weight * for_weight
         weight = weight if mask is None else mask(weight)
-        return weight if weight_transform is None else weight_transform(weight, hidden)
+        if weight_scheme is None:
+            return weight
+        if "weight" not in scales:
+            scales["weight"] = weight_scheme.weight_scale(weight, hidden)
+        return weight_scheme.fake_quantize_weight(weight, hidden, scales["weight"])
 
     return change_x, change_weight
 

@@ -143,7 +143,7 @@ def test_a_pruned_weight_neither_sets_the_scale_nor_leaves_zero() -> None:
     mask.set_mask(keep)
     install_fake_quantizers(SCHEME, {"layer": layer, "zeroed": zeroed})
     attachment = attachment_of(layer)
-    used = attachment.weight_transform(attachment.weight_mask(layer.weight), None)
+    used = attachment.weight_quantizer.fake_quantize_weight(attachment.weight_mask(layer.weight), None)
     assert used[~keep].abs().max() == 0
     assert torch.equal(used, SCHEME.fake_quantize_weight(zeroed.weight, None))
     assert torch.equal(layer(x), zeroed(x))
