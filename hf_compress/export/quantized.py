@@ -91,8 +91,11 @@ def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[
             "Merge them first: model = model.merge_and_unload()."
         )
     linears = quantizable_linears(model, exclude)
-    if any(attachment.input_gates for m in model.modules() if (attachment := attachment_of(m)) is not None):
+    attached = [each for module in model.modules() if (each := attachment_of(module)) is not None]
+    if any(attachment.input_gates for attachment in attached):
         raise ExportError("export_quantized: pruning gates are attached to the model; call shrink() first.")
+    if any(attachment.weight_mask is not None for attachment in attached):
+        raise ExportError("export_quantized: weight masks are attached to the model; fold and remove them first.")
     trained = set(fake_quantized_modules(model))
     if trained and trained != set(linears):
         first = min(trained ^ set(linears))

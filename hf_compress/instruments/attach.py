@@ -8,6 +8,7 @@ under autocast, activation checkpointing, DDP, FSDP2 and torch.compile; parametr
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import TargetError
 from hf_compress.instruments.adapters import base_layer, effective_weight, is_lora
+from hf_compress.instruments.remake import Changes, remade_linear
+from hf_compress.quantization.quantizers import Scheme
 
 
 class InputGate(Protocol):
@@ -35,6 +38,16 @@ class ParameterGate(Protocol):
     def __call__(self, parameter: Tensor) -> Tensor: ...  # noqa: D102
 
 
+class WeightMask(Protocol):
+    """Returns the weight with zeros where it is pruned."""
+
+    def __call__(self, weight: Tensor) -> Tensor: ...  # noqa: D102
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """Return the mask, for autograd to check that it is the same in the backward pass."""
+        ...
+
+
 class CallTransform(Protocol):
     """Called instead of a module's forward, with the module, that forward, and the arguments."""
 
@@ -45,8 +58,8 @@ class CallTransform(Protocol):
 class Attachment:
     """What is attached to one module, in the order in which it acts.
 
-    The gate comes first, so that quantizers see what a physically smaller layer would see: removed channels
-    are zeros in the input and are hidden from the weight's scale.
+    Gates and masks come first, so that quantizers see what a physically smaller layer would see: removed channels
+    are zeros in the input and are hidden from the weight's scale, and pruned weights are zeros.
     """
 
     base: type[nn.Module]
@@ -55,11 +68,14 @@ class Attachment:
     input_gates: list[InputGate] = field(default_factory=list)
     """Each gives factors [in_features]; the input is multiplied by all of them."""
 
-    input_transform: Callable[[Tensor], Tensor] | None = None
-    """Applied to the gated input, [..., in_features]; a fake quantizer."""
+    input_quantizer: Scheme | None = None
+    """Fake-quantizes the gated input, [..., in_features]."""
 
-    weight_transform: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    """Called with the weight and the detached input factors broadcast against it (or None); a fake quantizer."""
+    weight_mask: WeightMask | None = None
+    """Applied to the weight."""
+
+    weight_quantizer: Scheme | None = None
+    """Fake-quantizes the masked weight; it is told which inputs are removed."""
 
     parameter_gates: list[ParameterGate] = field(default_factory=list)
     """Change parameters while the module runs: the only way into those that are not read by a leaf module."""
@@ -76,13 +92,17 @@ class Attachment:
 
     def acts_on_leaf(self) -> bool:
         """Return whether input or weight of a leaf module pass through something."""
-        return bool(self.input_gates) or self.input_transform is not None or self.weight_transform is not None
+        return bool(self.input_gates) or self.input_quantizer is not None or self.changes_weight()
+
+    def changes_weight(self) -> bool:
+        """Return whether a leaf module computes with another weight."""
+        return self.weight_mask is not None or self.weight_quantizer is not None
 
     def clear(self) -> None:
         """Take everything off."""
         self.input_gates.clear()
         self.parameter_gates.clear()
-        self.input_transform = self.weight_transform = self.subset = self.layer = None
+        self.input_quantizer = self.weight_mask = self.weight_quantizer = self.subset = self.layer = None
 
     def factors(self) -> Tensor | None:
         """Return the product of all input gates, [in_features], or None without gates."""
@@ -96,8 +116,8 @@ class Attachment:
 class LeafKind:
     """How one class of leaf module uses its input and its weight."""
 
-    compute: Callable[[Any, Tensor, Tensor], Tensor]
-    """(module, input, weight) -> output: what the class's own forward does."""
+    compute: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    """(module, input, weight, bias) -> output: what the class's own forward does."""
 
     channel_dim: int
     """The input's channel dimension, counted from the end for linear layers and from the front for convolutions."""
@@ -105,23 +125,26 @@ class LeafKind:
     weight_in_dim: int
     """The weight dimension that is contracted with the input's channels."""
 
-
-def _linear(module: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight, module.bias)
-
-
-def _conv1d(module: Conv1D, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(module.bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], module.nf)
+    is_linear: bool = False
+    """Whether it is a product of matrices alone, whose gradients are such products too."""
 
 
-def _convolution(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    output: Tensor = module._conv_forward(x, weight, module.bias)
+def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _conv1d(module: Conv1D, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], module.nf)
+
+
+def _convolution(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = module._conv_forward(x, weight, bias)
     return output
 
 
 LEAF_KINDS: dict[type[nn.Module], LeafKind] = {
-    nn.Linear: LeafKind(_linear, channel_dim=-1, weight_in_dim=1),
-    Conv1D: LeafKind(_conv1d, channel_dim=-1, weight_in_dim=0),
+    nn.Linear: LeafKind(_linear, channel_dim=-1, weight_in_dim=1, is_linear=True),
+    Conv1D: LeafKind(_conv1d, channel_dim=-1, weight_in_dim=0, is_linear=True),
     nn.Conv1d: LeafKind(_convolution, channel_dim=1, weight_in_dim=1),
     nn.Conv2d: LeafKind(_convolution, channel_dim=1, weight_in_dim=1),
 }
@@ -249,20 +272,66 @@ def _substituted(gates: list[ParameterGate]) -> Iterator[None]:
 
 
 def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layer = base_layer(self)
+    layer: Any = base_layer(self)
     kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
-    factors = attachment.factors()
-    if factors is not None:
-        x = x * _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
-    if attachment.input_transform is not None:
-        x = attachment.input_transform(x)
-    if layer is not self and attachment.weight_transform is None:
-        return attachment.base.forward(self, x, *args, **kwargs)
+    # Autocast casts a weight once, however often it is used, and sums its gradients in the lower precision; a weight
+    # that is not changed has to stay the one that is cast.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    plain = layer is self and kind.is_linear and not (autocast and not attachment.changes_weight())
+    fold = plain and attachment.input_quantizer is None and x.numel() >= layer.weight.numel()
+    change_x, change_weight = changes = _changes(attachment, kind, x, layer.weight, fold)
+    if layer is not self and not attachment.changes_weight():
+        return attachment.base.forward(self, change_x(x), *args, **kwargs)
     weight = effective_weight(self)
-    if attachment.weight_transform is not None:
-        mask = None if factors is None else _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
-        weight = attachment.weight_transform(weight, mask)
-    return kind.compute(layer, x, weight)
+    compute = partial(kind.compute, layer)
+    # Autograd keeps an adapter's merged weight anyway; compilers decide themselves what to keep.
+    if not plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return compute(change_x(x), change_weight(weight), layer.bias)
+    guards = () if attachment.weight_mask is None else (attachment.weight_mask.tensor(x.device),)
+    return remade_linear(compute, (x, weight, layer.bias), changes, kind.weight_in_dim, guards)
+
+
+def _changes(attachment: Attachment, kind: LeafKind, x: Tensor, weight: Tensor, fold: bool) -> Changes:
+    """Return what is done to input and weight, as it is now: the backward pass does it again.
+
+    Args:
+        attachment: What is attached to the layer.
+        kind: How it computes.
+        x: Its input.
+        weight: Its weight.
+        fold: Multiply the weight by the gates instead of the input. The products are the same, and it is cheaper
+            where there are more tokens than outputs; but a quantizer of the input has to see removed channels as 0.
+    """
+    factors = attachment.factors()
+    mask, x_scheme, weight_scheme = attachment.weight_mask, attachment.input_quantizer, attachment.weight_quantizer
+    for_x = for_weight = hidden = None
+    if factors is not None and fold:
+        for_weight = _broadcast(factors.to(weight.dtype), weight.dim(), kind.weight_in_dim)
+    elif factors is not None:
+        for_x = _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
+    if factors is not None:
+        hidden = _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
+
+    scales: dict[str, Tensor] = {}  # small enough to be remembered
+
+    def change_x(x: Tensor) -> Tensor:
+        x = x if for_x is None else x * for_x
+        if x_scheme is None:
+            return x
+        if "x" not in scales:
+            scales["x"] = x_scheme.input_scale(x)
+        return x_scheme.fake_quantize_input(x, scales["x"])
+
+    def change_weight(weight: Tensor) -> Tensor:
+        weight = weight if for_weight is None else weight * for_weight
+        weight = weight if mask is None else mask(weight)
+        if weight_scheme is None:
+            return weight
+        if "weight" not in scales:
+            scales["weight"] = weight_scheme.weight_scale(weight, hidden)
+        return weight_scheme.fake_quantize_weight(weight, hidden, scales["weight"])
+
+    return change_x, change_weight
 
 
 def _broadcast(factors: Tensor, num_dims: int, dim: int) -> Tensor:

@@ -81,8 +81,7 @@ def install_fake_quantizers(scheme: Scheme, linears: Mapping[str, nn.Module]) ->
         # The layer inside an adapted one is idle until the adapter is merged and taken off.
         for layer in dict.fromkeys((module, base_layer(module))):
             attachment = attach(name, layer)
-            attachment.input_transform = scheme.fake_quantize_input
-            attachment.weight_transform = scheme.fake_quantize_weight
+            attachment.input_quantizer = attachment.weight_quantizer = scheme
 
 
 def remove_fake_quantizers(model: nn.Module) -> None:
@@ -90,7 +89,7 @@ def remove_fake_quantizers(model: nn.Module) -> None:
     for module in model.modules():
         attachment = attachment_of(module)
         if attachment is not None:
-            attachment.input_transform = attachment.weight_transform = None
+            attachment.input_quantizer = attachment.weight_quantizer = None
             detach_if_empty(module)
 
 
@@ -101,7 +100,7 @@ def fake_quantized_modules(model: nn.Module) -> list[str]:
 
 def _is_fake_quantized(module: nn.Module) -> bool:
     attachment = attachment_of(module)
-    return attachment is not None and attachment.weight_transform is not None
+    return attachment is not None and attachment.weight_quantizer is not None
 
 
 def _is_quantizable(module: nn.Module) -> bool:

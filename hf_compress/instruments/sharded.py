@@ -4,7 +4,7 @@ Forward passes see whole parameters, so gates and fake quantizers need nothing o
 parameters in between does. All functions that gather are collective: every process has to call them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,14 +35,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
 def zero(parameter: Tensor, dim: int, positions: Tensor) -> None:
     """Set ``positions`` along ``dim`` to zero, in place."""
     positions = positions.to(parameter.device)
+    _change_in_place(parameter, lambda tensor: tensor.index_fill_(dim, positions, 0.0))
+
+
+def zero_where(parameter: Tensor, pruned: Tensor) -> None:
+    """Set a parameter to zero where ``pruned``, a bool tensor of its whole shape, is True, in place."""
+    pruned = pruned.to(parameter.device)
+    _change_in_place(parameter, lambda tensor: tensor.masked_fill_(pruned, 0.0))
+
+
+@torch.no_grad()
+def _change_in_place(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     if not isinstance(parameter, DTensor):
-        parameter.index_fill_(dim, positions, 0.0)
+        change(parameter)
         return
-    changed = parameter.full_tensor().index_fill_(dim, positions, 0.0)
+    changed = change(parameter.full_tensor())
     mine = distribute_tensor(changed, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.to_local().copy_(mine.to_local())
 

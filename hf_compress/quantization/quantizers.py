@@ -21,12 +21,16 @@ class Scheme(Protocol):
         """
         ...
 
-    def fake_quantize_weight(self, weight: Tensor, factors: Tensor | None) -> Tensor:
-        """Return the weight on its grid, differentiable."""
+    def input_scale(self, x: Tensor) -> Tensor:
+        """Return the input's scales."""
         ...
 
-    def fake_quantize_input(self, x: Tensor) -> Tensor:
-        """Return the input on its grid, differentiable."""
+    def fake_quantize_weight(self, weight: Tensor, factors: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """Return the weight on its grid, differentiable; ``scale`` is the weight's, if it is known already."""
+        ...
+
+    def fake_quantize_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return the input on its grid, differentiable; ``scale`` is the input's, if it is known already."""
         ...
 
 
@@ -44,11 +48,16 @@ class Int8Dynamic:
             weight = weight.masked_fill(factors == 0, 0.0)
         return symmetric_scale(weight)
 
-    def fake_quantize_weight(self, weight: Tensor, factors: Tensor | None) -> Tensor:
-        """Return the weight on its int8 grid."""
-        # Only removed channels can exceed the range, and their gradient is zero already: their input is zero.
-        return fake_quantize(weight, self.weight_scale(weight, factors), covered=True)
+    def input_scale(self, x: Tensor) -> Tensor:
+        """Return one scale per token (row of the last dimension), float32 [..., 1]."""
+        return symmetric_scale(x.detach())
 
-    def fake_quantize_input(self, x: Tensor) -> Tensor:
-        """Return the input on its int8 grid, one scale per token (row of the last dimension)."""
-        return fake_quantize(x, symmetric_scale(x.detach()), covered=True)
+    def fake_quantize_weight(self, weight: Tensor, factors: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """Return the weight on its int8 grid."""
+        scale = self.weight_scale(weight, factors) if scale is None else scale
+        # Only removed channels can exceed the range, and their gradient is zero already: their input is zero.
+        return fake_quantize(weight, scale, covered=True)
+
+    def fake_quantize_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return the input on its int8 grid."""
+        return fake_quantize(x, self.input_scale(x) if scale is None else scale, covered=True)
