@@ -50,7 +50,8 @@ def loading(name: str) -> Iterator[None]:
     except CompressionError:
         raise
     except Exception as error:
-        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {text}") from error
 
 
 def load_config(name: str) -> Any:

@@ -54,7 +54,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     metrics = trainer.evaluate()
     small = _compressed(trainer, recipe)
     if prepared.args.process_index != 0:
-        return RunResult(output=output, metrics=metrics, notes=prepared.notes())
+        return RunResult(output=output, metrics=metrics)
     folders = _save(small, prepared, output)
     masks = {}
     for callback in trainer.callback_handler.callbacks:

@@ -37,7 +37,7 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
         (["training.use_cpu=1"], "training.use_cpu: got 1; allowed: true or false"),
         (["training.output_dir=x"], "'output_dir' has no place in a recipe. Set the recipe's output"),
         (["training.eval_strategy=often"], "Recipe.training: transformers refuses it"),
-        (["pruning.structures={heads: 0.9}"], "heads"),  # four heads: one has to stay
+        (["pruning.structures={heads: 0.9}"], "sparsity 0.9 of 8 units leaves 0.8"),
         (["pruning.structures={experts: 0.5}"], "unknown structure 'experts'"),
         (["distillation={}"], "Recipe.teacher: got None"),
         (["distillation={}", "teacher=missing/teacher"], "missing/teacher"),
@@ -60,6 +60,7 @@ def test_one_message_and_exit_code_2(settings, message, tmp_path, monkeypatch, c
     assert captured.out == ""
     error = captured.err[captured.err.index("error: ") :]
     assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,8 @@
 """From one file to a saved model: every task, dry runs, interrupted runs, output folders."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,38 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, monkeypatch, measured_
     monkeypatch.setattr("transformers.Trainer.train", lambda *a, **k: pytest.fail("trained"))
     finished = run(recipe, resume=True)
     assert finished == resumed
+
+
+def test_a_run_killed_while_it_saves_is_finished_by_resume(tmp_path, monkeypatch, measured_once) -> None:
+    recipe = recipe_files.classification(tmp_path)
+    save = runs._save
+
+    def save_half(small, prepared, output):
+        save(small, prepared, output)
+        (output / "compressed" / "model.safetensors").write_bytes(b"half")
+        raise resumable.PowerCutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "_save", save_half)
+        with pytest.raises(resumable.PowerCutError):
+            run(recipe)
+    result = run(recipe, resume=True)
+    assert result == type(result).load(tmp_path / "out")
+    assert ffn_units(result.folders["compressed"]) == 44
+
+
+@pytest.mark.multiprocess
+def test_two_processes_save_once(tmp_path) -> None:
+    path = tmp_path / "recipe.yaml"
+    Recipe.from_dict(recipe_files.classification(tmp_path)).save(path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "hf_compress.cli", "run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy (%)") == 1
+    folder = tmp_path / "out" / "compressed"
+    AutoModelForSequenceClassification.from_pretrained(folder)
+    assert ffn_units(folder) == 44
 
 
 def test_resume_starts_where_there_is_nothing_to_resume(tmp_path, measured_once) -> None:
