@@ -86,14 +86,15 @@ class _RemadeLinear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         x_gradient = weight_gradient = bias_gradient = None
         with torch.autocast(gradient.device.type, enabled=False):
+            if needs_weight:  # first: the input that it makes is gone when the input's gradient is made
+                used = change_x(x)
+                used = used.reshape(-1, used.shape[-1])
+                weight_gradient = used.t().mm(rows) if ctx.transposed else rows.t().mm(used)
+                del used
             if needs_x:
                 used = change_weight(weight)
                 used = used.t() if ctx.transposed else used
                 x_gradient = rows.mm(used).view(*gradient.shape[:-1], used.shape[1])
-            if needs_weight:
-                used = change_x(x)
-                used = used.reshape(-1, used.shape[-1])
-                weight_gradient = used.t().mm(rows) if ctx.transposed else rows.t().mm(used)
             if needs_bias:
                 bias_gradient = rows.sum(0)
         return x_gradient, weight_gradient, bias_gradient, *[None] * 6
