@@ -141,7 +141,11 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 def history(trainer: Any, last_step: int | None = None) -> list[dict[str, float]]:
     """What the Trainer logged up to a step, without times and without our own metrics."""
-    ours = ("heads_sparsity", "ffn_sparsity", "task_loss", "distillation_loss")
+    ours = {
+        *(f"{kind}_{what}" for kind in ("heads", "ffn") for what in ("sparsity", "threshold")),
+        *("parameters", "flops_kept", "task_loss", "distillation_loss"),
+        *("weight_rounding_error", "largest_weight_scale"),
+    }
     return [
         {key: value for key, value in entry.items() if key not in ours and not key.endswith(RUNTIME)}
         for entry in trainer.state.log_history

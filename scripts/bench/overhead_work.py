@@ -264,7 +264,7 @@ def live_bytes() -> dict[int, int]:
     """Return the size of every storage that a tensor known to Python has."""
     found = {}
     for each in gc.get_objects():
-        if issubclass(type(each), Tensor):
+        if type(each) in (Tensor, torch.nn.Parameter) and each.device.type != "meta":  # others have no memory
             storage = each.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
