@@ -11,12 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from peft import PeftMixedModel, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_compress.errors import TrainingError
+from hf_compress.instruments.adapters import without_wrapper
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -88,7 +89,7 @@ def plain_model(model: nn.Module, who: str = "the Trainer's model") -> PreTraine
     Raises:
         TrainingError: If it is anything but a PreTrainedModel.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
+    base = without_wrapper(model)
     if not isinstance(base, PreTrainedModel):
         raise TrainingError(f"{who} is a {type(base).__name__}; allowed: a transformers PreTrainedModel.")
     return base

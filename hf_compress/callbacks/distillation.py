@@ -113,8 +113,9 @@ class DistillationCallback(CompressionCallback):
     def _preview(self, run: Run) -> Mapping[str, Any]:
         mixer = self._mixer
         assert mixer is not None
+        size = sum(parameter.numel() for parameter in mixer.teacher.parameters())
         facts: dict[str, Any] = {
-            "teacher": f"{type(plain_model(mixer.teacher)).__name__}, {mixer.teacher_size():,} parameters",
+            "teacher": f"{type(plain_model(mixer.teacher)).__name__}, {size:,} parameters",
             "loss": f"{1 - self.config.alpha:g} * task + {self.config.alpha:g} * {self.config.loss}",
             "temperature": self.config.temperature,
         }
@@ -160,10 +161,6 @@ class _Mixer:
         self.num_computed = self.num_used = self.num_steps = 0
         self.sums = torch.zeros(2, device=run.device)
         """Task and distillation loss since the last log, scaled as the Trainer scales the loss."""
-
-    def teacher_size(self) -> int:
-        """Return the number of the teacher's parameters."""
-        return sum(parameter.numel() for parameter in self.teacher.parameters())
 
     def place_probe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Let the first forward pass show whether its loss depends on num_items_in_batch."""

@@ -207,12 +207,12 @@ class PruningCallback(CompressionCallback):
             found[f"{kind}_sparsity"] = round(achieved_sparsity({name: self._masks[name] for name in names}), 4)
             if kind in self._thresholds:
                 found[f"{kind}_threshold"] = self._thresholds[kind]
-        return found | self._left()
+        return found | self._left(self._masks)
 
-    def _left(self) -> dict[str, float]:
+    def _left(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
         if self._costs is None:
             return {}
-        kept = {name: int(mask.sum()) for name, mask in self._masks.items()}
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
         return {
             "parameters": self._costs.parameters(kept),
             "flops_kept": round(self._costs.flops(kept) / max(self._costs.flops({}), 1), 4),
@@ -223,13 +223,12 @@ class PruningCallback(CompressionCallback):
         grow = schedules.get(self.config.schedule)
         moments = [step for step in range(begin, end + 1) if self._is_due(step)]
         shown = moments if len(moments) <= MOMENTS_SHOWN else [*moments[: MOMENTS_SHOWN - 1], moments[-1]]
-        before = self._left()
-        self._masks = self._trial_masks()
-        after = self._left()
+        masks = self._trial_masks()
+        before, after = self._left({}), self._left(masks)
         facts: dict[str, Any] = {
             kind: {
-                "units": sum(len(self._masks[name]) for name in names),
-                "removed": sum(int((~self._masks[name]).sum()) for name in names),
+                "units": sum(len(masks[name]) for name in names),
+                "removed": sum(int((~masks[name]).sum()) for name in names),
                 "layers": len(names),
             }
             for kind, names in self._kinds.items()
@@ -242,7 +241,7 @@ class PruningCallback(CompressionCallback):
         facts["parameters"], facts["parameters after shrink"] = before["parameters"], after["parameters"]
         facts["operations kept"] = after["flops_kept"]
         with suspended(run.model):
-            shrink(run.trainer, self._masks, example_inputs=self.example_inputs)
+            shrink(run.trainer, masks, example_inputs=self.example_inputs)
         facts["trial"] = "a copy was shrunk with masks of these sizes and computes what it computes masked"
         return facts
 

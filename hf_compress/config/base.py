@@ -139,7 +139,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: If it cannot be parsed.
     """
-    return yaml.load(text, Loader=_Loader)
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data, never objects
 
 
 def read_file(path: Path, kind: str) -> dict[str, Any]:

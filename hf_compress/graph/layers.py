@@ -85,8 +85,13 @@ def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tu
 
 def _takes_over(model: PreTrainedModel, name: str, shallower: Shallower) -> bool:
     """Whether the second layer gets a module that it lacks when it becomes the first."""
-    wanted = {inner for inner, _ in shallower.model.get_submodule(f"{name}.0").named_modules()}
-    return not wanted <= {inner for inner, _ in model.get_submodule(f"{name}.1").named_modules()}
+    return _gained(model.get_submodule(f"{name}.1"), shallower.model.get_submodule(f"{name}.0")) is not None
+
+
+def _gained(before: nn.Module, after: nn.Module) -> str | None:
+    """Return a module inside of ``after`` that ``before`` lacks, or None."""
+    present = {inner for inner, _ in before.named_modules()}
+    return next((inner for inner, _ in after.named_modules() if inner not in present), None)
 
 
 def _misfits(
@@ -100,8 +105,7 @@ def _misfits(
         reason = misfit(before, after, index, place)
         if reason is not None:
             return reason
-        present = {inner for inner, _ in before.named_modules()}
-        gained = next((inner for inner, _ in after.named_modules() if inner not in present), None)
+        gained = _gained(before, after)
         if gained is not None and not (provides and place == 0):  # a cross-attention in every other layer
             return f"layer {index} lacks {gained!r}, which a layer at place {place} has"
     return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -22,6 +23,11 @@ from hf_compress.graph.groups import ParameterSlice
 def has_adapters(model: nn.Module) -> bool:
     """Return whether any layer has a PEFT adapter or a trained copy made by PEFT."""
     return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+
+
+def without_wrapper(model: Any) -> Any:
+    """Return the model inside PEFT's wrapper, adapters included; anything else itself."""
+    return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
 
 
 def plain_view(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +12,7 @@ from hf_compress.errors import ShrinkError
 from hf_compress.graph.accept import check_model, remedy_for
 from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.adapters import has_adapters, merge_in_place
+from hf_compress.instruments.adapters import has_adapters, merge_in_place, without_wrapper
 from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.subset import SubsetGate
 from hf_compress.shrinking import verify as verification
@@ -147,8 +146,7 @@ def _masked(model: PreTrainedModel, graph: ModelGraph, plan: ShrinkPlan) -> Iter
 def _model_of(model_or_trainer: Any) -> PreTrainedModel:
     model = model_or_trainer
     if not isinstance(model, nn.Module) and hasattr(model, "accelerator"):
-        model = model.accelerator.unwrap_model(model.model)
-        model = model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
+        model = without_wrapper(model.accelerator.unwrap_model(model.model))
     if not isinstance(model, PreTrainedModel):
         remedy = remedy_for(model)
         raise ShrinkError(
