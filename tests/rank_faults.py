@@ -19,6 +19,8 @@ from transformers import DistributedConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_compress import PruningCallback, QuantizationCallback, QuantizationConfig, TargetError, TrainingError
 from hf_compress.callbacks import base
+from hf_compress.instruments.pruner_state import scores_of
+from hf_compress.registry import criteria
 
 COLLECTIVES = (
     "all_reduce",
@@ -94,7 +96,7 @@ def check_other_config(folder: Path) -> None:
     callback = pruning(structures={"ffn": 0.5 if rank() == 0 else 0.25})
     with raises(TrainingError, "PruningCallback: callbacks, config or state differ", "'config'"):
         trainer_with([callback], folder).train()
-    assert callback._gates == {}
+    assert callback._pruner is None
 
 
 def check_other_callbacks(folder: Path) -> None:
@@ -114,7 +116,7 @@ def check_bad_config_on_one_rank(folder: Path) -> None:
     kind, text = (TargetError, "'nothing' matches") if rank() == 1 else (TrainingError, "process of rank 1 failed")
     with raises(kind, text):
         trainer_with(callbacks, folder).train()
-    assert callbacks[0]._run is None and callbacks[1]._gates == {}
+    assert callbacks[0]._run is None and callbacks[1]._pruner is None
 
 
 def check_no_state_on_one_rank(folder: Path) -> None:
@@ -144,9 +146,16 @@ def check_missed_target_on_one_rank(folder: Path) -> None:
 def check_other_masks(folder: Path) -> None:
     """Ranks that choose differently are found at the first update, and the group is named."""
     callback = pruning(structures={"ffn": 0.5}, allocation="per_layer")
-    original = callback._score
-    callback._score = lambda name: original(name) * (-1 if rank() == 1 and "layer.1" in name else 1)  # type: ignore[method-assign]
-    with raises(TrainingError, "masks differ between the 2 processes", "'bert.encoder.layer.1.ffn'"):
+    method = criteria.get(callback.config.criterion)
+    original = method.score
+
+    def score(self: Any, name: str, evidence: Any) -> Any:
+        return original(self, name, evidence) * (-1 if rank() == 1 and "layer.1" in name else 1)
+
+    with (
+        mock.patch.object(method, "score", score),
+        raises(TrainingError, "masks differ between the 2 processes", "'bert.encoder.layer.1.ffn'"),
+    ):
         trainer_with([callback], folder).train()
 
 
@@ -158,7 +167,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if rank() in self.ranks:
-            gate = next(iter(self.callback._gates.values()))
+            gate = next(iter(self.callback._pruner.units.values())).gate
             gate.value.grad = self.change(gate.value.grad)
 
 
@@ -173,7 +182,7 @@ def changed_gradients(folder: Path, change: Callable[[Any], Any], ranks: tuple[i
 def check_numbers_that_are_none_on_one_rank(folder: Path) -> None:
     """NaN on one rank is NaN in the mean: all ranks leave the step out."""
     callback = changed_gradients(folder, lambda gradient: gradient * float("nan"), (1,))
-    first, *others = callback._scores.values()
+    first, *others = scores_of(callback._pruner).values()
     assert not first.any()
     assert all(other.any() for other in others)
 
@@ -182,7 +191,8 @@ def check_a_gate_that_one_rank_did_not_reach(folder: Path) -> None:
     """It counts as zero there, as a parameter's gradient does in DDP."""
     callback = changed_gradients(folder / "none", lambda gradient: None, (1,))
     zeros = changed_gradients(folder / "zeros", torch.zeros_like, (1,))
-    assert all(torch.equal(callback._scores[name], score) for name, score in zeros._scores.items())
+    scores, expected = scores_of(callback._pruner), scores_of(zeros._pruner)
+    assert all(torch.equal(scores[name], score) for name, score in expected.items())
     with raises(TrainingError, "got no gradient in step 1"):
         changed_gradients(folder / "both", lambda gradient: None, (0, 1))
 

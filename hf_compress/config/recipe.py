@@ -9,7 +9,8 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_compress.config.base import Config
 from hf_compress.config.data import DatasetConfig
-from hf_compress.config.methods import DistillationConfig, PruningConfig, QuantizationConfig
+from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.pruning import PruningConfig
 from hf_compress.errors import ConfigError, choices
 
 TASKS = ("text-classification", "token-classification", "causal-lm", "seq2seq-lm")
