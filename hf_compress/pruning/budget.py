@@ -110,7 +110,7 @@ def _tied(name: str, sizes: Mapping[str, int], limits: Limits) -> tuple[str, ...
 def _levels(names: tuple[str, ...], sizes: Mapping[str, int], limits: Limits) -> tuple[tuple[int, ...], ...]:
     allowed = {name: _limits(limits, name).counts(sizes[name]) for name in names}
     if len(names) == 1:
-        levels = [(count,) for count in allowed[names[0]]]
+        levels: list[tuple[int, ...]] = [(count,) for count in allowed[names[0]]]
     else:
         parts = math.gcd(*(sizes[name] for name in names))
         shares = [tuple(sizes[name] // parts * part for name in names) for part in range(parts + 1)]
