@@ -179,8 +179,9 @@ def fit_speedup(
 ) -> Fit:
     """Shrink a model until it is measured to be so many times as fast, to within 10 %.
 
-    Masks from the table are cut out of a copy and measured beside the dense model; the table learns how long that one
-    took, and so on, a few times at most. The masks whose speed-up came closest are shrunk, verified and measured again.
+    Masks from the table are cut out of a copy and measured beside the dense model. If the speed-up is not the expected
+    one, the table is corrected by the ratio of both, and so on, a few times at most. The masks whose speed-up came
+    closest are shrunk, verified and measured again.
 
     Args:
         model: See ``latency_masks``.
@@ -199,18 +200,20 @@ def fit_speedup(
         ShrinkError: See ``shrink``.
     """
     problem = _Problem(model, scores, example_inputs, limits, table, timer)
-    learned, tried = problem.table, []
+    corrected, dense = problem.table, problem.table.predict({})
+    seconds = problem.seconds(target_speedup, None)
+    tried: list[tuple[float, float]] = []
     candidates: list[tuple[float, int, Masks]] = []
     for _ in range(MAX_CORRECTIONS):
-        dense = learned.predict({})
-        masks = problem.masks(learned, problem.seconds(target_speedup, None))
+        masks = problem.masks(corrected, seconds)
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        expected = dense / corrected.predict(kept)
         found = problem.speedup(shrunk_copy(model, problem.graph, kept), rounds).ratio
-        tried.append((dense / learned.predict(kept), found))
+        tried.append((expected, found))
         candidates.append((abs(found / target_speedup - 1), len(candidates), masks))
         if candidates[-1][0] <= CLOSE_ENOUGH:
             break
-        learned = learned.with_total(kept, dense / found)
+        corrected = corrected.scaled(expected / found)
     masks = min(candidates)[2]
     small = shrink(model, masks, example_inputs=problem.inputs)
     measured = problem.speedup(small, rounds)

@@ -8,8 +8,8 @@ while does not bend the curves.
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ TOGETHER = 4
 """Models timed in turns with one run of the reference each."""
 
 DEFAULT_ROUNDS = 7
+ROUNDS_OF_TOTALS = 3
+"""Times as many rounds for whole models: every prediction rests on them."""
 
 Timer = Callable[[Mapping[str, nn.Module], Mapping[str, Any], int], Mapping[str, Sequence[float]]]
 """(models by name, inputs, rounds) -> milliseconds of each round by name; times of a round belong together."""
@@ -108,23 +110,23 @@ def measure_latency(
     classes = _classes(graph, structures, multiple_of)
     if not classes:
         raise TargetError(f"measure_latency: the model has none of {list(structures)} that can lose units.")
-    bench = _Bench(model, graph, inputs, rounds, timer)
+    bench = _Bench(model, graph, inputs, _at_share(classes, REFERENCE_SHARE), timer)
     lowest = _at_share(classes, 0.0)
     curve_points = {
         (position, level): {**lowest, **each.kept(level)}
         for position, each in enumerate(classes)
         for level in each.grid()[1:]
     }
-    shares = {share: _at_share(classes, share) for share in SHARES}
-    wanted = [lowest, *curve_points.values(), *shares.values(), {}]
-    seconds = bench.seconds(wanted, reference=_at_share(classes, REFERENCE_SHARE))
-    base = seconds[0]
-    on_curves = dict(zip(curve_points, seconds[1:], strict=False))
+    wholes = [lowest, *(_at_share(classes, share) for share in SHARES), {}]
+    with bench.progress(len(curve_points) + len(wholes)) as bar:
+        totals = bench.seconds(wholes, ROUNDS_OF_TOTALS * rounds, bar)
+        on_curves = dict(zip(curve_points, bench.seconds(list(curve_points.values()), rounds, bar), strict=True))
+    base = totals[0]
     curves = tuple(_curve(each, position, base, on_curves) for position, each in enumerate(classes))
-    table = LatencyTable(key=latency_key(model, inputs), base=base, curves=curves, totals=((base, base),))
-    for kept, measured in zip([*shares.values(), {}], seconds[1 + len(curve_points) :], strict=True):
-        table = table.with_total(kept, measured)
-    return table
+    table = LatencyTable(key=latency_key(model, inputs), base=base, curves=curves, totals=())
+    measured = sorted({table.sum_of_parts(kept): seconds for kept, seconds in zip(wholes, totals, strict=True)}.items())
+    sums, seconds = zip(*measured, strict=True)
+    return replace(table, totals=tuple(zip(sums, never_falling(seconds), strict=True)))
 
 
 def _check(structures: Sequence[str], multiple_of: int, rounds: int) -> None:
@@ -200,35 +202,44 @@ def _curve(each: _Class, position: int, base: float, seconds: Mapping[tuple[int,
     )
 
 
-@dataclass(frozen=True)
 class _Bench:
-    """Times the model at other sizes."""
+    """Times the model at other sizes, in units of a small model that is timed with each."""
 
-    model: PreTrainedModel
-    graph: ModelGraph
-    inputs: Mapping[str, Any]
-    rounds: int
-    timer: Timer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: ModelGraph,
+        inputs: Mapping[str, Any],
+        reference: Mapping[str, int],
+        timer: Timer,
+    ) -> None:
+        self.model = model
+        self.graph = graph
+        self.inputs = inputs
+        self.timer = timer
+        self.reference = shrunk_copy(model, graph, reference)
+        self.unit: float | None = None
+        """Seconds of the reference."""
 
-    def seconds(self, wanted: Sequence[Mapping[str, int]], reference: Mapping[str, int]) -> list[float]:
-        """Return the seconds of models with so many units, in units of the reference's median over all turns."""
-        common = shrunk_copy(self.model, self.graph, reference)
-        ratios: list[float] = []
-        all_times: list[float] = []
-        for part in self._parts(wanted):
-            models = {str(i): shrunk_copy(self.model, self.graph, kept) for i, kept in enumerate(part)}
-            times = self.timer({"reference": common, **models}, self.inputs, self.rounds)
-            ratios += [speedup(times[name], times["reference"]) for name in models]
-            all_times += times["reference"]
-        return [ratio * median(all_times) / 1000 for ratio in ratios]
-
-    def _parts(self, wanted: Sequence[Mapping[str, int]]) -> Iterator[Sequence[Mapping[str, int]]]:
+    def progress(self, total: int) -> Any:
+        """Return a bar, shown where transformers would show one."""
         bars: Any = logging
-        with bars.tqdm(total=len(wanted), desc="Measuring latency", unit="size") as bar:
-            for start in range(0, len(wanted), TOGETHER):
-                part = wanted[start : start + TOGETHER]
-                yield part
-                bar.update(len(part))
+        return bars.tqdm(total=total, desc="Measuring latency", unit="size")
+
+    def seconds(self, wanted: Sequence[Mapping[str, int]], rounds: int, bar: Any) -> list[float]:
+        """Return the seconds of models with so many units by group name."""
+        ratios: list[float] = []
+        of_reference: list[float] = []
+        for start in range(0, len(wanted), TOGETHER):
+            part = wanted[start : start + TOGETHER]
+            models = {str(i): shrunk_copy(self.model, self.graph, kept) for i, kept in enumerate(part)}
+            times = self.timer({"reference": self.reference, **models}, self.inputs, rounds)
+            ratios += [speedup(times[name], times["reference"]) for name in models]
+            of_reference += times["reference"]
+            bar.update(len(part))
+        if self.unit is None:  # of the first call, so that all have the same
+            self.unit = median(of_reference) / 1000
+        return [ratio * self.unit for ratio in ratios]
 
 
 def shrunk_copy(model: PreTrainedModel, graph: ModelGraph, kept: Mapping[str, int]) -> PreTrainedModel:

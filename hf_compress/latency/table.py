@@ -12,10 +12,6 @@ from hf_compress.latency.key import Key, check_key
 
 Point = tuple[float, float]
 
-MIN_DISTANCE = 0.02
-"""Points of the total that are closer than this part of each other say the same, so the later one replaces the other:
-noise would make a jump of them."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
@@ -53,7 +49,7 @@ class LatencyTable:
     """Parts of the structures."""
 
     totals: tuple[Point, ...]
-    """(sum of base and parts, measured seconds) of whole models, both ascending."""
+    """(sum of base and parts, measured seconds) of whole models; the sums ascend, the seconds never fall."""
 
     def predict(self, kept: Mapping[str, int]) -> float:
         """Return the expected seconds of a forward pass.
@@ -87,7 +83,8 @@ class LatencyTable:
             for member in curve.members:
                 if set(member) == set(names):
                     return member[0], curve
-        raise ConfigError(f"LatencyTable: {list(names)} were not measured as one structure; measured: {self._members()}.")
+        known = self._members()
+        raise ConfigError(f"LatencyTable: {list(names)} were not measured as one structure; measured: {known}.")
 
     def _members(self) -> list[tuple[str, ...]]:
         return [member for curve in self.curves for member in curve.members]
@@ -96,19 +93,10 @@ class LatencyTable:
         """Return the sum of parts at which ``seconds`` are expected."""
         return interpolate([(measured, parts) for parts, measured in self.totals], seconds)
 
-    def with_total(self, kept: Mapping[str, int], seconds: float) -> "LatencyTable":
-        """Return a table that has learned how long a whole model took.
-
-        Earlier totals that contradict it (a larger sum of parts that took no longer, or the reverse), or that are about
-        the same, are forgotten.
-
-        Args:
-            kept: Units that stay, by group name.
-            seconds: What was measured.
-        """
-        new = (self.sum_of_parts(kept), seconds)
-        left = [old for old in self.totals if _agree(old, new)]
-        return dataclasses.replace(self, totals=tuple(sorted([*left, new])))
+    def scaled(self, factor: float) -> "LatencyTable":
+        """Return a table that expects so many times as long for every model, the dense one too."""
+        totals = tuple((parts, seconds * factor) for parts, seconds in self.totals)
+        return dataclasses.replace(self, totals=totals)
 
     def check(self, key: Mapping[str, str]) -> None:
         """Check that the table holds for a device, model and inputs, see ``latency_key``.
@@ -172,8 +160,3 @@ def never_falling(values: Sequence[float]) -> list[float]:
             mean, count = (before * many + mean * count) / (many + count), many + count
         pools.append((mean, count))
     return [mean for mean, count in pools for _ in range(count)]
-
-
-def _agree(old: Point, new: Point) -> bool:
-    apart = abs(old[0] - new[0]) > MIN_DISTANCE * max(old[0], new[0])
-    return apart and (old[0] < new[0]) == (old[1] < new[1])
