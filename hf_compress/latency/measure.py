@@ -8,6 +8,7 @@ while does not bend the curves.
 """
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +70,7 @@ def group_limits(
     return {
         group.name: GroupLimits(
             min_units=max(group.min_units, min(min_units, group.num_units)),
-            multiple_of=max(group.multiple_of, multiple_of) if group.kind == "ffn" else group.multiple_of,
+            multiple_of=math.lcm(group.multiple_of, multiple_of if group.kind == "ffn" else 1),
             fixed_units=group.fixed_units,
             tied_to=group.tied_to,
         )
