@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None, timer: Timer = time_in_turns) -
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=float, default=3.0, help="speed-up to fit (default: 3)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="(default: 1 8)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="(default: 1)")
     parser.add_argument("--length", type=int, default=128, help="tokens per example (default: 128)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
     parser.add_argument("--multiple-of", type=int, default=8, help="of widths that are kept (default: 8)")
@@ -161,9 +161,8 @@ def main(arguments: Sequence[str] | None = None, timer: Timer = time_in_turns) -
     torch.set_num_threads(given.threads)
     settings = {name: value for name, value in vars(given).items() if name != "json"}
     data: Result = {"environment": environment(), "settings": settings, "load average": [load_average()], "results": {}}
-    parts = []
     for batch_size in given.batch_sizes:
-        result = measure(
+        data["results"][str(batch_size)] = measure(
             build(given.shape),
             random_inputs(batch_size, given.length),
             target=given.target,
@@ -171,21 +170,33 @@ def main(arguments: Sequence[str] | None = None, timer: Timer = time_in_turns) -
             rounds=given.rounds,
             timer=timer,
         )
-        data["results"][str(batch_size)] = result
         data["load average"].append(load_average())
-        parts += [f"## {given.shape}, batch {batch_size}, {given.length} tokens", report(result, given.target)]
+        if given.json:  # after every batch size: what was measured should not be lost
+            write(data, given.json)
+    print(report_all(data))
+
+
+def report_all(data: Result) -> str:
+    """Return what was found for all batch sizes, under the conditions in which it was found."""
+    settings = data["settings"]
     loads = ", ".join(str(loads[0]) for loads in data["load average"] if loads)
-    parts.insert(0, f"Load of the machine before and after each batch size, this benchmark included: {loads}.")
-    text = "\n\n".join(parts)
-    print(text)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        about = data["environment"]
-        title = "# Asked for a speed-up, measured a speed-up\n\nWritten by `scripts/bench/speedup.py`; "
-        title += f"{about['cpu']}, {given.threads} thread(s) of torch {about['torch']}."
-        explained = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
-        given.json.with_suffix(".md").write_text(f"{title}\n\n{text}\n\n```\n{explained}```\n", encoding="utf-8")
+    parts = [f"Load of the machine before and after each batch size, this benchmark included: {loads}."]
+    for batch_size, result in data["results"].items():
+        title = f"## {settings['shape']}, batch {batch_size}, {settings['length']} tokens"
+        parts += [title, report(result, settings["target"])]
+    return "\n\n".join(parts)
+
+
+def write(data: Result, path: Path) -> None:
+    """Write the measurements, and the report beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    about = data["environment"]
+    title = "# Asked for a speed-up, measured a speed-up\n\nWritten by `scripts/bench/speedup.py`; "
+    title += f"{about['cpu']}, {about['threads']} thread(s) of torch {about['torch']}."
+    explained = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
+    text = f"{title}\n\n{report_all(data)}\n\n```\n{explained}```\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
