@@ -38,6 +38,9 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.labels import make_labels
 from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
+from hf_compress.latency.cache import latency_table
+from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedup
+from hf_compress.latency.table import LatencyTable
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
@@ -65,6 +68,7 @@ __all__ = [
     "DistillationConfig",
     "ExportError",
     "GraphError",
+    "LatencyTable",
     "ModelProfile",
     "ParameterSlice",
     "Preview",
@@ -83,10 +87,14 @@ __all__ = [
     "compare",
     "dimension_groups",
     "export_quantized",
+    "fit_speedup",
     "last_complete_checkpoint",
+    "latency_masks",
+    "latency_table",
     "make_callbacks",
     "make_example_inputs",
     "make_labels",
+    "measure_speedup",
     "op_rule",
     "plan_shrink",
     "preview",

@@ -20,13 +20,13 @@ from hf_compress.export.quantized import export_quantized
 from hf_compress.export.skeleton import build_skeleton
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import dimension_groups
+from hf_compress.latency.timing import DEFAULT_ROUNDS, compile_model
 from hf_compress.recipe.models import load_config, loading
 from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.run import run_recipe
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
-from hf_compress.report.timing import DEFAULT_ROUNDS, compile_model
 
 EXIT_ERROR = 2
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.export.card import write_card
+from hf_compress.latency.timing import compile_model
 from hf_compress.report.compare import Comparison, compare
 from hf_compress.report.results import Results
-from hf_compress.report.timing import compile_model
 
 DENSE, SMALL, INT8 = "dense", "compressed fp32", "compressed int8, compiled"
 console = Console()

@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"graph", "pruning", "quantization", "distillation"},
     {"instruments"},
     {"shrinking"},
+    {"latency"},
     {"callbacks", "report", "vocabulary"},
     {"export"},
     {"recipe"},

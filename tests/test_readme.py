@@ -9,6 +9,8 @@ import pytest
 import recipe_files
 import tiny_models
 import torch
+from fake_timer import FakeTimer
+from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -18,6 +20,7 @@ import hf_compress
 from hf_compress import PruningCallback, PruningConfig, cli, shrink
 from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
 from hf_compress.export.quantized import FORMATS
+from hf_compress.latency import measure
 from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
 from hf_compress.schedule import schedules
 
@@ -41,6 +44,18 @@ def test_the_example_runs(tiny_bert, classification_data, make_trainer, tmp_path
     AutoModelForSequenceClassification.from_pretrained("bert-small")
 
 
+def test_the_example_of_a_speedup_runs(tmp_path, monkeypatch) -> None:
+    timer = FakeTimer()
+    monkeypatch.setattr(measure, "time_models", lambda models, inputs, rounds: timer(models, inputs, rounds))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks("python") if "fit_speedup" in block]
+    names = {"model": tiny_models.bert(intermediate_size=96), "torch": torch}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["fit"].measured.ratio == pytest.approx(3.0, rel=0.1)
+    AutoModelForSequenceClassification.from_pretrained("three-times-as-fast")
+
+
 def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     _, masks, vocabulary, rule, *_ = blocks("python")
@@ -60,7 +75,7 @@ def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
 def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) -> None:
-    _, _, _, _, before, adapters, *_ = blocks("python")
+    _, _, _, _, _, before, adapters, *_ = blocks("python")
     data = classification_data(16)
     names = {
         "model": tiny_bert(),

@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from hf_compress.errors import ConfigError
-from hf_compress.graph.capture import evaluating
 from hf_compress.graph.inputs import make_example_inputs
+from hf_compress.latency.timing import DEFAULT_ROUNDS, Progress, median, speedup, time_models, unwrap
 from hf_compress.report.environment import environment
-from hf_compress.report.profile import ModelProfile, profile, run_once, unwrap
-from hf_compress.report.timing import DEFAULT_ROUNDS, Progress, median, speedup, time_interleaved
+from hf_compress.report.profile import ModelProfile, profile
 
 DEFAULT_LENGTH = 64
 """Tokens per example in latency measurements."""
@@ -199,7 +196,7 @@ def compare(
     ratios: dict[str, dict[str, float]] = {}
     for label, example in chosen.items():
         report(f"latency, {label}")
-        times = _time_models(models, example, rounds)
+        times = time_models(models, example, rounds=rounds)
         latency[label] = {name: median(values) for name, values in times.items()}
         ratios[label] = {name: speedup(times[names[0]], values) for name, values in times.items() if name != names[0]}
     return Comparison(
@@ -225,12 +222,3 @@ def _named_models(
     if unknown:
         raise ConfigError(f"compare: directories[{unknown[0]!r}] belongs to no model; models: {list(models)}.")
     return models
-
-
-def _time_models(models: Mapping[str, nn.Module], example: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(evaluating(unwrap(model)))
-            run_once(model, example)
-        calls = {name: partial(model, **example) for name, model in models.items()}
-        return time_interleaved(calls, rounds=rounds)

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_compress.errors import ConfigError, GraphError
+from hf_compress.errors import ConfigError
 from hf_compress.graph.capture import evaluating
 from hf_compress.graph.inputs import make_example_inputs
-from hf_compress.report.timing import median, time_interleaved
+from hf_compress.latency.timing import median, run_once, time_interleaved, unwrap
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx")
 
@@ -142,12 +142,6 @@ def profile(
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a ``torch.compile`` wrapper, or the model itself."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the outermost lists of layers by name.
 
@@ -226,22 +220,6 @@ def _integer_product(
 ) -> int:
     """Operations of an int8 matrix product [m, k] x [k, n]."""
     return 2 * prod(left) * right[1]
-
-
-def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run the model on the inputs.
-
-    Raises:
-        GraphError: If it fails; the message says on which shapes.
-    """
-    try:
-        model(**inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        shapes = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        raise GraphError(
-            f"{type(model).__name__}.forward failed on the example inputs {shapes}: {type(error).__name__}: {error}. "
-            "Pass example_inputs that the model runs on."
-        ) from error
 
 
 def _peak_memory(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -18,19 +18,25 @@ from hf_compress.shrinking.plan import Positions, ShrinkPlan
 from hf_compress.shrinking.sizes import refresh_sizes
 
 
-def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+def plain_copy(model: PreTrainedModel, *, share_weights: bool = False) -> PreTrainedModel:
     """Return a deep copy without gradients and without anything attached to it; the model keeps both.
 
     A forward that was replaced on the instance is not copied: wrappers (autocast in mixed precision, fused heads) hold
     on to the original, whose weights the copy would compute with. Of a model that FSDP has sharded, the copy is whole;
     every process has to ask for it.
+
+    Args:
+        model: The model.
+        share_weights: Let the copy have parameters of its own, but the model's memory for them, which it must not
+            write to. Slicing replaces what it cuts, and so costs the memory of what is left alone.
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _ in gradients:
             parameter.grad = None  # would be copied, and would keep the old shape
         with unsharded(model, weights=True):
-            duplicate = copy.deepcopy(model)
+            shared = model.parameters() if share_weights else ()
+            duplicate = copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in shared})
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient

@@ -35,7 +35,7 @@ def test_ratios_refer_to_the_first_model(table: Comparison) -> None:
 
 def test_speedup_is_reference_time_over_own_time(monkeypatch) -> None:
     times = {DENSE: [8.0, 4.0, 6.0], SMALL: [2.0, 1.0, 2.0]}
-    monkeypatch.setattr(comparing, "time_interleaved", lambda calls, rounds: times)
+    monkeypatch.setattr(comparing, "time_models", lambda models, inputs, rounds: times)
     found = compare(tiny_models.bert(), tiny_models.bert(), batch_sizes=(3,))
     assert found.latency_ms == {"batch 3": {DENSE: 6.0, SMALL: 2.0}}
     assert found.speedup == {"batch 3": {SMALL: 4.0}}

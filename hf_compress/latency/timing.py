@@ -3,10 +3,15 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from hf_compress.errors import GraphError
+from hf_compress.graph.capture import evaluating
 
 DEFAULT_ROUNDS = 15
 WARM_UP_CALLS = 3
@@ -57,8 +62,54 @@ def _milliseconds(function: Callable[[], object], calls: int) -> float:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def time_models(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Any], *, rounds: int = DEFAULT_ROUNDS
+) -> dict[str, list[float]]:
+    """Time forward passes of models in turns, in eval mode and without gradients; the models are left as they were.
+
+    Args:
+        models: What to time, by name; models compiled with ``torch.compile`` too.
+        inputs: Keyword arguments for each ``forward``.
+        rounds: How often everything is measured.
+
+    Returns:
+        See ``time_interleaved``.
+
+    Raises:
+        GraphError: If a model does not run on the inputs.
+    """
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(unwrap(model)))
+            run_once(model, inputs)
+        calls = {name: partial(model, **inputs) for name, model in models.items()}
+        return time_interleaved(calls, rounds=rounds)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside a ``torch.compile`` wrapper, or the model itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Run the model on the inputs.
+
+    Raises:
+        GraphError: If it fails; the message says on which shapes.
+    """
+    try:
+        model(**inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        shapes = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        raise GraphError(
+            f"{type(model).__name__}.forward failed on the example inputs {shapes}: {type(error).__name__}: {error}. "
+            "Pass example_inputs that the model runs on."
+        ) from error
 
 
 def median(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_compress.graph.inputs import make_example_inputs
-from hf_compress.report import timing
+from hf_compress.latency import timing
 
 
 def test_functions_take_turns_and_times_belong_to_their_functions() -> None:
