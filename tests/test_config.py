@@ -144,3 +144,69 @@ def test_registries_name_what_they_know() -> None:
     assert list(registry) == ["eins", "one"] and registry.get("eins") == 1
     with pytest.raises(ConfigError, match="unknown thing 'onee'; closest match: 'one'; allowed: 'eins', 'one'"):
         registry.get("onee")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_params": 0.5, "target_flops": 0.5}, "got target_params and target_flops; allowed: one budget"),
+        ({"target_params": 1.5}, r"target_params: got 1\.5; allowed: an int > 1"),
+        ({"target_params": True}, "target_params: got True"),
+        ({"target_speedup": 1}, "target_speedup: got 1; allowed: a number > 1"),
+        ({"target_latency_ms": 0}, "target_latency_ms: got 0; allowed: a number > 0"),
+        ({"target_params": 0.5, "structures": {"ffn": 0.5}}, "a non-empty list such as.*target_params says how much"),
+        ({"target_params": 0.5, "allocation": "per_layer"}, "allocation: got 'per_layer'; allowed: 'global' with"),
+        ({"target_params": 0.5, "initial_sparsity": 0.1}, "initial_sparsity: got 0.1"),
+        ({"target_params": 0.5, "structures": ["layers"]}, "structures: got 'layers'"),
+        ({"target_speedup": 2, "structures": ["hidden"]}, "structures: got 'hidden'; allowed: heads, ffn with"),
+        ({"target_params": 0.5, "latency_shape": (1, 64)}, "latency_shape: got"),
+        ({"target_speedup": 2, "latency_shape": (0, 64)}, "latency_shape: got"),
+        ({"target_params": 0.5, "criterion": "movement", "options": {"mode": "soft"}}, "which find out"),
+        ({"target_params": 0.5, "rules": [{"match": ["a"], "criterion": "l2"}]}, r"rules\[0\]\.criterion: got 'l2'"),
+    ],
+)
+def test_bad_budgets_are_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**{"structures": ["heads", "ffn"], **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"structures": ["ffn"]}, "a non-empty mapping"),
+        ({"structures": {"ffn": 0.5}, "criterion": "movement", "options": {"mode": "soft"}}, "finds out itself"),
+        ({"structures": {"heads": 0.5}, "criterion": "block_influence"}, "'layers' with criterion 'block_influence'"),
+        ({"structures": {"layers": 0.5}, "criterion": "wanda"}, "structures: got 'layers'"),
+        ({"schedule": "steps"}, "milestones: got .*; allowed: moments with shares"),
+        ({"milestones": ((0.5, 1.0),)}, 'none without schedule="steps"'),
+        ({"schedule": "steps", "milestones": ((0.5, 0.9),)}, "the last share 1"),
+        ({"schedule": "steps", "milestones": ((0.5, 1.0),), "begin": 3}, "begin/end"),
+        ({"power": 2.0}, 'unless schedule is "polynomial"'),
+        ({"score_decay": 0.5, "criterion": "l2"}, "score_decay: got 0.5; allowed: 0.95 with 'l2'"),
+        ({"begin": "1.5 epoch s"}, "a text such as '1.5 epochs'"),
+        ({"granularity": "row"}, '"element" unless'),
+        ({"structures": {"weights": 0.5}, "granularity": "4:2"}, "or N:M such as 2:4"),
+        ({"structures": {"weights": 0.25}, "granularity": "2:4"}, "allowed: 0.5, which is what the pattern removes"),
+        ({"structures": {"weights": 0.5}, "block_size": (4, 4)}, 'unless granularity is "block"'),
+        ({"rules": [{"match": []}]}, "at least one regular expression"),
+        ({"rules": [{"match": ["a"]}]}, "a rule that sets something else"),
+        ({"rules": [{"match": ["a"], "criterion": "x"}]}, r"rules\[0\].*unknown value 'x'"),
+        ({"rules": [{"match": ["a"], "schedule": "linear"}]}, "PruningRule: unknown key 'schedule'"),
+        ({"options": [1]}, "a mapping of the criterion's settings"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig(**{**PRUNING, **changes})
+
+
+def test_rules_round_trip_and_change_only_what_they_say() -> None:
+    one, two = {"criterion": "l2", "structures": {"heads": 0.25}}, {"end": "1 epoch"}
+    rules = [{"match": ["layer.0"], **one}, {"match": ["b"], **two}]
+    config = PruningConfig(**PRUNING, multiple_of=8, score_decay=0.5, rules=rules)
+    assert PruningConfig.from_dict(config.to_dict()) == config
+    (first, one), (second, two), (last, rest) = config.parts()
+    assert first.match == ("layer.0",) and second.match == ("b",) and last is None
+    assert (one.criterion, one.structures, one.multiple_of, one.score_decay) == ("l2", {"heads": 0.25}, 1, 0.95)
+    assert (two.criterion, two.end, two.multiple_of) == ("taylor", "1 epoch", 8)
+    assert rest.rules == () and rest.structures == config.structures

@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from hf_compress.callbacks.access import refuse_prompts
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.pruning_budget import budget_of
 from hf_compress.callbacks.pruning_facts import left, metrics_of, plan_of, trial_masks
 from hf_compress.callbacks.ranks import check_same_on_all_ranks, mean_gradients
 from hf_compress.callbacks.state import check_moments
 from hf_compress.config import PruningConfig
-from hf_compress.errors import ConfigError, ShrinkError
+from hf_compress.errors import ConfigError, ShrinkError, TargetError
 from hf_compress.graph.costs import Costs
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.adapters import has_adapters, plain_view
@@ -21,8 +23,13 @@ from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.pruner import Pruner
 from hf_compress.instruments.pruner_state import restore, state_of
 from hf_compress.instruments.sharded import unsharded
+from hf_compress.latency.budget import LatencyBudget
+from hf_compress.latency.masks import MeasuredSpeedup
+from hf_compress.pruning.whole_model import Budget
 from hf_compress.shrinking.plan import refuse_compressed
 from hf_compress.shrinking.shrink import shrink
+
+logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
 
 
 class PruningCallback(CompressionCallback):
@@ -56,7 +63,10 @@ class PruningCallback(CompressionCallback):
         self.example_inputs = example_inputs
         self._pruner: Pruner | None = None
         self._costs: Costs | None = None
+        self._budget: Budget | None = None
         self._final: dict[str, Tensor] | None = None
+        self.measured: MeasuredSpeedup | None = None
+        """What was measured of the shrunk model after training, if a speed-up or a latency was asked for."""
 
     def masks(self) -> dict[str, Tensor]:
         """Return the final masks of dimension groups: bool [num_units] by group name, True = keep.
@@ -79,13 +89,14 @@ class PruningCallback(CompressionCallback):
     def _start(self, run: Run) -> None:
         refuse_compressed(run.model)
         refuse_prompts(run.trainer.model)
-        self._final = None
+        self._final = self.measured = None
         # Adapters and fake quantizers that are there already would only blur the analysis; shapes are enough for it.
         with suspended(run.model), unsharded(run.model, weights=False):
             graph = ModelGraph(plain_view(run.model) if has_adapters(run.model) else run.model, self.example_inputs)
         self._costs = graph.costs
-        epochs = run.steps_per_epoch
-        self._pruner = Pruner(run.model, graph, self.config, run.total_steps, epochs, run.args.seed)
+        budget = self._budget = budget_of(run, graph, self.config, self.example_inputs)
+        steps, epochs, seed = run.total_steps, run.steps_per_epoch, run.args.seed
+        self._pruner = Pruner(run.model, graph, self.config, steps, epochs, seed, budget)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,6 +153,23 @@ class PruningCallback(CompressionCallback):
                 stacklevel=2,
             )
 
+        if isinstance(self._budget, LatencyBudget):
+            self._measure(run, self._budget)
+
+    def _measure(self, run: Run, budget: LatencyBudget) -> None:
+        """Time the shrunk model.
+
+        Raises:
+            TargetError: If it is not as fast as was asked for. The masks are final all the same.
+        """
+        small = shrink(run.trainer, self.masks(), example_inputs=self.example_inputs)
+        self.measured = budget.measure(small)
+        dense, fast = (1000 * seconds for seconds in self.measured.seconds)
+        logger.info(f"PruningCallback: {dense:.4g} ms to {fast:.4g} ms, {self.measured.ratio:.2f} times as fast")
+        missed = budget.misses(self.measured)
+        if missed is not None:
+            raise TargetError(missed)
+
     def _why_missed(self, run: Run) -> str:
         best = run.trainer.state.best_model_checkpoint
         if run.args.load_best_model_at_end and best is not None:
@@ -164,6 +192,7 @@ class PruningCallback(CompressionCallback):
         return state_of(self._pruner), {
             "window": self._moments(),
             "thresholds": self._pruner.thresholds,
+            "budget": dict(self._budget.state()) if self._budget is not None else None,
             "step": self._run.trainer.state.global_step if self._run is not None else 0,
         }
 
@@ -174,6 +203,8 @@ class PruningCallback(CompressionCallback):
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         assert self._pruner is not None
         check_moments("PruningCallback", "pruning", facts.get("window"), self._moments())
+        if self._budget is not None:
+            self._budget.restore(facts["budget"])
         restore(self._pruner, tensors, facts["thresholds"], facts["step"])
 
 

@@ -18,11 +18,16 @@ def metrics_of(pruner: Pruner) -> dict[str, float]:
     """Return sparsity and lowest score kept, by pool."""
     found: dict[str, float] = {}
     for pool in pruner.pools:
-        achieved = achieved_sparsity({name: pruner.masks[name] for name in pool.layers})
-        found[f"{pool.name}_sparsity"] = round(achieved, 4)
+        for name, layers in parts_of(pool).items():
+            found[f"{name}_sparsity"] = round(achieved_sparsity({each: pruner.masks[each] for each in layers}), 4)
         if pool.name in pruner.thresholds:
             found[f"{pool.name}_threshold"] = pruner.thresholds[pool.name]
     return found
+
+
+def parts_of(pool: Pool) -> dict[str, tuple[str, ...]]:
+    """Return the layers by what they are called in logs: the pool, or under a budget each structure."""
+    return {pool.name: tuple(pool.layers)} if pool.budget is None else dict(pool.kinds)
 
 
 def left(costs: Costs, masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -47,7 +52,10 @@ def trial_masks(pruner: Pruner) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     for pool in pruner.pools:
         scores = {name: pruner.units[name].evidence.weights().norm(dim=1).cpu() for name in pool.layers}
-        masks |= pool.allocate(scores, pool.sparsity or 0.0)
+        if pool.budget is not None:
+            masks |= pool.within_budget(scores, {name: pruner.masks[name] for name in pool.layers}, 1.0, last=True)
+        else:
+            masks |= pool.allocate(scores, pool.sparsity or 0.0)
     return masks
 
 
@@ -55,14 +63,16 @@ def plan_of(pruner: Pruner, masks: Mapping[str, Tensor], total_steps: int) -> di
     """Return what goes from each structure, and when."""
     facts: dict[str, Any] = {}
     for pool in pruner.pools:
-        mine = [masks[name] for name in pool.layers]
-        facts[pool.name] = {
-            "units": sum(len(mask) for mask in mine),
-            "removed": sum(int((~mask).sum()) for mask in mine) if pool.sparsity is not None else "found by the method",
-            "layers": len(mine),
-            "criterion": pool.config.criterion,
-            "allocation": pool.config.allocation,
-        }
+        known = pool.budget is not None or pool.sparsity is not None
+        for name, layers in parts_of(pool).items():
+            mine = [masks[each] for each in layers]
+            facts[name] = {
+                "units": sum(len(mask) for mask in mine),
+                "removed": sum(int((~mask).sum()) for mask in mine) if known else "found by the method",
+                "layers": len(mine),
+                "criterion": pool.config.criterion,
+                "allocation": pool.config.allocation if pool.budget is None else "budget",
+            }
     schedules = {str(_moments(pool)): pool for pool in pruner.pools}
     for pool in schedules.values():
         where = "" if len(schedules) == 1 else f" ({pool.name})"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,6 +156,29 @@ def warn_of_lost_processes() -> None:
             "several: on CPUs it starts one, unless it is called as `accelerate launch --multi_gpu --num_processes N`. "
             "`torchrun --nproc_per_node N` works, too."
         )
+
+
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """Call a function on the first rank alone and return on all what it returned there; every rank must call it.
+
+    Raises:
+        TrainingError: On the other ranks, if it failed.
+    """
+    if num_ranks() == 1:
+        return function()
+    found: list[Any] = [None, None]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            found = [function(), None]
+        except Exception as caught:  # noqa: BLE001 (raised again below)
+            error, found = caught, [None, repr(caught)]
+    dist.broadcast_object_list(found, src=0)
+    if error is not None:
+        raise error
+    if found[1] is not None:
+        raise TrainingError(f"the process of rank 0 failed: {found[1]}")
+    return found[0]
 
 
 def fingerprint(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:

@@ -3,15 +3,10 @@
 from hf_compress.config.base import SCHEMA_VERSION, Config
 from hf_compress.config.data import DatasetConfig
 from hf_compress.config.methods import DistillationConfig, QuantizationConfig
-from hf_compress.config.pruning import (
-    STRUCTURES,
-    TRAINABLE_STRUCTURES,
-    WEIGHTS,
-    WIDTHS,
-    PruningConfig,
-    PruningRule,
-)
+from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
+from hf_compress.config.rules import PruningRule
+from hf_compress.config.structures import STRUCTURES, TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 
 __all__ = [
     "SCHEMA_VERSION",

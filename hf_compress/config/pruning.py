@@ -7,22 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.config.base import MOMENTS, Config, Settings, is_moment
+from hf_compress.config.base import MOMENTS, is_moment
+from hf_compress.config.budgets import Budgets
+from hf_compress.config.rules import PruningRule
+from hf_compress.config.structures import TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 from hf_compress.errors import ConfigError, choices
 from hf_compress.registry import allocators, criteria
 from hf_compress.schedule import POLYNOMIAL, STEPS, Moment, schedules, to_steps
-
-STRUCTURES = ("heads", "ffn", "hidden", "head_dim", "layers", "experts", "vocab", "other")
-"""The kinds of dimension group, see ``hf_compress.graph.groups``."""
-
-WEIGHTS = "weights"
-"""The structure that is no dimension group: the weights of single layers, see ``PruningConfig.granularity``."""
-
-TRAINABLE_STRUCTURES = ("heads", "ffn", "hidden", "head_dim", "layers", "experts", "other", WEIGHTS)
-"""The structures that can be pruned while training."""
-
-WIDTHS = ("ffn", "hidden", "head_dim", "other")
-"""The structures that ``multiple_of`` speaks of: their sizes are those of matrices."""
 
 GRANULARITIES = ("element", "row", "column", "block")
 """What is pruned of a weight as one, besides N:M patterns."""
@@ -31,44 +22,13 @@ _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningRule(Settings):
-    """Other settings for a part of the model. What is left out is as in the config around it."""
-
-    match: tuple[str, ...]
-    """Regular expressions; the rule is for dimension groups (with ``weights``: parameters) whose name matches one
-    (``re.search``) and whose kind is in ``structures``. The first such rule decides."""
-
-    structures: Mapping[str, float] | Sequence[str] | None = None
-    criterion: str | None = None
-    options: Mapping[str, Any] | None = None
-    allocation: str | None = None
-    begin: Moment | None = None
-    end: Moment | None = None
-    min_units: int | None = None
-    max_layer_sparsity: float | None = None
-    multiple_of: int | None = None
-
-    def _validate(self) -> None:
-        self._check_patterns("match")
-        if not self.match:
-            raise self._error("match", self.match, "at least one regular expression")
-        if not self.changes():
-            raise self._error("match", self.match, "a rule that sets something else, too", "This one has no effect.")
-
-    def changes(self) -> dict[str, Any]:
-        """Return what the rule sets."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["match"]
-        return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningConfig(Config):
+class PruningConfig(Budgets):
     """Pruning during training: which structures, how much, by which criterion, when."""
 
     structures: Mapping[str, float] | Sequence[str]
     """Structure -> sparsity in [0, 1): the fraction to remove, e.g. ``{"heads": 0.5}``. A list of structures where
-    the criterion itself finds out how much (``movement`` with ``mode="soft"``)."""
+    a budget says how much (``target_params`` and the others), or the criterion itself finds out (``movement`` with
+    ``mode="soft"``)."""
 
     criterion: str = "taylor"
     """What units are scored by (higher = keep): a name in ``hf_compress.pruning.criteria``."""
@@ -145,7 +105,9 @@ class PruningConfig(Config):
         self._check_number("max_layer_sparsity", 0, 1, open_low=True)
         self._check_number("power", 0, 100, open_low=True)
         self._check_options()
+        self._check_budget(self.structures)
         self._check_structures()
+        self._check_budget_alone()
         self._check_window()
         self._check_weights()
         self._check_effects()
@@ -166,12 +128,14 @@ class PruningConfig(Config):
 
     def _check_structures(self) -> None:
         given = self.structures
-        decides = self.method_options().decides
-        wanted = 'a list such as ["heads", "ffn"]' if decides else 'a mapping such as {"heads": 0.5, "ffn": 0.7}'
+        decides, target = self.method_options().decides, self.target()
+        as_list = decides or target is not None
+        wanted = 'list such as ["heads", "ffn"]' if as_list else 'mapping such as {"heads": 0.5, "ffn": 0.7}'
         is_list = isinstance(given, Sequence) and not isinstance(given, str)
-        if not given or not (is_list if decides else isinstance(given, Mapping)):
+        if not given or not (is_list if as_list else isinstance(given, Mapping)):
             why = f"{self.criterion!r} finds out itself how much goes." if decides else ""
-            raise self._error("structures", given, f"a non-empty {wanted[2:]}", why)
+            why = why if target is None else f"{target[0]} says how much goes."
+            raise self._error("structures", given, f"a non-empty {wanted}", why)
         for kind in given:
             if kind not in TRAINABLE_STRUCTURES:
                 known = choices(kind, TRAINABLE_STRUCTURES)
@@ -187,6 +151,22 @@ class PruningConfig(Config):
             object.__setattr__(self, "structures", {kind: float(value) for kind, value in given.items()})
         else:
             object.__setattr__(self, "structures", tuple(given))
+
+    def _check_budget_alone(self) -> None:
+        """With a budget, what says otherwise how much goes has no effect."""
+        target = self.target()
+        if target is None:
+            return
+        for field, default in {"allocation": "global", "initial_sparsity": 0.0}.items():
+            if getattr(self, field) != default:
+                raise self._error(field, getattr(self, field), f"{default!r} with {target[0]}")
+        if self.method_options().decides:
+            raise self._error(target[0], target[1], f"None with these options of {self.criterion!r}, which find out")
+        limits = {"min_units", "max_layer_sparsity", "multiple_of"}
+        for number, rule in enumerate(self.rules):
+            changed = rule.changes() if isinstance(rule, PruningRule) else {**rule, "match": None}
+            for field in sorted(changed.keys() - limits - {"match"}):
+                raise self._error(f"rules[{number}].{field}", changed[field], f"only limits with {target[0]}")
 
     def _check_window(self) -> None:
         for name in ("begin", "end"):

@@ -1,6 +1,6 @@
 """Pruning of one model, step by step: reads evidence, lets methods score, moves masks. Knows no Trainer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hf_compress.pruning.allocate import Layer, check_reachable
 from hf_compress.pruning.method import DeferringMethod, Method, Reading, Setting
 from hf_compress.pruning.pools import Pool
 from hf_compress.pruning.timetable import Timetable
+from hf_compress.pruning.whole_model import Budget
 from hf_compress.registry import criteria
 
 Mean = Callable[[Mapping[str, Tensor | None], Mapping[str, Tensor]], Mapping[str, Tensor | None]]
@@ -40,6 +41,7 @@ class Pruner:
         total_steps: Optimizer steps of the run.
         steps_per_epoch: Says how many of them an epoch has.
         seed: Of what is random.
+        budget: Of the whole model, if the config has one.
 
     Raises:
         TargetError: If the model cannot be pruned as the config says.
@@ -54,6 +56,7 @@ class Pruner:
         total_steps: int,
         steps_per_epoch: Callable[[], int] | None = None,
         seed: int = 0,
+        budget: Budget | None = None,
     ) -> None:
         self.model = model
         self.units: dict[str, GroupUnits | WeightUnits] = {}
@@ -62,24 +65,52 @@ class Pruner:
         self.pools: list[Pool] = []
         chosen = select(model, graph.groups, config)
         check_gateable(model, [group for each in chosen for group in each.groups])
+        together = [chosen] if budget is not None else [[each] for each in chosen]
         try:
-            for selection in chosen:
-                self._add(selection, lambda config: config.moments(total_steps, steps_per_epoch), seed)
+            for selections in together:
+                self._add(selections, lambda part: part.moments(total_steps, steps_per_epoch), seed, budget)
         except BaseException:
             self.remove()
             raise
 
     def _add(
-        self, selection: Selection, moments: Callable[[PruningConfig], list[tuple[int, float]]], seed: int
+        self,
+        selections: Sequence[Selection],
+        moments: Callable[[PruningConfig], list[tuple[int, float]]],
+        seed: int,
+        budget: Budget | None,
     ) -> None:
-        config = selection.config
-        sparsity = config.structures[selection.kind] if isinstance(config.structures, Mapping) else None
+        """Make a pool."""
+        config = selections[0].config
+        name, kind = selections[0].name, selections[0].kind
+        sparsity = config.structures[kind] if isinstance(config.structures, Mapping) else None
         setting = Setting(score_decay=config.score_decay, seed=seed, sparsity=sparsity)
         method: Method = criteria.get(config.criterion)(config.method_options(), setting)
-        layers: dict[str, Layer] = {}
-        runs: dict[str, int] = {}
+        parts = {each.name: self._cover(each, method) for each in selections}
+        layers = {layer: limits for part in parts.values() for layer, limits in part.items()}
+        if sparsity is not None:
+            check_reachable(f"structures[{kind!r}]", sparsity, layers)
+        pool = Pool(
+            name=name if budget is None else "budget",
+            kinds={each.kind: tuple(parts[each.name]) for each in selections},
+            config=config,
+            method=method,
+            layers=layers,
+            timetable=Timetable.of(config, moments(config)),
+            runs={each: run for each in layers if (run := self._run(each, config, method)) > 1},
+            budget=budget,
+        )
+        self.pools.append(pool)
+        for layer in layers:
+            self.masks[layer] = torch.ones(self.units[layer].num_units, dtype=torch.bool)
+            method.start(layer, self.units[layer].evidence)
+            self.show(pool, layer)
+
+    def _cover(self, selection: Selection, method: Method) -> dict[str, Layer]:
+        """Make units of what a selection covers; return what an allocation must respect of them."""
+        config = selection.config
+        layers = {group.name: limits_of(group, config) for group in selection.groups}
         for group in selection.groups:
-            layers[group.name] = limits_of(group, config)
             self.units[group.name] = GroupUnits(group, self.model, method)
         for name, module in selection.modules:
             weight = WeightUnits(name, module, config, method)
@@ -90,18 +121,14 @@ class Pruner:
                 max_sparsity=config.max_layer_sparsity,
                 shape=str(weight.evidence.shape),
             )
-            run = weight.run(method.run_length if config.granularity == "element" else None)
-            if run > 1:
-                runs[weight.name] = run
-        if sparsity is not None:
-            check_reachable(f"structures[{selection.kind!r}]", sparsity, layers)
-        timetable = Timetable.of(config, moments(config))
-        pool = Pool(selection.name, selection.kind, config, method, layers, timetable, runs)
-        self.pools.append(pool)
-        for name in layers:
-            self.masks[name] = torch.ones(self.units[name].num_units, dtype=torch.bool)
-            method.start(name, self.units[name].evidence)
-            self.show(pool, name)
+        return layers
+
+    def _run(self, name: str, config: PruningConfig, method: Method) -> int:
+        """Return how many neighbouring units of a layer compete with each other only."""
+        units = self.units[name]
+        if not isinstance(units, WeightUnits):
+            return 1
+        return units.run(method.run_length if config.granularity == "element" else None)
 
     def read(self, step: int, mean: Mean, loss_scale: float) -> None:
         """Take in the gradients and activations of an optimizer step, before the optimizer acts.

@@ -18,8 +18,10 @@ from hf_compress.pruning.allocate import (
     protected,
     tolerance,
 )
+from hf_compress.pruning.budget import GroupLimits
 from hf_compress.pruning.method import DeferringMethod, Evidence, Method, is_useful
 from hf_compress.pruning.timetable import Timetable
+from hf_compress.pruning.whole_model import Budget
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Pool:
     name: str
     """The structure, with the number of the rule where one applies: ``ffn``, ``ffn_rule0``."""
 
-    kind: str
-    """The structure."""
+    kinds: Mapping[str, tuple[str, ...]]
+    """Structure -> its layers."""
 
     config: PruningConfig
     """What holds here, rules applied."""
@@ -46,9 +48,17 @@ class Pool:
     """Layer name -> number of neighbouring units that compete with each other only; layers that are missing have no
     such runs."""
 
+    budget: Budget | None = None
+    """What is to be left of the whole model, if no sparsity says so."""
+
+    @property
+    def kind(self) -> str:
+        """The structures, for messages."""
+        return ", ".join(self.kinds)
+
     @property
     def sparsity(self) -> float | None:
-        """The sparsity in the end; None if the method finds out."""
+        """The sparsity in the end; None if a budget says or the method finds out."""
         structures = self.config.structures
         return structures[self.kind] if isinstance(structures, Mapping) else None
 
@@ -66,13 +76,33 @@ class Pool:
             TrainingError: If the scores do not say what goes, or are not finite.
         """
         scores = {name: self.method.score(name, evidence[name]).float().cpu() for name in self.layers}
-        final = self.sparsity if self.sparsity is not None else 0.0
-        sparsity = final if isinstance(self.method, DeferringMethod) else self.timetable.sparsity(step, final)
-        self._check_scores(scores, now, sparsity)
+        due = self._due(step)
+        self._check_scores(scores, now, due)
+        if self.budget is not None:
+            masks = self.within_budget(scores, now, due, last=step == self.timetable.end)
+            return self._moved(step, evidence, masks, scores)
         if not self.config.regrow:
             scores = {name: score.masked_fill(~now[name], -math.inf) for name, score in scores.items()}
         threshold = self.method.threshold(self.timetable.share(step))
-        masks = self.allocate(scores, sparsity) if threshold is None else self._above(scores, threshold)
+        masks = self.allocate(scores, due) if threshold is None else self._above(scores, threshold)
+        return self._moved(step, evidence, masks, scores)
+
+    def _due(self, step: int) -> float:
+        """Return the sparsity that is due, or the share of the way to the budget."""
+        deferring = isinstance(self.method, DeferringMethod)
+        if self.budget is not None:
+            return 1.0 if deferring else self.timetable.share(step)
+        final = self.sparsity if self.sparsity is not None else 0.0
+        return final if deferring else self.timetable.sparsity(step, final)
+
+    def _moved(
+        self,
+        step: int,
+        evidence: Mapping[str, Evidence],
+        masks: dict[str, Tensor],
+        scores: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Return the masks with the lowest score kept; a method that defers is only told of them before the end."""
         if isinstance(self.method, DeferringMethod) and step < self.timetable.end:
             for name, mask in masks.items():
                 self.method.project(name, evidence[name], mask)
@@ -90,6 +120,35 @@ class Pool:
             for name, stride in zip(bundle.names, bundle.strides, strict=True):
                 masks[name] = keep_best(scores[name], min(steps * stride, self.layers[name].num_units))
         return masks
+
+    def within_budget(
+        self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], share: float, *, last: bool
+    ) -> dict[str, Tensor]:
+        """Return masks within the budget, by scores; what is gone stays gone unless it may regrow.
+
+        Args:
+            scores: By layer, finite.
+            now: The masks so far.
+            share: Of the way to the budget.
+            last: Whether these masks stay.
+        """
+        assert self.budget is not None
+        lowest = min(float(score.min()) for score in scores.values())
+        lifted = {name: score - min(lowest, 0.0) for name, score in scores.items()}
+        gone = {name: ~mask & (not self.config.regrow) for name, mask in now.items()}
+        lifted = {name: score.masked_fill(gone[name], -1.0) for name, score in lifted.items()}
+        limits = {name: self._limits(name, layer, gone[name]) for name, layer in self.layers.items()}
+        return self.budget.masks(lifted, limits, share, last=last)
+
+    def _limits(self, name: str, layer: Layer, gone: Tensor) -> GroupLimits:
+        tied = tuple(other for other, each in self.layers.items() if layer.tied == each.tied != "" and other != name)
+        return GroupLimits(
+            min_units=layer.floor(),
+            max_units=layer.num_units - int(gone.sum()) if gone.any() else None,
+            multiple_of=layer.multiple_of,
+            fixed_units=layer.fixed_units,
+            tied_to=tied,
+        )
 
     def allocate(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """Return masks of a sparsity, by scores."""
@@ -123,6 +182,9 @@ class Pool:
         Raises:
             TargetError: If it was not.
         """
+        missed = None if self.budget is None else self.budget.missed(masks)
+        if missed is not None:
+            raise TargetError(f"{missed} {after}")
         if self.sparsity is None:
             return
         got, allowed = achieved_sparsity(masks), self.tolerance()

@@ -1,0 +1,148 @@
+"""A speed-up or a latency as the budget of a pruning run, measured on the device that trains."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ConfigError
+from hf_compress.graph.model import ModelGraph
+from hf_compress.latency.cache import latency_table
+from hf_compress.latency.masks import (
+    CLOSE_ENOUGH,
+    MAX_CORRECTIONS,
+    TOLERANCE,
+    MeasuredSpeedup,
+    masks_within_latency,
+    measure_speedup,
+)
+from hf_compress.latency.measure import Timer, shrunk_copy, time_in_turns
+from hf_compress.latency.table import LatencyTable
+from hf_compress.latency.timing import DEFAULT_ROUNDS
+from hf_compress.pruning.budget import Limits
+
+Exchange = Callable[[Callable[[], Any]], Any]
+"""Calls a function on one rank and returns its plain data on all."""
+
+
+class LatencyBudget:
+    """Masks from a table of latencies; where masks are to stay, the table is corrected by what is measured.
+
+    Args:
+        model: The dense model as it will be deployed: adapters merged. Its weights do not matter.
+        graph: What is known about it.
+        inputs: What is timed.
+        target: ``target_speedup`` or ``target_latency_ms``, and its value.
+        exchange: Lets one rank measure for all.
+        multiple_of: What feed-forward widths are multiples of.
+        timer: How to time models.
+
+    Raises:
+        ConfigError: If the dense model is as fast as that already.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: ModelGraph,
+        inputs: Mapping[str, Any],
+        target: tuple[str, float],
+        exchange: Exchange,
+        *,
+        multiple_of: int = 1,
+        timer: Timer = time_in_turns,
+    ) -> None:
+        self._model = model
+        self._graph = graph
+        self._inputs = inputs
+        self._name, self._value = target
+        self._exchange = exchange
+        self._timer = timer
+        self._table = LatencyTable.from_json(exchange(partial(self._measured, multiple_of)))
+        dense = self._dense = self._table.predict({})
+        self._seconds = dense / self._value if self._name == "target_speedup" else self._value / 1000
+        if self._seconds >= dense:
+            raise ConfigError(
+                f"PruningConfig.{self._name}: {self._value:g} is no less than the {dense * 1000:.4g} ms of the dense "
+                "model, so nothing would be removed. Ask for less time."
+            )
+
+    def _measured(self, multiple_of: int) -> str:
+        more = {"multiple_of": multiple_of, "graph": self._graph, "timer": self._timer}
+        return latency_table(self._model, self._inputs, **more).to_json()
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the dense model the result is to be."""
+        return self._dense / self._seconds
+
+    def masks(self, scores: Mapping[str, Tensor], limits: Limits, share: float, *, last: bool) -> dict[str, Tensor]:
+        """Return the masks that keep most score in a model that is expected to be so fast.
+
+        The last ones are cut out of a copy and timed; if they are not as fast as expected, the table is corrected by
+        the ratio, and so on, a few times at most. Those that came closest are returned.
+        """
+        seconds = self._dense - share * (self._dense - self._seconds)
+        if not last:
+            return masks_within_latency(self._table, scores, limits, seconds)
+        tried: list[tuple[float, int, dict[str, Tensor]]] = []
+        for number in range(MAX_CORRECTIONS):
+            masks = masks_within_latency(self._table, scores, limits, seconds)
+            kept = {name: int(mask.sum()) for name, mask in masks.items()}
+            expected = self._dense / self._table.predict(kept)
+            found = self._exchange(partial(self._ratio, kept))
+            tried.append((abs(found / self.speedup - 1), number, masks))
+            if tried[-1][0] <= CLOSE_ENOUGH:
+                break
+            self._table = self._table.scaled(expected / found)
+        return min(tried)[2]
+
+    def _ratio(self, kept: Mapping[str, int]) -> float:
+        return self._timed(shrunk_copy(self._model, self._graph, kept)).ratio
+
+    def _timed(self, small: PreTrainedModel) -> MeasuredSpeedup:
+        dense = shrunk_copy(self._model, self._graph, {})
+        return measure_speedup(dense, small, self._inputs, rounds=DEFAULT_ROUNDS, timer=self._timer)
+
+    def measure(self, small: PreTrainedModel) -> MeasuredSpeedup:
+        """Time the shrunk model beside the dense one; again if it misses, for other work may have disturbed it."""
+
+        def closest() -> tuple[float, tuple[float, float]]:
+            found = []
+            for _ in range(MAX_CORRECTIONS):
+                found.append(self._timed(small))
+                if abs(found[-1].ratio / self.speedup - 1) <= TOLERANCE:
+                    break
+            best = min(found, key=lambda each: abs(each.ratio / self.speedup - 1))
+            return best.ratio, best.seconds
+
+        ratio, seconds = self._exchange(closest)
+        return MeasuredSpeedup(ratio=ratio, seconds=(seconds[0], seconds[1]))
+
+    def misses(self, measured: MeasuredSpeedup) -> str | None:
+        """Return what to say of a shrunk model that is not as fast as it should be, or is faster; None if it is."""
+        if abs(measured.ratio / self.speedup - 1) <= TOLERANCE:
+            return None
+        dense, small = (1000 * seconds for seconds in measured.seconds)
+        return (
+            f"PruningConfig.{self._name}: asked for {self._value:g}, which is {self.speedup:.2f} times as fast as the "
+            f"dense model; measured {measured.ratio:.2f} ({dense:.4g} ms to {small:.4g} ms), off by more than "
+            f"{TOLERANCE:.0%}. Did other work disturb the measurement? shrink(trainer) returns the model all the same."
+        )
+
+    def missed(self, masks: Mapping[str, Tensor]) -> str | None:
+        """Return None: what counts is measured on the shrunk model."""
+        return None
+
+    def state(self) -> Mapping[str, Any]:
+        """Return the table as it is now: masks of a resumed run follow from the same."""
+        return {"table": self._table.to_json()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state`` returned."""
+        self._table = LatencyTable.from_json(state["table"])
+        self._dense = self._table.predict({})
+        if self._name == "target_speedup":
+            self._seconds = self._dense / self._value
