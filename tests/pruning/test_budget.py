@@ -2,11 +2,15 @@ import itertools
 import math
 
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked_models import prunable
 
-from hf_compress import ConfigError, TargetError
+from hf_compress import ConfigError, TargetError, make_example_inputs, profile, shrink
+from hf_compress.graph.model import ModelGraph
+from hf_compress.latency.measure import group_limits
 from hf_compress.pruning.budget import (
     GroupLimits,
     RankedScores,
@@ -178,6 +182,24 @@ def test_many_units_need_few_costs() -> None:
     masks = within_cost(scores, {}, cost, budget)
     assert 0 <= budget - cost({name: int(mask.sum()) for name, mask in masks.items()}) < 1536
     assert len(calls) < 1000
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("share", [0.4, 0.7])
+@pytest.mark.parametrize("measure", ["parameters", "flops"])
+def test_the_shrunk_model_costs_what_was_asked_for(name, share, measure) -> None:
+    """Also with the residual stream, whose width multiplies everything else."""
+    model = getattr(tiny_models, name)()
+    inputs = make_example_inputs(model)
+    graph = ModelGraph(model, inputs)
+    groups = prunable(graph.groups, "heads", "ffn", "hidden")
+    rng = torch.Generator().manual_seed(0)
+    scores = {g.name: g.parameters_per_unit * torch.rand(g.num_units, generator=rng) for g in groups}
+    cost = getattr(graph.costs, measure)
+    budget = int(share * cost({}))
+    masks = within_cost(scores, group_limits(groups), cost, budget)
+    found = getattr(profile(shrink(model, masks, example_inputs=inputs), inputs, latency=False), measure)
+    assert 0.9 * budget < found <= budget
 
 
 def random_levels(num_structures: int, num_levels: int, seed: int) -> dict[str, list[TimedLevel]]:
