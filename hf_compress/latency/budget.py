@@ -70,8 +70,10 @@ class LatencyBudget:
             )
 
     def _measured(self, multiple_of: int) -> str:
-        more = {"multiple_of": multiple_of, "graph": self._graph, "timer": self._timer}
-        return latency_table(self._model, self._inputs, **more).to_json()
+        table = latency_table(
+            self._model, self._inputs, multiple_of=multiple_of, graph=self._graph, timer=self._timer
+        )
+        return table.to_json()
 
     @property
     def speedup(self) -> float:

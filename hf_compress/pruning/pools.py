@@ -23,6 +23,9 @@ from hf_compress.pruning.method import DeferringMethod, Evidence, Method, is_use
 from hf_compress.pruning.timetable import Timetable
 from hf_compress.pruning.whole_model import Budget
 
+LEFTOVER = 1e-6
+"""Part of the highest score: what units that are gone may score at most."""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -124,7 +127,9 @@ class Pool:
     def within_budget(
         self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], share: float, *, last: bool
     ) -> dict[str, Tensor]:
-        """Return masks within the budget, by scores; what is gone stays gone unless it may regrow.
+        """Return masks within the budget, by scores.
+
+        Without regrowth, what is gone comes back only where nothing else fits into what is left of the budget.
 
         Args:
             scores: By layer, finite.
@@ -135,16 +140,16 @@ class Pool:
         assert self.budget is not None
         lowest = min(float(score.min()) for score in scores.values())
         lifted = {name: score - min(lowest, 0.0) for name, score in scores.items()}
-        gone = {name: ~mask & (not self.config.regrow) for name, mask in now.items()}
-        lifted = {name: score.masked_fill(gone[name], -1.0) for name, score in lifted.items()}
-        limits = {name: self._limits(name, layer, gone[name]) for name, layer in self.layers.items()}
+        if not self.config.regrow:  # steps of large units overshoot: what is left over is filled with what is gone
+            least = LEFTOVER * max(float(score.max()) for score in lifted.values())
+            lifted = {name: score.where(now[name], score.clamp_max(least)) for name, score in lifted.items()}
+        limits = {name: self._limits(name, layer) for name, layer in self.layers.items()}
         return self.budget.masks(lifted, limits, share, last=last)
 
-    def _limits(self, name: str, layer: Layer, gone: Tensor) -> GroupLimits:
+    def _limits(self, name: str, layer: Layer) -> GroupLimits:
         tied = tuple(other for other, each in self.layers.items() if layer.tied == each.tied != "" and other != name)
         return GroupLimits(
             min_units=layer.floor(),
-            max_units=layer.num_units - int(gone.sum()) if gone.any() else None,
             multiple_of=layer.multiple_of,
             fixed_units=layer.fixed_units,
             tied_to=tied,

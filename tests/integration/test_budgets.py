@@ -20,6 +20,9 @@ from hf_compress import (
 from hf_compress.callbacks import pruning_budget
 from hf_compress.latency.budget import LatencyBudget
 
+HEAD = 1048
+"""Weights of one head of the tiny model."""
+
 FFN = [f"bert.encoder.layer.{i}.ffn" for i in range(2)]
 
 
@@ -42,11 +45,11 @@ def train(tiny_bert, classification_data, make_trainer):
 def test_parameters(train, criterion) -> None:
     trainer, _ = train(config(target_params=0.8, criterion=criterion), logging_steps=1, logging_strategy="steps")
     whole, left = trainer.model.num_parameters(), shrink(trainer).num_parameters()
-    assert 0.78 * whole <= left <= 0.8 * whole
+    assert 0.8 * whole - HEAD < left <= 0.8 * whole  # the coarsest step that is left
     logged = [entry["parameters"] for entry in trainer.state.log_history if "parameters" in entry]
     assert logged[0] == whole and logged[-1] == left
     if criterion != "slim":
-        assert logged == sorted(logged, reverse=True) and len(set(logged)) >= 4
+        assert logged == sorted(logged, reverse=True) and len(set(logged)) >= 3
     assert "ffn_sparsity" in trainer.state.log_history[0] and "heads_sparsity" in trainer.state.log_history[0]
 
 
@@ -65,7 +68,7 @@ def test_operations(train) -> None:
 
 def test_limits_hold_under_a_budget_and_rules_may_change_them(train) -> None:
     rules = (PruningRule(match=(r"layer\.0\.ffn",), max_layer_sparsity=0.25),)
-    _, callback = train(config(target_params=0.75, multiple_of=8, rules=rules, structures=["ffn"]))
+    _, callback = train(config(target_params=0.86, multiple_of=8, rules=rules, structures=["ffn"]))
     first, second = (int(callback.masks()[name].sum()) for name in FFN)
     assert first >= 36 and first % 8 == 0 and second % 8 == 0 and second < 48
 
@@ -78,7 +81,7 @@ def test_a_budget_that_the_limits_forbid_says_what_is_possible(train) -> None:
 def test_the_preview_says_what_is_left(tiny_bert, classification_data, make_trainer) -> None:
     callback = PruningCallback(config(target_params=0.8))
     facts = preview(make_trainer(tiny_bert(), classification_data(32), [callback], max_steps=7)).sections["pruning"]
-    assert 0.78 <= facts["parameters after shrink"] / facts["parameters"] <= 0.8
+    assert 0.8 * facts["parameters"] - HEAD < facts["parameters after shrink"] <= 0.8 * facts["parameters"]
     assert facts["ffn"]["allocation"] == "budget"
 
 
