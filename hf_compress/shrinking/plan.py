@@ -197,26 +197,32 @@ def plan_on(
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items() if name not in emptied})
     plan = _build(graph.model, groups, plans)
     inherited = inherited_integers(graph, plan.layers, new)
-    attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
+    found = ((a, value) for a, value in (new | inherited).items() if not _goes_with_block(a.module, plan))
+    attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in found)
     return replace(plan, attributes=attributes)
 
 
+def _goes_with_block(module: str, plan: ShrinkPlan) -> bool:
+    """Whether a module lies in one that loses all of its units and keeps its output projection at most."""
+    return any(
+        module.startswith(f"{block}.") and (output is None or not f"{module}.".startswith(f"{block}.{output}."))
+        for block, (output, _) in plan.emptied.items()
+    )
+
+
 def refuse_compressed(model: PreTrainedModel) -> None:
-    """Refuse models whose sizes or weights are compressed already.
+    """Refuse models whose weights are compressed already; fewer of them are none the worse.
 
     Raises:
-        ShrinkError: If the model carries a ``quantization_config``.
+        ShrinkError: If the model carries a ``quantization_config`` of anything but uneven sizes.
     """
     config = getattr(model.config, "quantization_config", None)
-    if config is None and not getattr(model, "is_quantized", False):
-        return
     data = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
     method = data.get("quant_method", "unknown")
     if method == "hf_compress":
-        raise ShrinkError(
-            f"{type(model).__name__} is compressed already (config.quantization_config of hf_compress). Start again "
-            "from the dense checkpoint with the higher sparsity."
-        )
+        method = (data.get("inner") or {}).get("quant_method")
+    if not getattr(model, "is_quantized", False) and (config is None or method is None):
+        return
     raise ShrinkError(
         f"{type(model).__name__} is quantized already (quant_method {method}); shrinking needs floating-point weights. "
         "Shrink the original checkpoint first and quantize the result."
