@@ -20,6 +20,7 @@ from hf_compress.config import (
     QuantizationConfig,
     Recipe,
     ShrinkConfig,
+    StageConfig,
 )
 from hf_compress.errors import (
     CompressionError,
@@ -76,6 +77,7 @@ __all__ = [
     "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
+    "StageConfig",
     "TargetError",
     "TrainingError",
     "compare",

@@ -10,6 +10,7 @@ from hf_compress.config.methods import (
     QuantizationConfig,
 )
 from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
+from hf_compress.config.stages import StageConfig
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -23,4 +24,5 @@ __all__ = [
     "QuantizationConfig",
     "Recipe",
     "ShrinkConfig",
+    "StageConfig",
 ]
