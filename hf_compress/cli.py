@@ -27,7 +27,7 @@ from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
 from hf_compress.report.timing import DEFAULT_ROUNDS, compile_model
-from hf_compress.shrinking.earlier import METHOD
+from hf_compress.shrinking.sizes import METHOD
 
 EXIT_ERROR = 2
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")

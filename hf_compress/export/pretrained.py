@@ -27,8 +27,7 @@ from hf_compress.export.buffers import checked_buffers, slice_buffers
 from hf_compress.export.heads import has_another_head, is_narrow, sizes_of_new_parameters
 from hf_compress.export.stored import follow_resizing, stored_shapes
 from hf_compress.shrinking.describe import FORMAT_VERSION
-from hf_compress.shrinking.earlier import METHOD
-from hf_compress.shrinking.sizes import refresh_sizes, store_too
+from hf_compress.shrinking.sizes import METHOD, refresh_sizes, store_too
 
 
 @register_quantization_config(METHOD)

@@ -10,7 +10,7 @@ from hf_compress.errors import ConfigError
 from hf_compress.export.attributes import change_modules, set_attributes
 from hf_compress.export.buffers import slice_buffers
 from hf_compress.export.pretrained import CompressedConfig, resize_parameters, stored_method
-from hf_compress.shrinking.earlier import METHOD
+from hf_compress.shrinking.sizes import METHOD
 
 
 def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:

@@ -97,7 +97,6 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     """Train, evaluate, shrink and save; return the metrics."""
     main = prepared.args.process_index == 0
     tracked: tuple[TrackedGroup, ...] = before.facts().tracked if before is not None and main else ()
-    # By name only: the model's own tensors may be gone when the run is over.
     groups = dimension_groups(prepared.student.model) if main and stage.recipe.pruning is not None else []
     trainer = make_trainer(prepared, make_callbacks(stage.recipe))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)

@@ -14,7 +14,6 @@ from hf_compress.graph.integers import Attribute, read
 from hf_compress.graph.multihead import FlexibleMultiheadAttention
 from hf_compress.shrinking.depth import renamed
 from hf_compress.shrinking.earlier import (
-    METHOD,
     all_buffers,
     all_units,
     earlier_attributes,
@@ -23,6 +22,7 @@ from hf_compress.shrinking.earlier import (
 )
 from hf_compress.shrinking.plan import ShrinkPlan
 from hf_compress.shrinking.sizes import (
+    METHOD,
     Agrees,
     find_stock_config,
     non_persistent_buffers,

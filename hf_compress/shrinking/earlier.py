@@ -10,9 +10,7 @@ from hf_compress.graph.depth import submodule
 from hf_compress.graph.integers import Attribute
 from hf_compress.shrinking.depth import Kept, renamed
 from hf_compress.shrinking.plan import Positions, ShrinkPlan
-
-METHOD = "hf_compress"
-"""``quant_method`` of a config that describes uneven sizes."""
+from hf_compress.shrinking.sizes import stored_sizes
 
 Units = dict[str, dict[str, int]]
 """Group name -> ``{"kept": units left, "of": units that the config's own fields give}``."""
@@ -23,12 +21,10 @@ def take_sizes(model: PreTrainedModel) -> Mapping[str, Any]:
 
     What is left of the config describes the model as the architecture builds it.
     """
-    stored = getattr(model.config, "quantization_config", None)
-    if stored is None:
-        return {}
-    del model.config.quantization_config
-    found: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
-    return found
+    stored = stored_sizes(model)
+    if stored:
+        del model.config.quantization_config
+    return stored
 
 
 def all_units(stored: Mapping[str, Any], plan: ShrinkPlan) -> Units:

@@ -17,6 +17,7 @@ from hf_compress.graph.groups import DimensionGroup, ParameterSlice
 from hf_compress.graph.model import ModelGraph
 from hf_compress.shrinking.depth import inherited_integers, moving_parameters, renamed
 from hf_compress.shrinking.masks import unit_masks
+from hf_compress.shrinking.sizes import METHOD, stored_sizes
 
 Positions = dict[str, dict[int, list[int]]]
 """Parameter or buffer name -> dimension -> positions along it, ascending."""
@@ -190,6 +191,8 @@ def plan_on(
     groups = {group.name: group for group in graph.groups}
     wanted = unit_masks(graph.model, groups, masks)
     sizes = _kept_counts(groups, wanted, uniform, multiple_of)
+    if uniform:
+        _check_uniform(graph.model, groups, sizes)
     plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
@@ -219,7 +222,7 @@ def refuse_compressed(model: PreTrainedModel) -> None:
     config = getattr(model.config, "quantization_config", None)
     data = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
     method = data.get("quant_method", "unknown")
-    if method == "hf_compress":
+    if method == METHOD:
         method = (data.get("inner") or {}).get("quant_method")
     if not getattr(model, "is_quantized", False) and (config is None or method is None):
         return
@@ -247,6 +250,25 @@ def _kept_counts(
                 largest[group.kind] = max(largest.get(group.kind, 0), size)
         sizes = {name: min(largest[groups[name].kind], groups[name].num_units) for name in sizes}
     return sizes
+
+
+def _check_uniform(model: nn.Module, groups: Mapping[str, DimensionGroup], sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that cannot become the same, since an earlier shrink has left less of a layer.
+
+    Groups of one unit are none any more, so the config is asked.
+    """
+    wanted: dict[str, int] = {}
+    for name, size in sizes.items():
+        wanted[groups[name].kind] = max(size, wanted.get(groups[name].kind, 0))
+    for name, entry in stored_sizes(model).get("units", {}).items():
+        kind = groups[name].kind if name in groups else name.rpartition(".")[2]
+        left = sizes.get(name, entry["kept"])
+        if left < wanted.get(kind, 0) <= entry["of"]:
+            raise ShrinkError(
+                f"plan_shrink: uniform=True asks for {wanted[kind]} units in every group of kind {kind!r}, but an "
+                f"earlier shrink has left {left} of {name!r}. Use masks that keep {left} everywhere, or uniform=True "
+                "from the first shrink on."
+            )
 
 
 def _fewer(kept: int, wanted: int, group: DimensionGroup) -> str:

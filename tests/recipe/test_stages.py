@@ -1,6 +1,8 @@
 """Recipes with stages: prune, shrink and heal several times; interrupted anywhere, they end as if nothing happened."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +333,38 @@ def test_the_command_line_runs_stages(tmp_path, capsys) -> None:
     assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
     table = capsys.readouterr().out
     assert "stage-1" in table and "compressed" in table
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_save_every_stage_once(tmp_path) -> None:
+    path = tmp_path / "recipe.yaml"
+    staged(tmp_path).save(path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "hf_compress.cli", "run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy (%)") == 1
+    found = [sizes(tmp_path / "out" / name) for name in ("stage-1", "stage-2", "stage-3", "compressed")]
+    assert found == [(48, 88), (48, 44), (48, 22), (24, 22)]
+
+
+@pytest.mark.slow
+def test_a_language_model_and_a_translator_go_through_stages(tmp_path) -> None:
+    """Twice the same structure; what the first stage leaves is loaded with the classes of the task."""
+    rows = [{"long": f"{a} {b}", "short": a} for a in recipe_files.SENTENCES for b in recipe_files.SENTENCES[:3]]
+    data = recipe_files.write_json(tmp_path / "pairs.jsonl", rows)
+    tasks: dict[str, dict[str, Any]] = {
+        "causal-lm": {"path": data, "text_columns": "long", "max_length": 24},
+        "seq2seq-lm": {"path": data, "text_columns": "long", "target_column": "short", "max_length": 24},
+    }
+    for task, dataset in tasks.items():
+        model = recipe_files.save_model(tmp_path / task, task)
+        stages = [{"pruning": pruning(heads=0.25, ffn=0.25), "repeat": 2}, {"distillation": {}}]
+        changes = {"model": model, "task": task, "dataset": dataset, "output": str(tmp_path / f"{task}-out")}
+        recipe = Recipe.from_dict({**staged(tmp_path, stages, **changes).to_dict(), "teacher": model})
+        result = run_recipe(recipe)
+        sizes_left = [profile.parameters for profile in result.comparison.profiles.values()]
+        assert sizes_left[0] > sizes_left[1] > sizes_left[2] == sizes_left[3]
+        (metric,) = result.comparison.metrics.values()
+        assert all(1 < value < 1e6 for value in metric.values()) and len(metric) == 4

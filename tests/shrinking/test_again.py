@@ -186,6 +186,16 @@ def test_sizes_that_become_even_need_no_loader(tmp_path) -> None:
     assert BertForSequenceClassification.from_pretrained(tmp_path / "even").num_parameters() == both.num_parameters()
 
 
+def test_sizes_that_cannot_become_the_same_are_refused() -> None:
+    """Layers with a single head, which are no group any more, too."""
+    for first in (kept(1, 1, 0, 0), kept(1, 0, 0, 0)):
+        small = shrink(tiny_models.bert(), {HEADS[0]: first})
+        with pytest.raises(ShrinkError, match="asks for 3 units .*'heads', but an earlier shrink has left"):
+            shrink(small, {HEADS[1]: kept(1, 1, 1, 0)}, uniform=True)
+        even = shrink(small, {HEADS[1]: first}, uniform=True)
+        assert {layer.attention.self.query.out_features for layer in even.bert.encoder.layer} == {8 * int(first.sum())}
+
+
 def test_facts_follow_layers_that_move_up(tmp_path) -> None:
     small = shrink(tiny_models.bert(), {HEADS[0]: kept(1, 0, 0, 0), HEADS[1]: kept(1, 1, 0, 1)})
     shallow = shrink(small, {"bert.encoder.layer.layers": kept(0, 1)})
