@@ -36,7 +36,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         shapes: Parameter name -> shape, for every parameter whose shape is not what the config alone gives.
-        units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before}``.
+        units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before any shrink}``.
         attributes: ``[module, path, value]`` for every integer of the forward code that follows the sizes.
         buffers: Name -> dimension -> positions that stay, for buffers that are made anew instead of stored.
         flexible: Names of ``nn.MultiheadAttention`` modules of other sizes than PyTorch's own forward allows.

@@ -141,7 +141,8 @@ class Stage:
     def save(self, small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
         """Save everything under another name first, so that a killed process leaves no half of a result."""
         partial = self.folder.with_name(f"{self.folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
         small.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")

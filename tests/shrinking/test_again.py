@@ -96,15 +96,18 @@ def test_one_kind_after_the_other_is_all_at_once(entry: Tiny, order: tuple[str, 
 
 
 def gradient_difference(a: PreTrainedModel, b: PreTrainedModel, inputs: dict[str, Any]) -> float:
-    """Compare the gradients of all parameters, each relative to its largest."""
+    """Compare the gradients of all parameters that learn in ``b``, each relative to its largest.
+
+    Transformers makes frozen tables (Whisper's positions) trainable when it loads a model.
+    """
     found = []
     for model in (a, b):
         model.zero_grad()
         results = [t for t in main_outputs(model(**inputs)) if t.requires_grad]
         torch.stack([result.square().sum() for result in results]).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() != set()
-    return max(relative_error(found[0][name], found[1][name]) for name in found[0])
+    assert found[0].keys() >= found[1].keys()
+    return max(relative_error(found[0][name], found[1][name]) for name in found[1])
 
 
 @torch.no_grad()
@@ -190,7 +193,7 @@ def test_sizes_that_cannot_become_the_same_are_refused() -> None:
     """Layers with a single head, which are no group any more, too."""
     for first in (kept(1, 1, 0, 0), kept(1, 0, 0, 0)):
         small = shrink(tiny_models.bert(), {HEADS[0]: first})
-        with pytest.raises(ShrinkError, match="asks for 3 units .*'heads', but an earlier shrink has left"):
+        with pytest.raises(ShrinkError, match=r"asks for 3 units .*'heads', but an earlier shrink has left"):
             shrink(small, {HEADS[1]: kept(1, 1, 1, 0)}, uniform=True)
         even = shrink(small, {HEADS[1]: first}, uniform=True)
         assert {layer.attention.self.query.out_features for layer in even.bert.encoder.layer} == {8 * int(first.sum())}
