@@ -1,8 +1,10 @@
 """Recipes with stages: prune, shrink and heal several times; interrupted anywhere, they end as if nothing happened."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +335,26 @@ def test_the_command_line_runs_stages(tmp_path, capsys) -> None:
     assert cli.main(["run", str(tmp_path / "recipe.yaml")]) == 0
     table = capsys.readouterr().out
     assert "stage-1" in table and "compressed" in table
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_that_are_killed_one_after_the_other(straight, tmp_path) -> None:
+    """As soon as a checkpoint, half of a result, and a whole one begin to exist."""
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe = straight.again(tmp_path)
+    recipe.save(path)
+    moments = ("checkpoints/stage-1/checkpoint-2", "stage-1.partial", "stage-2", "checkpoints/stage-3/checkpoint-1")
+    for moment in (*moments, "compressed.partial"):
+        command = [sys.executable, "-m", "hf_compress.cli", "run", str(path), "--resume"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not (out / moment).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert_ends_as(straight, recipe)
 
 
 @pytest.mark.slow
