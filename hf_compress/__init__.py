@@ -21,6 +21,7 @@ from hf_compress.config import (
     QuantizationConfig,
     Recipe,
     ShrinkConfig,
+    StageConfig,
 )
 from hf_compress.errors import (
     CompressionError,
@@ -82,6 +83,7 @@ __all__ = [
     "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
+    "StageConfig",
     "TargetError",
     "TrainingError",
     "compare",

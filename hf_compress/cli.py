@@ -27,6 +27,7 @@ from hf_compress.recipe.run import run_recipe
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
+from hf_compress.shrinking.sizes import METHOD
 
 EXIT_ERROR = 2
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
@@ -167,7 +168,9 @@ def _compressed_note(model: PreTrainedModel) -> str:
     method = stored_method(model)
     if method is None:
         return ""
-    return f"\n{method} has compressed it already: shrink() starts from the dense checkpoint, not from this one"
+    if method == METHOD:
+        return "\nshrunk before: units are those that are left, and may be removed as well"
+    return f"\n{method} has compressed its weights: shrink() needs floating point, so start from that checkpoint"
 
 
 def _profile(given: argparse.Namespace) -> str:

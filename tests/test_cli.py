@@ -78,7 +78,7 @@ def test_inspect_shows_the_sizes_of_a_compressed_model(capsys, tmp_path) -> None
     units = [line.split()[2] for line in out.splitlines() if line.startswith("ffn ")]
     assert units == ["20", "44"]
     assert f"{small.num_parameters():,} parameters" in out
-    assert "hf_compress has compressed it already" in out
+    assert "shrunk before" in out
 
 
 def test_profile_in_words_and_as_json(folder, capsys) -> None:

@@ -94,7 +94,7 @@ def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) 
 
 def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("yaml")
+    example, _ = blocks("yaml")
     recipe_files.save_model(Path("bert-base-uncased"), "text-classification")
     recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
     Path("recipe.yaml").write_text(example, encoding="utf-8")
@@ -110,6 +110,26 @@ def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
     assert cli.main(resumed) == 0
     assert capsys.readouterr().out.partition("    dense  ")[2] == table != ""
     assert cli.main([*changed, "--dry-run"]) == 0
+
+
+def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, example = blocks("yaml")
+    recipe_files.save_model(Path("bert-reviews"), "text-classification", num_labels=2)
+    recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
+    Path("stages.yaml").write_text(example, encoding="utf-8")
+    assert cli.main(["run", "stages.yaml", "--dry-run"]) == 0
+    assert not Path("runs").exists()
+    assert "== stage-4 ==" in capsys.readouterr().out
+    assert cli.main(["run", "stages.yaml"]) == 0
+    table = capsys.readouterr().out
+    names = [*(f"stage-{i}" for i in range(1, 5)), "compressed", "compressed-torchao"]
+    for name in names:
+        AutoModelForSequenceClassification.from_pretrained(f"runs/stages/{name}")
+        assert Path(f"runs/stages/{name}/README.md").is_file()
+        assert f"{name}: " in table
+    small = AutoModelForSequenceClassification.from_pretrained("runs/stages/compressed")
+    assert sum(layer.intermediate.dense.out_features for layer in small.bert.encoder.layer) == 45  # of 88, by 0.8^3
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:

@@ -68,6 +68,9 @@ class PruningCallback(CompressionCallback):
         self.measured: MeasuredSpeedup | None = None
         """What was measured of the shrunk model after training, if a speed-up or a latency was asked for."""
 
+        self.trial: dict[str, Tensor] | None = None
+        """Masks of the final sizes that the last preview shrank a copy with, by group name."""
+
     def masks(self) -> dict[str, Tensor]:
         """Return the final masks of dimension groups: bool [num_units] by group name, True = keep.
 
@@ -124,6 +127,7 @@ class PruningCallback(CompressionCallback):
         before, after = left(self._costs, {}), left(self._costs, groups)
         facts["parameters"], facts["parameters after shrink"] = before["parameters"], after["parameters"]
         facts["operations kept"] = after["flops_kept"]
+        self.trial = groups or None
         if groups:
             with suspended(run.model):
                 shrink(run.trainer, groups, example_inputs=self.example_inputs)

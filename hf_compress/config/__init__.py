@@ -6,6 +6,7 @@ from hf_compress.config.methods import DistillationConfig, QuantizationConfig
 from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
 from hf_compress.config.rules import PruningRule
+from hf_compress.config.stages import StageConfig
 from hf_compress.config.structures import STRUCTURES, TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "QuantizationConfig",
     "Recipe",
     "ShrinkConfig",
+    "StageConfig",
 ]

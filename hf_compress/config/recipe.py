@@ -1,39 +1,23 @@
 """``Recipe``: what a run does, and, for runs from a file, with which model and data."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_compress.config.base import Config
 from hf_compress.config.data import DatasetConfig
 from hf_compress.config.methods import DistillationConfig, QuantizationConfig
 from hf_compress.config.pruning import PruningConfig
-from hf_compress.errors import ConfigError, choices
+from hf_compress.config.sections import METHODS, build_sections, check_training
+from hf_compress.config.stages import StageConfig
+from hf_compress.errors import ConfigError
 
 TASKS = ("text-classification", "token-classification", "causal-lm", "seq2seq-lm")
 """The tasks that a recipe can train."""
 
 LABELED_TASKS = {"text-classification": "label", "token-classification": "labels"}
 """Tasks that need a column of labels -> its name by default."""
-
-_METHODS: dict[str, type[Config]] = {
-    "pruning": PruningConfig,
-    "quantization": QuantizationConfig,
-    "distillation": DistillationConfig,
-}
-
-_NOT_HERE = {
-    "output_dir": "Set the recipe's output; checkpoints go to a folder in it.",
-    "resume_from_checkpoint": "Run with --resume, or run_recipe(..., resume=True).",
-    "do_train": "A recipe always trains, evaluates and saves.",
-    "do_eval": "Set eval_strategy to evaluate while training; a recipe always evaluates at the end.",
-    "do_predict": "A recipe predicts nothing; load the saved model.",
-    "predict_with_generate": "A recipe evaluates the loss of the targets.",
-}
-"""Fields of TrainingArguments that a recipe has another way for -> that way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +37,7 @@ class ShrinkConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Config):
-    """What one training run does: any subset of the three methods.
+    """What one training run does: any subset of the three methods; or several runs in a row, see ``stages``.
 
     ``model``, ``task``, ``dataset`` and ``output`` make a whole run of it, for ``run_recipe`` and ``hf-compress run``;
     ``make_callbacks`` needs none of them.
@@ -77,8 +61,12 @@ class Recipe(Config):
     distillation: DistillationConfig | None = None
     """Distillation, or None."""
 
+    stages: tuple[StageConfig, ...] | None = None
+    """Runs in a row, instead of the three sections above: the model is shrunk after each, and the next one trains what
+    is left."""
+
     teacher: str | None = None
-    """Hub name or path of the teacher, for runs started from a recipe file."""
+    """Hub name or path of the teacher, for runs started from a recipe file; the same one in all stages."""
 
     training: Mapping[str, Any] | None = None
     """Fields of ``TrainingArguments`` (``Seq2SeqTrainingArguments`` for seq2seq-lm), such as ``learning_rate``."""
@@ -93,30 +81,72 @@ class Recipe(Config):
     """Folder for the checkpoints and the compressed model; new, or of this very recipe."""
 
     def _validate(self) -> None:
-        self._build_sections()
-        if all(getattr(self, name) is None for name in _METHODS):
+        build_sections(self, {**METHODS, "dataset": DatasetConfig, "shrink": ShrinkConfig})
+        self._check_stages()
+        runs: Sequence[Any] = (self,) if self.stages is None else self.stages
+        if all(getattr(self, name) is None for name in (*METHODS, "stages")):
             raise ConfigError("Recipe: nothing to do; give at least one of pruning, quantization, distillation.")
-        if self.teacher is not None and self.distillation is None:
-            raise self._error("teacher", self.teacher, "None without a distillation section")
-        if self.shrink is not None and self.pruning is None:
-            raise self._error("shrink", self.shrink.to_dict(), "None without a pruning section")
+        for name, needs in {"teacher": "distillation", "shrink": "pruning"}.items():
+            value = getattr(self, name)
+            if value is not None and all(getattr(run, needs) is None for run in runs):
+                raise self._error(name, _plain(value), f"None without a {needs} section")
         for name in ("model", "teacher", "export", "output"):
             if getattr(self, name) is not None:
                 self._check_text(name)
         if self.task is not None:
             self._check_choice("task", TASKS)
         self._check_columns()
-        if self.training is not None:
-            self._check_training()
+        for each in (self, *(self.stages or ())):
+            check_training(each, self.task)
 
-    def _build_sections(self) -> None:
-        sections: dict[str, type[Config]] = {**_METHODS, "dataset": DatasetConfig, "shrink": ShrinkConfig}
-        for name, kind in sections.items():
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, kind.from_dict(value))
-            elif value is not None and not isinstance(value, kind):
-                raise self._error(name, value, f"a {kind.__name__}, a mapping of its fields, or None")
+    def _check_stages(self) -> None:
+        """Stages are a list of at least one, beside which the recipe has no sections of its own."""
+        if self.stages is None:
+            return
+        if not isinstance(self.stages, list | tuple) or not self.stages:
+            raise self._error("stages", self.stages, "a list of at least one stage, or None")
+        for name in METHODS:
+            if getattr(self, name) is not None:
+                raise self._error(name, _plain(getattr(self, name)), "None beside stages", "Put it into a stage.")
+        found = []
+        for number, stage in enumerate(self.stages, 1):
+            if isinstance(stage, Mapping):
+                try:
+                    stage = StageConfig.from_dict(stage)
+                except ConfigError as error:
+                    raise ConfigError(f"Recipe.stages, stage {number}: {error}") from error
+            elif not isinstance(stage, StageConfig):
+                raise self._error(f"stages, stage {number}", stage, "a StageConfig or a mapping of its fields")
+            if stage.quantization is not None and (number < len(self.stages) or stage.repeat > 1):
+                raise ConfigError(
+                    f"Recipe.stages, stage {number}: quantization would be forgotten by what trains after it. Put it "
+                    "into the last stage, and that once."
+                )
+            found.append(stage)
+        object.__setattr__(self, "stages", tuple(found))
+
+    def runs(self) -> tuple["Recipe", ...]:
+        """Return one recipe without stages for every training run: for each stage, as often as it is repeated.
+
+        All have the recipe's own model; a run begins with what the one before it left.
+        """
+        if self.stages is None:
+            return (self,)
+        stages = [stage for stage in self.stages for _ in range(stage.repeat)]
+        return tuple(
+            dataclasses.replace(
+                self,
+                stages=None,
+                pruning=stage.pruning,
+                quantization=stage.quantization,
+                distillation=stage.distillation,
+                training=stage.arguments(self.training),
+                teacher=None if stage.distillation is None else self.teacher,
+                shrink=None if stage.pruning is None else self.shrink,
+                export=self.export if number == len(stages) else None,
+            )
+            for number, stage in enumerate(stages, 1)
+        )
 
     def _check_columns(self) -> None:
         """A column that the task does not read is an error, and so is one that it lacks."""
@@ -131,22 +161,6 @@ class Recipe(Config):
         if len(data.text_columns) == 2 and task != "text-classification":
             raise self._error("dataset.text_columns", list(data.text_columns), f"one column for {task}")
 
-    def _check_training(self) -> None:
-        if not isinstance(self.training, Mapping):
-            raise self._error("training", self.training, "a mapping of TrainingArguments fields, or None")
-        kind = Seq2SeqTrainingArguments if self.task == "seq2seq-lm" else TrainingArguments
-        fields = {field.name: field.default for field in dataclasses.fields(kind) if field.init}
-        known = set(fields) - set(_NOT_HERE)
-        for key, value in self.training.items():
-            if key in _NOT_HERE:
-                raise ConfigError(f"Recipe.training: {key!r} has no place in a recipe. {_NOT_HERE[key]}")
-            if key not in known:
-                raise ConfigError(f"Recipe.training: unknown key {key!r}; {choices(key, known)}.")
-            # TrainingArguments checks no types, so that a wrong one would come up somewhere in the run.
-            default = fields[key]
-            if isinstance(default, bool) and not isinstance(value, bool):
-                raise self._error(f"training.{key}", value, "true or false")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(default, int | float) and not isinstance(default, bool) and not number:
-                raise self._error(f"training.{key}", value, "a number")
-        object.__setattr__(self, "training", dict(self.training))
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, Config) else value

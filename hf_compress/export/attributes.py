@@ -1,12 +1,15 @@
 """Integers of modules that a stored model needs changed, beside the shapes of its parameters."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from hf_compress.errors import ExportError
-from hf_compress.export.names import candidates
+from hf_compress.export.names import candidates, resolve
+from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.integers import Attribute, read, write
+from hf_compress.graph.multihead import loosen
 
 WHERE = "config.json, quantization_config.attributes"
 
@@ -48,6 +51,22 @@ def checked_emptied(data: Any) -> dict[str, tuple[str | None, int | None]]:
             )
         result[str(name)] = (output, length)
     return result
+
+
+def change_modules(model: Any, emptied: Mapping[str, tuple[str | None, int | None]], flexible: Sequence[str]) -> None:
+    """Empty the attention modules that are without heads, and loosen those of other sizes than PyTorch allows.
+
+    Args:
+        model: A model as the architecture builds it, with or without its head; names may be those of the other.
+        emptied: See ``checked_emptied``.
+        flexible: Names of ``nn.MultiheadAttention`` modules.
+    """
+    modules = dict(model.named_modules())
+    for name, how in emptied.items():
+        for found in resolve([name], modules, model.base_model_prefix):
+            empty_block(model.get_submodule(found), *how)
+    for name in resolve(flexible, modules, model.base_model_prefix):
+        loosen(model.get_submodule(name))
 
 
 def _is_path(path: Any) -> bool:

@@ -56,7 +56,8 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
 
 
 def _metadata(results: Results) -> ModelCardData:
-    sections = [name for name in SECTION_TAGS if (results.recipe or {}).get(name) is not None]
+    runs = Recipe.from_dict(results.recipe).runs() if results.recipe is not None else ()
+    sections = [name for name in SECTION_TAGS if any(getattr(run, name) is not None for run in runs)]
     return ModelCardData(
         model_name=results.name,
         base_model=results.base_model if results.base_model_on_hub else None,

@@ -22,17 +22,12 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_compress.errors import ExportError, choices
-from hf_compress.export.attributes import checked_attributes, checked_emptied, set_attributes
+from hf_compress.export.attributes import change_modules, checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
 from hf_compress.export.heads import has_another_head, is_narrow, sizes_of_new_parameters
-from hf_compress.export.names import resolve
 from hf_compress.export.stored import follow_resizing, stored_shapes
-from hf_compress.graph.blocks import empty_block
-from hf_compress.graph.multihead import loosen
 from hf_compress.shrinking.describe import FORMAT_VERSION
-from hf_compress.shrinking.sizes import refresh_sizes, store_too
-
-METHOD = "hf_compress"
+from hf_compress.shrinking.sizes import METHOD, refresh_sizes, store_too
 
 
 @register_quantization_config(METHOD)
@@ -41,7 +36,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         shapes: Parameter name -> shape, for every parameter whose shape is not what the config alone gives.
-        units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before}``.
+        units: Facts about the architecture: group name -> ``{"kept": units left, "of": units before any shrink}``.
         attributes: ``[module, path, value]`` for every integer of the forward code that follows the sizes.
         buffers: Name -> dimension -> positions that stay, for buffers that are made anew instead of stored.
         flexible: Names of ``nn.MultiheadAttention`` modules of other sizes than PyTorch's own forward allows.
@@ -135,18 +130,13 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
         super().__init__(inner, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        modules = dict(model.named_modules())
-        for name, how in self.outer.emptied.items():
-            for found in resolve([name], modules, model.base_model_prefix):
-                empty_block(model.get_submodule(found), *how)
+        change_modules(model, self.outer.emptied, self.outer.flexible)
         stored = stored_shapes(kwargs.get("checkpoint_files"))
         shapes = follow_resizing(model, _resolve_names(model, self.outer.shapes), stored)
         another = is_narrow(self.outer.units) and type(model).__name__ not in _written_for(model)
         if another and has_another_head(model, shapes, None if stored is None else stored.keys()):
             shapes |= sizes_of_new_parameters(model, shapes)
         self.outer.shapes = resize_parameters(model, shapes)
-        for name in resolve(self.outer.flexible, modules, model.base_model_prefix):
-            loosen(model.get_submodule(name))
         self.outer.attributes = set_attributes(model, self.outer.attributes)
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
 

@@ -7,8 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ConfigError
-from hf_compress.export.attributes import set_attributes
-from hf_compress.export.pretrained import METHOD, CompressedConfig, resize_parameters, stored_method
+from hf_compress.export.attributes import change_modules, set_attributes
+from hf_compress.export.buffers import slice_buffers
+from hf_compress.export.pretrained import CompressedConfig, resize_parameters, stored_method
+from hf_compress.shrinking.sizes import METHOD
 
 
 def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
@@ -35,8 +37,10 @@ def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
     if stored_method(model) == METHOD:
         stored = config.quantization_config
         sizes = stored if isinstance(stored, CompressedConfig) else _parsed(stored)
+        change_modules(model, sizes.emptied, sizes.flexible)
         resize_parameters(model, sizes.shapes)
         set_attributes(model, sizes.attributes)
+        slice_buffers(model, sizes.buffers)
     return model
 
 

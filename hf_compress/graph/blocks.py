@@ -8,6 +8,7 @@ without units.
 from collections.abc import Iterable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -94,20 +95,13 @@ class EmptyBlock(nn.Module):
         """Return the output projection's bias, or a tensor of size 0 for a projection outside."""
         output, length = self.__dict__["_emptied"]
         given: Tensor = next(x for x in tree_leaves((args, kwargs)) if is_hidden_state(x))
-        if output is None:
-            result = given.new_zeros(*given.shape[:-1], 0)
-        else:
+        result = given.new_zeros(*given.shape[:-1], 0)
+        if output is not None:
             projection: Any = self.get_submodule(output)
-            size = projection.weight.shape[out_dim(projection)]
-            result = given.new_zeros(*given.shape[:-1], size)
-            if projection.bias is not None:
-                result = result + projection.bias
+            # Conv1D's own forward does not take tensors without elements.
+            weight = projection.weight.t() if isinstance(projection, Conv1D) else projection.weight
+            result = F.linear(result, weight, projection.bias)
         return result if length is None else (result, *[None] * (length - 1))
-
-
-def out_dim(projection: nn.Module) -> int:
-    """Return which dimension of a projection's weight is its output."""
-    return 1 if isinstance(projection, Conv1D) else 0
 
 
 def emptied_blocks(model: nn.Module) -> list[tuple[str, tuple[str | None, int | None]]]:
@@ -115,9 +109,9 @@ def emptied_blocks(model: nn.Module) -> list[tuple[str, tuple[str | None, int | 
     return [(name, vars(module)["_emptied"]) for name, module in model.named_modules() if "_emptied" in vars(module)]
 
 
-def cache_places(model: nn.Module, emptied: Iterable[str]) -> list[Attribute]:
+def cache_places(model: nn.Module) -> list[Attribute]:
     """Return the numbers of remaining attention modules in the key-value cache, if some were emptied."""
-    gone = set(emptied)
+    gone = {name for name, _ in emptied_blocks(model)}
     patterns = {_pattern(name) for name in gone}
     return [
         Attribute(name, (CACHE_INDEX,))
@@ -126,10 +120,10 @@ def cache_places(model: nn.Module, emptied: Iterable[str]) -> list[Attribute]:
     ]
 
 
-def close_gaps(model: nn.Module, emptied: Iterable[str]) -> None:
+def close_gaps(model: nn.Module) -> None:
     """Renumber places in the key-value cache: the first one tells how long the sequence is, so it must be used."""
     counts: dict[tuple[str, ...], int] = {}
-    for attribute in cache_places(model, emptied):
+    for attribute in cache_places(model):
         pattern = _pattern(attribute.module)
         setattr(model.get_submodule(attribute.module), CACHE_INDEX, counts.get(pattern, 0))
         counts[pattern] = counts.get(pattern, 0) + 1

@@ -41,7 +41,7 @@ def _initializes(model: PreTrainedModel, group: DimensionGroup, kept: int) -> bo
     if empty is None:
         return True  # nothing can be said
     for part in group.slices:
-        parameter = empty.get_parameter(part.parameter)
+        parameter = model.get_parameter(part.parameter)  # an earlier shrink may have cut it
         shape = list(parameter.shape)
         shape[part.dim] -= part.index.shape[1] * (group.num_units - kept)
         owner, _, attribute = part.parameter.rpartition(".")

@@ -89,6 +89,10 @@ class Equations:
         """
         return _Solution(self, {find(atom): count for atom, count in kept.items()}).run()
 
+    def attributes(self) -> list[Attribute]:
+        """Return the attributes that forward code was seen to read."""
+        return [attribute for attribute, needs in self._by_attribute.items() if needs]
+
     def touching(self, atom: Dim) -> list["Relation | NumericUse"]:
         """Return what speaks of sizes that contain ``atom``."""
         return self._by_atom.get(find(atom), [])

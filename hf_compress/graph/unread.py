@@ -7,7 +7,6 @@ another hidden size, on the meta device, and what changes with the group belongs
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -51,14 +50,14 @@ def _completed(model: nn.Module, unread: dict[str, torch.Size], group: Dimension
     suspects = [(name, dim) for name, shape in unread.items() for dim, n in enumerate(shape) if n == group.num_units]
     if group.frozen is not None or not suspects:
         return group
-    shapes = _shapes_with_another_size(model, group)
-    if shapes is None:
+    growing = _changed_dims(model, group)
+    if growing is None:
         return replace(
             group,
             frozen=UNREAD.format(suspects[0][0]),
         )
     units = torch.arange(group.num_units).unsqueeze(1)
-    own = [(name, dim) for name, dim in suspects if shapes[name][dim] != group.num_units]
+    own = [where for where in suspects if where in growing]
     slices = tuple(ParameterSlice(name, dim, units) for name, dim in own)
     gates = tuple(
         ConsumerSlice(name, dim, units, name.rpartition(".")[0]) for name, dim in own if _is_input(model, name, dim)
@@ -77,19 +76,46 @@ def _is_input(model: nn.Module, name: str, dim: int) -> bool:
     return isinstance(module, nn.Linear) and dim == 1
 
 
-def _shapes_with_another_size(model: nn.Module, group: DimensionGroup) -> dict[str, torch.Size] | None:
-    """Return all shapes of a model whose group is twice as large, or None if no config field makes it so."""
+def _changed_dims(model: nn.Module, group: DimensionGroup) -> set[tuple[str, int]] | None:
+    """Return the parameter dimensions that grow with the group, or None if no config field makes it grow.
+
+    The architecture is built twice, with the group's size and with twice as many units. An earlier shrink may have
+    left less of it than the config says.
+    """
     if not isinstance(model, PreTrainedModel):
         return None
-    config: Any = model.config
-    for path in integer_fields(config, group.num_units):
-        built = build_empty(type(model), edited(config, {path: 2 * group.num_units}))
-        shapes = {name: parameter.shape for name, parameter in built.named_parameters()} if built is not None else {}
-        if shapes and all(_grows(model, shapes, part) for part in group.slices):
-            return shapes
+    built = build_empty(type(model), model.config)
+    before = _shapes(built)
+    units = _units_as_built(model, before, group)
+    if units is None:
+        return None
+    for path in integer_fields(model.config, units):
+        after = _shapes(build_empty(type(model), edited(model.config, {path: 2 * units})))
+        if after and all(_grows(before, after, part, units) for part in group.slices):
+            return {
+                (name, dim)
+                for name, shape in before.items()
+                for dim in range(len(shape))
+                if name in after and shape[dim] != after[name][dim]
+            }
     return None
 
 
-def _grows(model: nn.Module, shapes: dict[str, torch.Size], part: ParameterSlice) -> bool:
-    before = model.get_parameter(part.parameter).shape[part.dim]
-    return part.parameter in shapes and shapes[part.parameter][part.dim] - before == part.index.numel()
+def _shapes(built: nn.Module | None) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in built.named_parameters()} if built is not None else {}
+
+
+def _units_as_built(model: nn.Module, before: dict[str, torch.Size], group: DimensionGroup) -> int | None:
+    """Return how many units the architecture gives a group, from a dimension that holds nothing else."""
+    for part in group.slices:
+        alone = part.index.shape[1] == 1 and model.get_parameter(part.parameter).shape[part.dim] == group.num_units
+        if alone and part.parameter in before:
+            return before[part.parameter][part.dim]
+    return None
+
+
+def _grows(before: dict[str, torch.Size], after: dict[str, torch.Size], part: ParameterSlice, units: int) -> bool:
+    if part.parameter not in before or part.parameter not in after:
+        return False
+    grown = after[part.parameter][part.dim] - before[part.parameter][part.dim]
+    return grown == units * part.index.shape[1]

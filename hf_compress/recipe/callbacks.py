@@ -21,8 +21,14 @@ def make_callbacks(
         teacher: The teacher, see ``DistillationCallback``; the recipe's by default.
 
     Raises:
-        ConfigError: If there is distillation without a teacher, or a teacher without distillation.
+        ConfigError: If there is distillation without a teacher, or a teacher without distillation; or if the recipe
+            has stages, each of which has callbacks of its own.
     """
+    if recipe.stages is not None:
+        raise ConfigError(
+            "make_callbacks: the recipe has stages, which are training runs of their own. Make the callbacks of each: "
+            "[make_callbacks(run) for run in recipe.runs()], or use run_recipe."
+        )
     teacher = recipe.teacher if teacher is None else teacher
     callbacks: list[TrainerCallback] = []
     if recipe.pruning is not None:

@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel
 
 from hf_compress.export.card import write_card
-from hf_compress.graph.model import dimension_groups
 from hf_compress.recipe.evaluate import METRICS, evaluate
 from hf_compress.recipe.models import AUTO_CLASSES, load_student, loading
+from hf_compress.recipe.stages import Facts
 from hf_compress.recipe.trainer import Prepared
 from hf_compress.report.compare import DEFAULT_LENGTH, Comparison, compare
-from hf_compress.report.results import Results, kept_units
+from hf_compress.report.results import Results
 
 DENSE = "dense"
 
@@ -26,16 +25,13 @@ HUB_TASKS = {
 """Task -> its name on the Hub."""
 
 
-def measure(
-    prepared: Prepared, folders: Mapping[str, Path], masks: Mapping[str, Tensor], state: TrainerState
-) -> Comparison:
+def measure(prepared: Prepared, folders: Mapping[str, Path], facts: Mapping[str, Facts]) -> Comparison:
     """Compare the dense model with what lies in the folders, and write the folders' model cards.
 
     Args:
         prepared: What was trained.
-        folders: Name -> folder; the first is the compressed model, others are other formats of it.
-        masks: What pruning kept, see ``PruningCallback.masks``; empty without pruning.
-        state: The Trainer's, for facts about the training.
+        folders: Name -> folder of a model.
+        facts: The same names -> what is known about the training run that made it.
     """
     models, new = _load(prepared, folders)
     notes = ["dense is the model that the run began with"]
@@ -58,9 +54,8 @@ def measure(
         directories={name: str(folder) for name, folder in folders.items()},
         notes=notes,
     ).with_metric(METRICS[prepared.task], scores)
-    kept = kept_units(dimension_groups(models[DENSE]), masks) if masks else {}
     for name, folder in folders.items():
-        write_card(folder, _results(prepared, name, table, kept, state))
+        write_card(folder, _results(prepared, name, table, facts[name]))
     return table
 
 
@@ -78,9 +73,7 @@ def _longest(prepared: Prepared) -> int:
     return max(len(ids) for ids in prepared.splits.evaluation["input_ids"])
 
 
-def _results(
-    prepared: Prepared, name: str, table: Comparison, kept: dict[str, list[dict[str, Any]]], state: TrainerState
-) -> Results:
+def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> Results:
     recipe, splits = prepared.recipe, prepared.splits
     assert recipe.model is not None and recipe.dataset is not None
     own_model, own_data = Path(recipe.model).exists(), Path(recipe.dataset.path).exists()
@@ -98,7 +91,7 @@ def _results(
         evaluation_split=splits.evaluation_name,
         num_evaluation_examples=len(splits.evaluation),
         comparison=table.to_dict(),
-        kept=kept,
+        kept=facts.kept_units(),
         recipe=recipe.to_dict(),
-        training={"optimizer_steps": state.global_step, "training_examples": len(splits.train)},
+        training={"optimizer_steps": facts.optimizer_steps, "training_examples": len(splits.train)},
     )

@@ -33,7 +33,10 @@ class RunResult:
     """The dense model beside the compressed ones; None after a dry run, and in all processes but the first."""
 
     preview: Preview | None = None
-    """What the run would do, after a dry run."""
+    """What the run would do, after a dry run; None for a recipe with stages."""
+
+    stages: Mapping[str, Preview] = field(default_factory=dict)
+    """What each stage would do, after a dry run of a recipe with stages."""
 
     notes: tuple[str, ...] = ()
     """Facts about model and data."""
@@ -71,8 +74,11 @@ class RunResult:
 
     def __str__(self) -> str:
         lines = list(self.notes)
-        if self.preview is not None:
-            lines += [str(self.preview), "dry run: nothing was trained, nothing was saved"]
+        previews = {"": self.preview} if self.preview is not None else self.stages
+        for name, each in previews.items():
+            lines += [f"== {name} =="] * bool(name) + [str(each)]
+        if previews:
+            lines.append("dry run: nothing was trained, nothing was saved")
         if self.comparison is not None:
             lines += ["", str(self.comparison), ""]
         lines += [f"{name}: {folder}" for name, folder in self.folders.items()]

@@ -1,67 +1,76 @@
-"""``run_recipe``: train, evaluate, shrink, save, export, compare."""
+"""``run_recipe``: train, evaluate, shrink, save, export, compare; in one run, or in several stages."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from hf_compress.callbacks.preview import preview
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.state import last_complete_checkpoint
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
 from hf_compress.export.quantized import check_format, export_quantized
+from hf_compress.graph.model import dimension_groups
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.measure import measure
+from hf_compress.recipe.models import AUTO_CLASSES, loading
 from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
-from hf_compress.recipe.trainer import Prepared, make_trainer, prepare
+from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, stages_of, track, tracked_after
+from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
+from hf_compress.recipe.trial import preview_stages
 from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.shrink import shrink
-
-SMALL = "compressed"
 
 
 def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> RunResult:
     """Do what a recipe says, from loading the model to saving the compressed one.
 
     The recipe's output folder gets ``recipe.yaml``, ``checkpoints``, ``compressed`` (model, tokenizer, model card), the
-    same for an exported format, and ``run.json``.
+    same for an exported format and for every stage but the last (``stage-1`` and so on), and ``run.json``.
 
     Args:
         recipe: With model, task, dataset and output.
         dry_run: Stop before the first step; the result says what the run would do. Nothing is written to the output.
-        resume: Go on from the newest complete checkpoint in the output folder, or start if there is none. A finished
-            run returns its result.
+        resume: Go on in the first stage that is not finished, from its newest complete checkpoint, or start it if there
+            is none. A finished run returns its result.
 
     Raises:
         CompressionError: If the recipe cannot be carried out.
     """
     _check_complete(recipe)
     output = check_output(recipe, resume)
+    stages = stages_of(recipe, output)
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:  # a Trainer makes its folder at once
             return _preview(recipe, output, Path(scratch))
     if (output / RESULT_FILE).is_file():
         return RunResult.load(output)
-    callbacks = make_callbacks(recipe)
+    for stage in stages:  # what is wrong with the last stage shows before the first one trains
+        make_callbacks(stage.recipe)
+        training_arguments(stage.recipe, stage.checkpoints)
     prepared = prepare(recipe, output / CHECKPOINTS)
+    notes = prepared.notes()
     if prepared.args.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
         recipe.save(output / RECIPE_FILE)
-    trainer = make_trainer(prepared, callbacks)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output / CHECKPOINTS) if resume else None)
-    metrics = trainer.evaluate()
-    small = _compressed(trainer, recipe)
+    metrics: Mapping[str, float] = {}
+    for before, stage in zip((None, *stages), stages, strict=False):
+        if not stage.is_finished():
+            student = prepared.student if before is None else next_student(prepared, stage.recipe)
+            prepared = for_run(prepared, stage.recipe, stage.checkpoints, student)
+            metrics = _run_stage(stage, before, prepared, resume)
     if prepared.args.process_index != 0:
         return RunResult(output=output, metrics=metrics)
-    folders = _save(small, prepared, output)
-    masks = {}
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, PruningCallback):
-            masks = callback.masks()
-    table = measure(prepared, folders, masks, trainer.state)
-    result = RunResult(output=output, folders=folders, metrics=metrics, comparison=table, notes=prepared.notes())
+    prepared = replace(prepared, recipe=recipe)
+    folders, facts = _results(stages, prepared, output)
+    table = measure(prepared, folders, facts)
+    result = RunResult(
+        output=output, folders=folders, metrics=stages[-1].facts().metrics, comparison=table, notes=notes
+    )
     result.save()
     return result
 
@@ -75,33 +84,58 @@ def _check_complete(recipe: Recipe) -> None:
 
 
 def _preview(recipe: Recipe, output: Path, scratch: Path) -> RunResult:
-    callbacks = make_callbacks(recipe)
     prepared = prepare(recipe, scratch)
-    trainer = make_trainer(prepared, callbacks)
-    return RunResult(output=output, preview=preview(trainer), notes=prepared.notes())
+    notes = prepared.notes()
+    found = dict(preview_stages(prepared, stages_of(recipe, output), scratch))
+    if recipe.stages is None:
+        (only,) = found.values()
+        return RunResult(output=output, preview=only, notes=notes)
+    return RunResult(output=output, stages=found, notes=notes)
 
 
-def _compressed(trainer: Trainer, recipe: Recipe) -> PreTrainedModel:
+def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: bool) -> Mapping[str, float]:
+    """Train, evaluate, shrink and save; return the metrics."""
+    main = prepared.args.process_index == 0
+    tracked: tuple[TrackedGroup, ...] = before.facts().tracked if before is not None and main else ()
+    groups = dimension_groups(prepared.student.model) if main and stage.recipe.pruning is not None else []
+    trainer = make_trainer(prepared, make_callbacks(stage.recipe))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)
+    metrics = trainer.evaluate()
+    small = _compressed(trainer, stage)
+    if main:
+        if groups:
+            tracked = tracked_after(tracked or track(groups), groups, _masks_of(trainer))
+        stage.save(small, prepared.tokenizer, Facts(metrics, trainer.state.global_step, tracked))
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def _masks_of(trainer: Trainer) -> dict[str, Tensor]:
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback.masks() for callback in callbacks if isinstance(callback, PruningCallback)), {})
+
+
+def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
     """Return the trained model without what was pruned and without anything attached, on the CPU."""
-    if recipe.pruning is None:
+    if stage.recipe.pruning is None:
         model: Any = plain_copy(trainer.accelerator.unwrap_model(trainer.model)).train(False)
     else:
-        options = {} if recipe.shrink is None else recipe.shrink.to_dict()
-        options.pop("schema_version", None)
-        model = shrink(trainer, **options)
+        model = shrink(trainer, **stage.shrink_options())
     found: PreTrainedModel = model.to("cpu")
     return found
 
 
-def _save(small: PreTrainedModel, prepared: Prepared, output: Path) -> dict[str, Path]:
-    """Save the model, and export it if asked to; the tokenizer goes with each."""
-    recipe = prepared.recipe
-    folders = {SMALL: output / SMALL}
-    small.save_pretrained(folders[SMALL])
-    if recipe.export is not None:
-        name = f"{SMALL}-{recipe.export}"
-        exclude = None if recipe.quantization is None else recipe.quantization.exclude
-        folders[name] = export_quantized(small, output / name, recipe.export, exclude)
-    for folder in folders.values():
-        prepared.tokenizer.save_pretrained(folder)
-    return folders
+def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple[dict[str, Path], dict[str, Facts]]:
+    """Return the folders of all models, and what is known about each; the last one is exported if asked to."""
+    folders = {stage.name: stage.folder for stage in stages}
+    facts = {stage.name: stage.facts() for stage in stages}
+    last = stages[-1]
+    if last.recipe.export is not None:
+        name = f"{last.name}-{last.recipe.export}"
+        with loading(str(last.folder)):
+            model = AUTO_CLASSES[prepared.task].from_pretrained(last.folder)
+        exclude = None if last.recipe.quantization is None else last.recipe.quantization.exclude
+        folders[name] = export_quantized(model, output / name, last.recipe.export, exclude)
+        prepared.tokenizer.save_pretrained(folders[name])
+        facts[name] = facts[last.name]
+    return folders, facts

@@ -1,7 +1,7 @@
 """From a recipe to a Trainer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,32 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Prepared:
     student = load_student(recipe.model, recipe.task, tokenizer, labels)
     collator = _collator(recipe.task, tokenizer, student.model)
     return Prepared(recipe, args, tokenizer, splits, student, collator, labels)
+
+
+def for_run(prepared: Prepared, recipe: Recipe, checkpoints: Path, student: Loaded) -> Prepared:
+    """Return the same data for another training run.
+
+    Args:
+        prepared: What an earlier run was made of.
+        recipe: The other run: its training arguments are new, its task and its data set are the same.
+        checkpoints: Where the Trainer will save.
+        student: The model to train.
+    """
+    args = training_arguments(recipe, checkpoints)
+    collator = _collator(prepared.task, prepared.tokenizer, student.model)
+    return replace(prepared, recipe=recipe, args=args, student=student, collator=collator)
+
+
+def next_student(prepared: Prepared, recipe: Recipe) -> Loaded:
+    """Load the model that an earlier run of the same task left.
+
+    Raises:
+        ConfigError: If it is not whole.
+    """
+    student = load_student(str(recipe.model), prepared.task, prepared.tokenizer, prepared.labels)
+    if student.new:
+        raise ConfigError(f"{recipe.model}: lacks {student.new[0]}, so it is damaged. Delete the folder and resume.")
+    return student
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
-from hf_compress.graph.blocks import close_gaps, empty_block
+from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.capture import forget_caches
 from hf_compress.graph.integers import Attribute, write
 from hf_compress.graph.multihead import loosen
@@ -81,7 +81,6 @@ def slice_in_place(model: PreTrainedModel, plan: ShrinkPlan) -> None:
         tensor.data = data.contiguous()
     for name, (output, length) in plan.emptied.items():
         empty_block(model.get_submodule(name), output, length)
-    close_gaps(model, plan.emptied)
     for attribute in plan.attributes:
         write(model, Attribute(attribute.module, attribute.path), attribute.value)
     refresh_sizes(model)

@@ -20,6 +20,8 @@ def renamed(name: str, kept: Kept) -> str | None:
     for layers, positions in kept.items():
         if name.startswith(f"{layers}."):
             index, dot, rest = name[len(layers) + 1 :].partition(".")
+            if not index.isdigit():
+                continue  # the list itself: the group of its layers
             if int(index) not in positions:
                 return None
             return f"{layers}.{list(positions).index(int(index))}{dot}{rest}"
@@ -71,37 +73,44 @@ def inherited_integers(graph: ModelGraph, kept: Kept, new: Mapping[Attribute, in
         kept: What stays.
         new: The integers that follow the sizes of removed and other layers.
     """
-    heirs = {}
-    for attribute, value in new.items():
+    model = graph.model
+    full = build_empty(type(model), model.config) if kept and isinstance(model, PreTrainedModel) else None
+    heirs: dict[Attribute, int] = {}
+    for attribute in graph.equations.attributes() if full is not None else ():
         if renamed(attribute.module, kept) is not None:
             continue
         name = next(name for name in kept if attribute.module.startswith(f"{name}."))
         index, _, inner = attribute.module[len(name) + 1 :].partition(".")
+        value = new.get(attribute, read(model, attribute))
         for place in [i for i in kept[name] if i > int(index)][:1]:
             heir = Attribute(f"{name}.{place}.{inner}", attribute.path)
             settled = heir in new or graph.equations.using(heir)
-            if not settled and _has(graph.model, heir, read(graph.model, attribute)):
+            # One that is not what the architecture makes it has followed the layer's own sizes in an earlier shrink.
+            made = _value(full, heir)
+            alike = made is not None and made == _value(full, attribute) == _value(model, heir)
+            if alike and not settled and made != value:
                 heirs[heir] = value
     return heirs
 
 
-def _has(model: nn.Module, attribute: Attribute, value: int) -> bool:
+def _value(model: nn.Module | None, attribute: Attribute) -> int | None:
     try:
-        return read(model, attribute) == value
+        return None if model is None else read(model, attribute)
     except (AttributeError, IndexError, TypeError):
-        return False
+        return None
 
 
 def moving_parameters(model: nn.Module, kept: Kept) -> set[str]:
     """Return the parameters of removed layers that a layer which stays takes over (T5's position bias)."""
     if not kept or not isinstance(model, PreTrainedModel):
         return set()
-    shallower = find_shallower(model, kept)
+    full = build_empty(type(model), model.config)
+    shallower = find_shallower(full, kept) if full is not None else None
     found: set[str] = set()
-    if shallower is None:
+    if full is None or shallower is None:
         return found
     for name, positions in kept.items():
-        layers: Any = model.get_submodule(name)
+        layers: Any = full.get_submodule(name)
         has = [{inner for inner, _ in layer.named_parameters()} for layer in layers]
         removed = [i for i in range(len(layers)) if i not in positions]
         for place, index in enumerate(positions):
@@ -120,7 +129,7 @@ def _move_up(model: nn.Module, full: nn.Module, shallow: nn.Module, name: str, p
         problem = misfit(before, after, index, place)
         if problem is not None:
             raise ShrinkError(f"layers of {name!r}: {problem}. Keep the layers before it, or exclude the layers.")
-        _complete(old[index], after, removed, f"{name}.{index}", place)
+        _complete(old[index], before, after, removed, f"{name}.{index}", place)
         for inner, module in old[index].named_modules():
             for key, _, new in differences(submodule(before, inner), submodule(after, inner)):
                 vars(module)[key] = new
@@ -129,10 +138,15 @@ def _move_up(model: nn.Module, full: nn.Module, shallow: nn.Module, name: str, p
         layers.add_module(str(place), old[index])
 
 
-def _complete(layer: nn.Module, wanted: nn.Module, removed: list[nn.Module], name: str, place: int) -> None:
-    """Give a layer the modules that one at its new place has, from layers that go."""
+def _complete(
+    layer: nn.Module, built: nn.Module, wanted: nn.Module, removed: list[nn.Module], name: str, place: int
+) -> None:
+    """Give a layer the modules that one at its new place has, from layers that go.
+
+    Only those that the architecture does not build at the old place: a block without units lacks others.
+    """
     for inner, _ in wanted.named_modules():
-        if submodule(layer, inner) is None:
+        if submodule(built, inner) is None:
             source = next((m for m in (submodule(other, inner) for other in removed) if m is not None), None)
             parent, _, attribute = inner.rpartition(".")
             if source is None:

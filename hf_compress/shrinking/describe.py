@@ -4,16 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.blocks import cache_places, emptied_blocks, empty_block
-from hf_compress.graph.depth import build_empty
+from hf_compress.graph.depth import build_empty, submodule
 from hf_compress.graph.integers import Attribute, read
 from hf_compress.graph.multihead import FlexibleMultiheadAttention
 from hf_compress.shrinking.depth import renamed
+from hf_compress.shrinking.earlier import (
+    all_buffers,
+    all_units,
+    earlier_attributes,
+    size_changes,
+    take_sizes,
+)
 from hf_compress.shrinking.plan import ShrinkPlan
 from hf_compress.shrinking.sizes import (
+    METHOD,
     Agrees,
     find_stock_config,
     non_persistent_buffers,
@@ -40,26 +49,29 @@ def describe_sizes(
         ShrinkError: If the architecture builds other parameters than the model has, or a model that computes
             something else.
     """
-    changed = _renamed([Attribute(a.module, a.path) for a in plan.attributes], plan) + cache_places(model, plan.emptied)
-    anew = {renamed(name, plan.layers): dims for name, dims in plan.keep.items()}
-    buffers = {name: anew[name] for name in sorted(_made_anew(model)) if name in anew}
+    stored = take_sizes(model)
+    attributes = [*earlier_attributes(stored), *(Attribute(a.module, a.path) for a in plan.attributes)]
+    changed = [a for a in dict.fromkeys([*_renamed(attributes, plan), *cache_places(model)]) if _exists(model, a)]
+    units = all_units(stored, plan)
+    cut = all_buffers(stored, plan.keep, plan.layers)
+    present = {name for name, _ in model.named_buffers()}
+    buffers = {name: cut[name] for name in sorted(_made_anew(model) & present) if name in cut}
     flexible = [name for name, module in model.named_modules() if isinstance(module, FlexibleMultiheadAttention)]
-    emptied = {renamed(name, plan.layers): how for name, how in plan.emptied.items()}
-    emptied.pop(None, None)
+    emptied = {name: list(how) for name, how in emptied_blocks(model)}
     if not buffers and not flexible and not emptied:
-        stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], _size_changes(plan), agrees)
+        stock = find_stock_config(model, [*changed, *_renamed(numbers, plan)], size_changes(model, units), agrees)
         if stock is not None:
             for name, value in stock.items():
                 setattr(model.config, name, value)
             return
     uneven: dict[str, Any] = {
-        "quant_method": "hf_compress",
+        "quant_method": METHOD,
         "version": FORMAT_VERSION,
-        "units": {name: {"kept": len(group.kept), "of": group.num_units} for name, group in plan.groups.items()},
+        "units": units,
         "shapes": _other_shapes(model),
     }
     if emptied:
-        uneven["emptied"] = {name: list(how) for name, how in emptied.items()}
+        uneven["emptied"] = emptied
     if changed:
         uneven["attributes"] = [[a.module, list(a.path), read(model, a)] for a in changed]
     if flexible:
@@ -73,6 +85,11 @@ def describe_sizes(
             f"{type(model).__name__}: loaded again, the result would fail or compute something else: the model's code "
             "keeps a number that it made from a size. Exclude that kind of structure. The original model is untouched."
         )
+
+
+def _exists(model: nn.Module, attribute: Attribute) -> bool:
+    """Whether the module is still there: one that lost all of its units keeps little inside."""
+    return submodule(model, attribute.module) is not None
 
 
 def _made_anew(model: PreTrainedModel) -> set[str]:
@@ -120,12 +137,3 @@ def _other_shapes(model: PreTrainedModel) -> dict[str, list[int]]:
 def _stored(model: PreTrainedModel) -> dict[str, torch.Size]:
     anew = non_persistent_buffers(model)
     return {name: shape for name, shape in tensor_shapes(model).items() if name not in anew}
-
-
-def _size_changes(plan: ShrinkPlan) -> dict[int, set[int]]:
-    """Old number of units -> the new numbers that groups of this size came to."""
-    changes: dict[int, set[int]] = {}
-    for group in plan.groups.values():
-        if group.kind != "layers":
-            changes.setdefault(group.num_units, set()).add(len(group.kept))
-    return changes

@@ -17,6 +17,7 @@ from hf_compress.graph.groups import DimensionGroup, ParameterSlice
 from hf_compress.graph.model import ModelGraph
 from hf_compress.shrinking.depth import inherited_integers, moving_parameters, renamed
 from hf_compress.shrinking.masks import unit_masks
+from hf_compress.shrinking.sizes import METHOD, stored_sizes
 
 Positions = dict[str, dict[int, list[int]]]
 """Parameter or buffer name -> dimension -> positions along it, ascending."""
@@ -190,6 +191,8 @@ def plan_on(
     groups = {group.name: group for group in graph.groups}
     wanted = unit_masks(graph.model, groups, masks)
     sizes = _kept_counts(groups, wanted, uniform, multiple_of)
+    if uniform:
+        _check_uniform(graph.model, groups, sizes)
     plans = {name: _group_plan(groups[name], mask, sizes[name]) for name, mask in wanted.items()}
     if all(len(plan.kept) == plan.num_units for plan in plans.values()):
         raise ShrinkError("plan_shrink: the masks (after uniform / multiple_of) keep every unit; nothing would change.")
@@ -197,26 +200,32 @@ def plan_on(
     new = graph.attributes_after({name: len(plan.kept) for name, plan in plans.items() if name not in emptied})
     plan = _build(graph.model, groups, plans)
     inherited = inherited_integers(graph, plan.layers, new)
-    attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in (new | inherited).items())
+    found = ((a, value) for a, value in (new | inherited).items() if not _goes_with_block(a.module, plan))
+    attributes = tuple(AttributeValue(a.module, a.path, value) for a, value in found)
     return replace(plan, attributes=attributes)
 
 
+def _goes_with_block(module: str, plan: ShrinkPlan) -> bool:
+    """Whether a module lies in one that loses all of its units and keeps its output projection at most."""
+    return any(
+        module.startswith(f"{block}.") and (output is None or not f"{module}.".startswith(f"{block}.{output}."))
+        for block, (output, _) in plan.emptied.items()
+    )
+
+
 def refuse_compressed(model: PreTrainedModel) -> None:
-    """Refuse models whose sizes or weights are compressed already.
+    """Refuse models whose weights are compressed already; fewer of them are none the worse.
 
     Raises:
-        ShrinkError: If the model carries a ``quantization_config``.
+        ShrinkError: If the model carries a ``quantization_config`` of anything but uneven sizes.
     """
     config = getattr(model.config, "quantization_config", None)
-    if config is None and not getattr(model, "is_quantized", False):
-        return
     data = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
     method = data.get("quant_method", "unknown")
-    if method == "hf_compress":
-        raise ShrinkError(
-            f"{type(model).__name__} is compressed already (config.quantization_config of hf_compress). Start again "
-            "from the dense checkpoint with the higher sparsity."
-        )
+    if method == METHOD:
+        method = (data.get("inner") or {}).get("quant_method")
+    if not getattr(model, "is_quantized", False) and (config is None or method is None):
+        return
     raise ShrinkError(
         f"{type(model).__name__} is quantized already (quant_method {method}); shrinking needs floating-point weights. "
         "Shrink the original checkpoint first and quantize the result."
@@ -241,6 +250,25 @@ def _kept_counts(
                 largest[group.kind] = max(largest.get(group.kind, 0), size)
         sizes = {name: min(largest[groups[name].kind], groups[name].num_units) for name in sizes}
     return sizes
+
+
+def _check_uniform(model: nn.Module, groups: Mapping[str, DimensionGroup], sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that cannot become the same, since an earlier shrink has left less of a layer.
+
+    Groups of one unit are none any more, so the config is asked.
+    """
+    wanted: dict[str, int] = {}
+    for name, size in sizes.items():
+        wanted[groups[name].kind] = max(size, wanted.get(groups[name].kind, 0))
+    for name, entry in stored_sizes(model).get("units", {}).items():
+        kind = groups[name].kind if name in groups else name.rpartition(".")[2]
+        left = sizes.get(name, entry["kept"])
+        if left < wanted.get(kind, 0) <= entry["of"]:
+            raise ShrinkError(
+                f"plan_shrink: uniform=True asks for {wanted[kind]} units in every group of kind {kind!r}, but an "
+                f"earlier shrink has left {left} of {name!r}. Use masks that keep {left} everywhere, or uniform=True "
+                "from the first shrink on."
+            )
 
 
 def _fewer(kept: int, wanted: int, group: DimensionGroup) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.accept import check_model, remedy_for
+from hf_compress.graph.blocks import close_gaps
 from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.adapters import has_adapters, merge_in_place, without_wrapper
@@ -60,7 +61,7 @@ def shrink(
         original is untouched.
 
     Raises:
-        ShrinkError: If there are no masks, training is still running, the model is compressed already or has no
+        ShrinkError: If there are no masks, training is still running, the model is quantized already or has no
             weights, or the shrunk model differs from the masked one.
         TargetError: If the masks ask for what the model does not have or must not lose.
     """
@@ -83,6 +84,7 @@ def shrink(
     reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
     slice_in_place(duplicate, plan)
     drop_layers(duplicate, plan.layers)
+    close_gaps(duplicate)
     if reference is None:
         describe_sizes(duplicate, plan, graph.numeric_attributes())
     else:

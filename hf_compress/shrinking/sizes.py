@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -14,10 +15,22 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.graph.depth import build_empty, submodule
 from hf_compress.graph.integers import Attribute, read
 
+METHOD = "hf_compress"
+"""``quant_method`` of a config that describes uneven sizes."""
+
 MAX_CONFIG_TRIALS = 64
 
 Agrees = Callable[[PretrainedConfig], bool]
 """Whether a model, loaded with a config, computes what it computes now."""
+
+
+def stored_sizes(model: nn.Module) -> Mapping[str, Any]:
+    """Return the stored form of uneven sizes from a model's config; empty if it has none."""
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stored is None:
+        return {}
+    found: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
+    return found if found.get("quant_method") == METHOD else {}
 
 
 def refresh_sizes(model: nn.Module) -> None:

@@ -226,11 +226,11 @@ def test_shrinking_a_trainer_without_masks_is_an_error(tiny_bert, classification
         shrink(trainer)
 
 
-def test_a_compressed_model_is_refused(tiny_bert, classification_data, make_trainer) -> None:
+def test_a_quantized_model_is_refused(tiny_bert, classification_data, make_trainer) -> None:
     model = tiny_bert()
-    model.config.quantization_config = {"quant_method": "hf_compress"}
+    model.config.quantization_config = {"quant_method": "torchao"}
     trainer = make_trainer(model, classification_data(8), [PruningCallback(config())], max_steps=8)
-    with pytest.raises(ShrinkError, match="compressed already"):
+    with pytest.raises(ShrinkError, match="quantized already"):
         trainer.train()
 
 

@@ -1,6 +1,7 @@
 """From one file to a saved model: every task, dry runs, interrupted runs, output folders."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -214,17 +215,19 @@ def test_a_resumed_run_ends_as_the_straight_one(tmp_path, monkeypatch, measured_
 
 def test_a_run_killed_while_it_saves_is_finished_by_resume(tmp_path, monkeypatch, measured_once) -> None:
     recipe = recipe_files.classification(tmp_path)
-    save = runs._save
+    replace = os.replace
 
-    def save_half(small, prepared, output):
-        save(small, prepared, output)
-        (output / "compressed" / "model.safetensors").write_bytes(b"half")
-        raise resumable.PowerCutError
+    def stop(source, target):
+        if Path(target).name == "compressed":
+            (Path(source) / "model.safetensors").write_bytes(b"half")
+            raise resumable.PowerCutError
+        replace(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "_save", save_half)
+        patched.setattr(os, "replace", stop)
         with pytest.raises(resumable.PowerCutError):
             run(recipe)
+    assert not (tmp_path / "out" / "compressed").exists()
     result = run(recipe, resume=True)
     assert result == type(result).load(tmp_path / "out")
     assert ffn_units(result.folders["compressed"]) == 44

@@ -1,0 +1,54 @@
+"""Stages of a recipe: prune, shrink and heal a model several times instead of once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_compress.config.base import Config
+from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.pruning import PruningConfig
+from hf_compress.config.sections import METHODS, build_sections
+from hf_compress.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(Config):
+    """One stage: a training run that begins with the smaller model that the stage before it left.
+
+    Sparsities and moments speak of the stage alone: 0.25 removes a quarter of the units that are there when the stage
+    begins.
+    """
+
+    pruning: PruningConfig | None = None
+    """Structured pruning, or None."""
+
+    quantization: QuantizationConfig | None = None
+    """Fake quantization, or None; for the last stage, since later training would not keep to it."""
+
+    distillation: DistillationConfig | None = None
+    """Distillation from the recipe's teacher, or None."""
+
+    training: Mapping[str, Any] | None = None
+    """Training arguments of this stage; they take the place of the recipe's. ``num_train_epochs`` takes that of
+    ``max_steps`` as well."""
+
+    repeat: int = 1
+    """How often the stage runs in a row. Every run removes its share of what the one before left: three times a
+    sparsity of 0.2 leaves 0.8^3 = 51%."""
+
+    def _validate(self) -> None:
+        build_sections(self, METHODS)
+        if all(getattr(self, name) is None for name in METHODS):
+            raise ConfigError("StageConfig: nothing to do; give at least one of pruning, quantization, distillation.")
+        self._check_count("repeat")
+
+    def arguments(self, common: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Return the training arguments of the stage, or None if there are none.
+
+        Args:
+            common: The recipe's.
+        """
+        own, merged = dict(self.training or {}), dict(common or {})
+        if "num_train_epochs" in own and "max_steps" not in own:
+            merged.pop("max_steps", None)  # it would win, and the stage's epochs would say nothing
+        return (merged | own) or None

@@ -1,0 +1,168 @@
+"""The training runs of a recipe in a row, and what each leaves behind."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.config import Recipe
+from hf_compress.errors import ConfigError
+from hf_compress.graph.groups import DimensionGroup
+from hf_compress.recipe.result import CHECKPOINTS
+from hf_compress.shrinking.depth import renamed
+
+SMALL = "compressed"
+"""Name and folder of what the last run leaves."""
+
+FACTS_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class TrackedGroup:
+    """A dimension group of the dense model, followed through all runs."""
+
+    kind: str
+    name: str
+    """In the dense model."""
+
+    total: int
+    """Units there."""
+
+    kept: int
+    """Units that are left."""
+
+    now: str | None
+    """Name in the model that a run left, or None if the group went with its layer."""
+
+    pruned: bool = False
+    """Whether any run chose among its units."""
+
+
+def track(groups: Iterable[DimensionGroup]) -> tuple[TrackedGroup, ...]:
+    """Return the groups of a model from which nothing has gone yet."""
+    return tuple(TrackedGroup(g.kind, g.name, g.num_units, g.num_units, g.name) for g in groups)
+
+
+def tracked_after(
+    tracked: Iterable[TrackedGroup], groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]
+) -> tuple[TrackedGroup, ...]:
+    """Return what is left of the dense model's groups after a run.
+
+    Args:
+        tracked: What was left before.
+        groups: Groups of the model that the run began with.
+        masks: What the run kept of them.
+    """
+    layers = {
+        group.modules[0].rpartition(".")[0]: masks[group.name].nonzero().flatten().tolist()
+        for group in groups
+        if group.modules and group.name in masks
+    }
+    found = []
+    for each in tracked:
+        mask = masks.get(each.now) if each.now is not None else None
+        if mask is not None and len(mask) == each.kept:
+            each = replace(each, kept=int(mask.sum()), pruned=True)
+        now = renamed(each.now, layers) if each.now is not None else None
+        found.append(replace(each, now=now) if now is not None else replace(each, now=None, kept=0))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a finished run, beside its model."""
+
+    metrics: Mapping[str, float]
+    """What ``trainer.evaluate()`` returned after training."""
+
+    optimizer_steps: int
+
+    tracked: tuple[TrackedGroup, ...] = field(default=())
+    """Groups of the dense model, if this or an earlier run pruned."""
+
+    def kept_units(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what is left of the groups that were pruned, as ``Results.kept`` wants it."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for each in self.tracked:
+            if each.pruned:
+                unit = {"name": each.name, "kept": each.kept, "total": each.total}
+                found.setdefault(each.kind, []).append(unit)
+        return found
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the facts from a file.
+
+        Raises:
+            ConfigError: If it is missing or damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**data, "tracked": tuple(TrackedGroup(**each) for each in data["tracked"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: is damaged ({error!r}). Delete its folder and resume to make it again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a recipe."""
+
+    name: str
+    recipe: Recipe
+    """Without stages; its model is what the run before it left."""
+
+    folder: Path
+    """Gets the model, its tokenizer and ``stage.json`` once the run is over: a folder that exists is finished."""
+
+    checkpoints: Path
+
+    def is_finished(self) -> bool:
+        """Return whether the stage's result is there."""
+        return self.folder.is_dir()
+
+    def facts(self) -> Facts:
+        """Return what is known about the finished run."""
+        return Facts.load(self.folder / FACTS_FILE)
+
+    def shrink_options(self) -> dict[str, Any]:
+        """Return the recipe's options for ``shrink``."""
+        options = {} if self.recipe.shrink is None else self.recipe.shrink.to_dict()
+        options.pop("schema_version", None)
+        return options
+
+    def save(self, small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+        """Save everything under another name first, so that a killed process leaves no half of a result."""
+        partial = self.folder.with_name(f"{self.folder.name}.partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        small.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")
+        os.replace(partial, self.folder)
+
+
+def stages_of(recipe: Recipe, output: Path) -> Sequence[Stage]:
+    """Return the runs of a recipe in their order: ``stage-1`` and so on, the last one ``compressed``.
+
+    Args:
+        recipe: With or without stages.
+        output: Its output folder.
+    """
+    runs = recipe.runs()
+    found: list[Stage] = []
+    for number, run in enumerate(runs, 1):
+        name = SMALL if number == len(runs) else f"stage-{number}"
+        checkpoints = output / CHECKPOINTS
+        if recipe.stages is not None:
+            checkpoints = checkpoints / f"stage-{number}"
+        begins_with = replace(run, model=str(found[-1].folder)) if found else run
+        found.append(Stage(name, begins_with, output / name, checkpoints))
+    return found
