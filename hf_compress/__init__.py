@@ -38,6 +38,7 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.labels import make_labels
 from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
+from hf_compress.oneshot.prune import OneShotResult, prune_oneshot
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
@@ -66,6 +67,7 @@ __all__ = [
     "ExportError",
     "GraphError",
     "ModelProfile",
+    "OneShotResult",
     "ParameterSlice",
     "Preview",
     "PruningCallback",
@@ -91,6 +93,7 @@ __all__ = [
     "plan_shrink",
     "preview",
     "profile",
+    "prune_oneshot",
     "prune_vocabulary",
     "run_recipe",
     "shrink",

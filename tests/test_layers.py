@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"instruments"},
     {"shrinking"},
     {"callbacks", "report", "vocabulary"},
+    {"oneshot"},
     {"export"},
     {"recipe"},
     {"cli"},
