@@ -42,6 +42,7 @@ from hf_compress.graph.op_rules import op_rule
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedup
 from hf_compress.latency.table import LatencyTable
+from hf_compress.oneshot.prune import OneShotResult, prune_oneshot
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
@@ -71,6 +72,7 @@ __all__ = [
     "GraphError",
     "LatencyTable",
     "ModelProfile",
+    "OneShotResult",
     "ParameterSlice",
     "Preview",
     "PruningCallback",
@@ -101,6 +103,7 @@ __all__ = [
     "plan_shrink",
     "preview",
     "profile",
+    "prune_oneshot",
     "prune_vocabulary",
     "run_recipe",
     "shrink",

@@ -26,7 +26,8 @@ from hf_compress.registry import criteria
 NUM_STEPS = 10
 STEPS_PER_EPOCH = 4
 
-METHODS = [*(f"pruning-{name}" for name in criteria), "quantization", "distillation", "all"]
+TRAINING = [name for name in criteria if criteria.get(name).trains]
+METHODS = [*(f"pruning-{name}" for name in TRAINING), "quantization", "distillation", "all"]
 
 
 def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:

@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"shrinking"},
     {"latency"},
     {"callbacks", "report", "vocabulary"},
+    {"oneshot"},
     {"export"},
     {"recipe"},
     {"cli"},

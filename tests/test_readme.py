@@ -21,6 +21,7 @@ from hf_compress import PruningCallback, PruningConfig, cli, shrink
 from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
 from hf_compress.export.quantized import FORMATS
 from hf_compress.latency import measure
+from hf_compress.oneshot.prune import CRITERIA
 from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
 from hf_compress.schedule import schedules
 
@@ -92,6 +93,14 @@ def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) 
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
 
 
+def test_the_example_without_training_runs(tiny_bert, classification_data) -> None:
+    (example,) = (block for block in blocks("python") if "prune_oneshot" in block)
+    data = torch.utils.data.DataLoader(classification_data(16), batch_size=4)
+    names = {"model": tiny_bert(), "dataloader": data}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["small"].num_parameters() < tiny_bert().num_parameters()
+
+
 def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     example, _ = blocks("yaml")
@@ -157,6 +166,11 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
 def test_the_method_table_is_complete(names) -> None:
     rows = README.split("## Methods")[1].split("## Limits")[0]
     assert [name for name in names if f"`{name}`" not in rows] == []
+
+
+def test_the_criteria_without_training_are_all_there() -> None:
+    rows = README.split("## Without training")[1].split("## Methods")[0]
+    assert [name for name in CRITERIA if f"`{name}`" not in rows] == []
 
 
 def test_every_command_exists() -> None:

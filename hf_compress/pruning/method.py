@@ -98,6 +98,9 @@ class Method:
     """Whether ``score_decay`` has an effect."""
 
     structures: ClassVar[frozenset[str]] = EVERYWHERE
+    trains: ClassVar[bool] = True
+    """Whether it works while the model trains; if not, ``prune_oneshot`` carries it out."""
+
     run_length: ClassVar[Literal["row"] | None] = None
     """``"row"``: single weights compete within their output row only."""
 

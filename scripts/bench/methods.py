@@ -39,7 +39,8 @@ Runs = list[dict[str, Any]]
 
 def usable() -> list[str]:
     """Return the methods that prune heads and feed-forward units."""
-    return [name for name in criteria if {"heads", "ffn"} <= criteria.get(name).structures]
+    trained = [name for name in criteria if criteria.get(name).trains]
+    return [name for name in trained if {"heads", "ffn"} <= criteria.get(name).structures]
 
 
 def found(runs: Runs, task: str, method: str, sparsity: float) -> list[float]:

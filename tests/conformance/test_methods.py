@@ -14,7 +14,7 @@ from hf_compress.pruning.allocate import achieved_sparsity
 from hf_compress.pruning.method import DeferringMethod, Setting
 from hf_compress.registry import criteria
 
-NAMES = sorted(criteria)
+NAMES = sorted(name for name in criteria if criteria.get(name).trains)
 README = Path(__file__).parents[2] / "README.md"
 
 SPARSITY = {"heads": 0.5, "ffn": 0.5, "hidden": 0.25, "head_dim": 0.5, "layers": 0.5, "weights": 0.5}
