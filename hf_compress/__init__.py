@@ -17,6 +17,7 @@ from hf_compress.config import (
     DatasetConfig,
     DistillationConfig,
     PruningConfig,
+    PruningRule,
     QuantizationConfig,
     Recipe,
     ShrinkConfig,
@@ -38,7 +39,7 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.labels import make_labels
 from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
-from hf_compress.pruning import allocate, criteria  # noqa: F401 - imported for what they register
+from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
 from hf_compress.report.profile import ModelProfile, profile
@@ -70,6 +71,7 @@ __all__ = [
     "Preview",
     "PruningCallback",
     "PruningConfig",
+    "PruningRule",
     "QuantizationCallback",
     "QuantizationConfig",
     "Recipe",

@@ -1,13 +1,27 @@
-"""How much, when: pure functions of training progress."""
+"""How much, when: pure functions of training progress, and moments of a run in optimizer steps."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 
+from hf_compress.errors import ConfigError
 from hf_compress.registry import Registry
 
 Curve = Callable[[float], float]
 """Maps progress within the pruning window, in [0, 1], to the fraction of the final value, in [0, 1]."""
 
+Moment = int | float | str
+"""When something happens: an int is an optimizer step, a float a fraction of the run, ``"1.5 epochs"`` epochs."""
+
 schedules: Registry[Curve] = Registry("schedule")
+
+POLYNOMIAL = "polynomial"
+"""The one schedule with a parameter, see ``polynomial``."""
+
+STEPS = "steps"
+"""The schedule that is a list of moments, given in the config, and no curve."""
+
+_EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) *epochs?")
 
 
 @schedules.register("one_shot")
@@ -22,13 +36,30 @@ def linear(progress: float) -> float:
     return progress
 
 
-@schedules.register("cubic")
+@schedules.register("cubic", "agp")
 def cubic(progress: float) -> float:
-    """Fast at first, slow at the end: 1 - (1 - p)^3.
+    """Fast at first, slow at the end: 1 - (1 - p)^3. ``agp`` (automated gradual pruning) is the same.
 
-    Source: Zhu and Gupta 2017, arXiv:1710.01878, eq. 1 with initial sparsity 0.
+    Source: Zhu and Gupta 2017, arXiv:1710.01878, eq. 1.
     """
-    return 1.0 - (1.0 - progress) ** 3
+    return polynomial(progress, 3.0)
+
+
+def polynomial(progress: float, power: float) -> float:
+    """Fast at first, slow at the end: 1 - (1 - p)^power, any power > 0; slow at first below 1.
+
+    Source: Zhu and Gupta 2017, arXiv:1710.01878, eq. 1, whose exponent is 3.
+    """
+    return float(1.0 - (1.0 - progress) ** power)
+
+
+def curve(name: str, power: float) -> Curve:
+    """Return the schedule of that name; ``power`` is read by ``polynomial`` alone.
+
+    Raises:
+        ConfigError: If there is no such curve.
+    """
+    return partial(polynomial, power=power) if name == POLYNOMIAL else schedules.get(name)
 
 
 def progress_at(step: int, begin: int, end: int) -> float:
@@ -44,6 +75,33 @@ def progress_at(step: int, begin: int, end: int) -> float:
     return 0.0 if step <= begin else (step - begin) / (end - begin)
 
 
-def to_steps(when: float | int, total_steps: int) -> int:
-    """Return a moment in optimizer steps: an int is a step already, a float is a fraction of the run."""
-    return when if isinstance(when, int) else round(when * total_steps)
+def parse_epochs(when: str) -> float:
+    """Return the number in a text such as ``"1.5 epochs"``.
+
+    Raises:
+        ConfigError: If the text is anything else.
+    """
+    found = _EPOCHS.fullmatch(when.strip())
+    if found is None:
+        raise ConfigError(f"got {when!r}; allowed as a text: a number of epochs, such as '1.5 epochs'.")
+    return float(found[1])
+
+
+def to_steps(when: Moment, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> int:
+    """Return a moment in optimizer steps.
+
+    Args:
+        when: An int is a step already, a float is a fraction of the run, a text a number of epochs.
+        total_steps: Optimizer steps of the run.
+        steps_per_epoch: Says how many optimizer steps an epoch has; asked only for epochs.
+
+    Raises:
+        ConfigError: For epochs in a run whose epochs have no known length.
+    """
+    if isinstance(when, int):
+        return when
+    if isinstance(when, float):
+        return round(when * total_steps)
+    if steps_per_epoch is None:
+        raise ConfigError(f"{when!r}: the length of an epoch is not known here; give a step or a fraction of the run.")
+    return round(parse_epochs(when) * steps_per_epoch())

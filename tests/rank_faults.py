@@ -19,6 +19,8 @@ from transformers import DistributedConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_compress import PruningCallback, QuantizationCallback, QuantizationConfig, TargetError, TrainingError
 from hf_compress.callbacks import base
+from hf_compress.instruments.pruner_state import scores_of
+from hf_compress.registry import criteria
 
 COLLECTIVES = (
     "all_reduce",
@@ -49,22 +51,20 @@ def raises(kind: type[Exception], *texts: str) -> Iterator[None]:
         raise AssertionError(f"rank {rank()}: nothing was raised; expected {kind.__name__}: {texts}")
 
 
-class SavesAgainOnOneRank(TrainerCallback):
-    """Calls the saving events on rank 0 alone, where any exchange between ranks would never end."""
+class WritesAgainOnOneRank(TrainerCallback):
+    """Writes the state on rank 0 alone, as the Trainer does, where any exchange between ranks would never end."""
 
-    def __init__(self, callbacks: list[Any], folder: Path) -> None:
-        self.callbacks, self.folder, self.times = callbacks, folder, 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.times = folder, 0
+        self.trainer: Any = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if rank() != 0:
             return
-        forbidden = [mock.patch.object(dist, name, side_effect=AssertionError(name)) for name in COLLECTIVES]
         with contextlib.ExitStack() as stack:
-            for patch in [*forbidden, mock.patch.object(base, "pushed_checkpoint", return_value=self.folder)]:
-                stack.enter_context(patch)
-            for callback in self.callbacks:
-                callback.on_save(args, state, control)
-                callback.on_push_begin(args, state, control)
+            for name in COLLECTIVES:
+                stack.enter_context(mock.patch.object(dist, name, side_effect=AssertionError(name)))
+            base._write(self.trainer, self.folder / f"checkpoint-{state.global_step}")
         self.times += 1
 
 
@@ -77,7 +77,8 @@ def check_resuming(folder: Path) -> None:
         model = bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
         args = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
         trainer, record = make_trainer(model, examples("bert"), callbacks, folder / name, **args)
-        again = SavesAgainOnOneRank(callbacks, folder / name)
+        again = WritesAgainOnOneRank(folder / name)
+        again.trainer = trainer
         trainer.add_callback(again)
         with mock.patch.object(base, "write_state", side_effect=base.write_state) as writes:
             trainer.train(resume_from_checkpoint=resume)
@@ -95,7 +96,7 @@ def check_other_config(folder: Path) -> None:
     callback = pruning(structures={"ffn": 0.5 if rank() == 0 else 0.25})
     with raises(TrainingError, "PruningCallback: callbacks, config or state differ", "'config'"):
         trainer_with([callback], folder).train()
-    assert callback._gates == {}
+    assert callback._pruner is None
 
 
 def check_other_callbacks(folder: Path) -> None:
@@ -115,7 +116,7 @@ def check_bad_config_on_one_rank(folder: Path) -> None:
     kind, text = (TargetError, "'nothing' matches") if rank() == 1 else (TrainingError, "process of rank 1 failed")
     with raises(kind, text):
         trainer_with(callbacks, folder).train()
-    assert callbacks[0]._run is None and callbacks[1]._gates == {}
+    assert callbacks[0]._run is None and callbacks[1]._pruner is None
 
 
 def check_no_state_on_one_rank(folder: Path) -> None:
@@ -145,9 +146,16 @@ def check_missed_target_on_one_rank(folder: Path) -> None:
 def check_other_masks(folder: Path) -> None:
     """Ranks that choose differently are found at the first update, and the group is named."""
     callback = pruning(structures={"ffn": 0.5}, allocation="per_layer")
-    original = callback._score
-    callback._score = lambda name: original(name) * (-1 if rank() == 1 and "layer.1" in name else 1)  # type: ignore[method-assign]
-    with raises(TrainingError, "masks differ between the 2 processes", "'bert.encoder.layer.1.ffn'"):
+    method = criteria.get(callback.config.criterion)
+    original = method.score
+
+    def score(self: Any, name: str, evidence: Any) -> Any:
+        return original(self, name, evidence) * (-1 if rank() == 1 and "layer.1" in name else 1)
+
+    with (
+        mock.patch.object(method, "score", score),
+        raises(TrainingError, "masks differ between the 2 processes", "'bert.encoder.layer.1.ffn'"),
+    ):
         trainer_with([callback], folder).train()
 
 
@@ -159,7 +167,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if rank() in self.ranks:
-            gate = next(iter(self.callback._gates.values()))
+            gate = next(iter(self.callback._pruner.units.values())).gate
             gate.value.grad = self.change(gate.value.grad)
 
 
@@ -174,7 +182,7 @@ def changed_gradients(folder: Path, change: Callable[[Any], Any], ranks: tuple[i
 def check_numbers_that_are_none_on_one_rank(folder: Path) -> None:
     """NaN on one rank is NaN in the mean: all ranks leave the step out."""
     callback = changed_gradients(folder, lambda gradient: gradient * float("nan"), (1,))
-    first, *others = callback._scores.values()
+    first, *others = scores_of(callback._pruner).values()
     assert not first.any()
     assert all(other.any() for other in others)
 
@@ -183,7 +191,8 @@ def check_a_gate_that_one_rank_did_not_reach(folder: Path) -> None:
     """It counts as zero there, as a parameter's gradient does in DDP."""
     callback = changed_gradients(folder / "none", lambda gradient: None, (1,))
     zeros = changed_gradients(folder / "zeros", torch.zeros_like, (1,))
-    assert all(torch.equal(callback._scores[name], score) for name, score in zeros._scores.items())
+    scores, expected = scores_of(callback._pruner), scores_of(zeros._pruner)
+    assert all(torch.equal(scores[name], score) for name, score in expected.items())
     with raises(TrainingError, "got no gradient in step 1"):
         changed_gradients(folder / "both", lambda gradient: None, (0, 1))
 

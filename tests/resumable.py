@@ -30,7 +30,9 @@ METHODS = [*(f"pruning-{name}" for name in criteria), "quantization", "distillat
 
 
 def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
-    settings = {"structures": {"heads": 0.5, "ffn": 0.75}, "begin": 2, "end": 8, "update_every": 2}
+    layers_only = criteria.get(criterion).structures == {"layers"}
+    structures = {"layers": 0.5} if layers_only else {"heads": 0.5, "ffn": 0.75}
+    settings = {"structures": structures, "begin": 2, "end": 8, "update_every": 2}
     return PruningCallback(PruningConfig(**{**settings, "criterion": criterion, **changes}))
 
 

@@ -52,7 +52,7 @@ def test_a_newer_schema_is_refused() -> None:
         ({"structures": {"heads": True}}, "got True"),
         ({"structures": {"heads": "0.5"}}, "got '0.5'"),
         ({"criterion": "tailor"}, "unknown value 'tailor'; closest match: 'taylor'"),
-        ({"allocation": "locally"}, "allowed: 'global', 'per_layer'"),
+        ({"allocation": "locally"}, "allowed: 'global', 'isomorphic', 'per_layer'"),
         ({"schedule": "cubik"}, "closest match: 'cubic'"),
         ({"exclude": "layer.0"}, "a tuple or list of regular expressions"),
         ({"exclude": (3,)}, "a tuple or list of regular expressions"),
@@ -66,7 +66,7 @@ def test_a_newer_schema_is_refused() -> None:
         ({"max_layer_sparsity": 0.0}, "max_layer_sparsity"),
         ({"max_layer_sparsity": 0.6}, "at least the highest sparsity"),
         ({"allocation": "per_layer", "max_layer_sparsity": 0.9}, 'only 1.0 with allocation="per_layer"'),
-        ({"structures": {"heads": 0.5}, "multiple_of": 8}, 'only 1 unless "ffn" is pruned'),
+        ({"structures": {"heads": 0.5}, "multiple_of": 8}, 'only 1 unless one of ffn, hidden,'),
     ],
 )
 def test_bad_pruning_settings_are_refused(changes, message) -> None:

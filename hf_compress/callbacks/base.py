@@ -32,7 +32,7 @@ from hf_compress.callbacks.access import (
     run_directory,
     when_saved,
 )
-from hf_compress.callbacks.preview import Preview, count_steps
+from hf_compress.callbacks.preview import Preview, count_steps, steps_per_epoch
 from hf_compress.callbacks.ranks import (
     check_same_on_all_ranks,
     fail_together,
@@ -59,6 +59,14 @@ class Run:
     """Optimizer steps of the whole run, those before a resume included."""
 
     device: torch.device
+
+    def steps_per_epoch(self) -> int:
+        """Return the optimizer steps of an epoch.
+
+        Raises:
+            TrainingError: If the data set has no length.
+        """
+        return steps_per_epoch(self.trainer)
 
 
 class CompressionCallback(TrainerCallback):  # type: ignore[misc]

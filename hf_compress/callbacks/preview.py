@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from hf_compress.errors import TrainingError
 
@@ -73,9 +74,21 @@ def count_steps(trainer: Trainer) -> int:
         return int(trainer.args.max_steps)
     with _train_dataloader(trainer) as dataloader:
         try:
-            return int(trainer.set_initial_training_values(trainer.args, dataloader)[-1])
+            return int(_initial_values(trainer, dataloader)[-1])
         except ValueError as error:
             raise TrainingError(f"preview: the number of optimizer steps is unknown: {error} Set max_steps.") from error
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Return the optimizer steps of an epoch.
+
+    Raises:
+        TrainingError: If the length of the data set is not known.
+    """
+    with _train_dataloader(trainer) as dataloader:
+        if not has_length(dataloader):
+            raise TrainingError("the train data set has no length, so moments cannot be given in epochs. Give steps.")
+        return int(_initial_values(trainer, dataloader)[1])
 
 
 def first_batch(trainer: Trainer) -> dict[str, Any]:
@@ -83,6 +96,10 @@ def first_batch(trainer: Trainer) -> dict[str, Any]:
     with _train_dataloader(trainer) as dataloader:
         batch: dict[str, Any] = trainer._prepare_inputs(next(iter(dataloader)))
     return batch
+
+
+def _initial_values(trainer: Trainer, dataloader: Any) -> tuple[Any, ...]:
+    return trainer.set_initial_training_values(trainer.args, dataloader)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class QuantizationCallback(CompressionCallback):
 
     def _start(self, run: Run) -> None:
         self._remove()  # what the last run left on, see _stop
-        self._begin = to_steps(self.config.begin, run.total_steps)
+        self._begin = to_steps(self.config.begin, run.total_steps, run.steps_per_epoch)
         if self._begin >= run.total_steps:
             raise ConfigError(
                 f"QuantizationConfig.begin: {self.config.begin!r} is step {self._begin}, but the run has "

@@ -2,12 +2,14 @@
 
 from hf_compress.config.base import SCHEMA_VERSION, Config
 from hf_compress.config.data import DatasetConfig
-from hf_compress.config.methods import (
+from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.pruning import (
     STRUCTURES,
     TRAINABLE_STRUCTURES,
-    DistillationConfig,
+    WEIGHTS,
+    WIDTHS,
     PruningConfig,
-    QuantizationConfig,
+    PruningRule,
 )
 from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
 from hf_compress.config.stages import StageConfig
@@ -17,10 +19,13 @@ __all__ = [
     "STRUCTURES",
     "TASKS",
     "TRAINABLE_STRUCTURES",
+    "WEIGHTS",
+    "WIDTHS",
     "Config",
     "DatasetConfig",
     "DistillationConfig",
     "PruningConfig",
+    "PruningRule",
     "QuantizationConfig",
     "Recipe",
     "ShrinkConfig",

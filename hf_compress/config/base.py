@@ -11,20 +11,18 @@ from typing import Any, Self
 import yaml
 
 from hf_compress.errors import ConfigError, choices
+from hf_compress.schedule import parse_epochs
 
 SCHEMA_VERSION = 1
 
+MOMENTS = "an int >= 0 (optimizer steps), a float in [0, 1] (fraction of the run) or a text such as '1.5 epochs'"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Shared by every config: strict keys, JSON and YAML both ways."""
-
-    schema_version: int = SCHEMA_VERSION
-    """Version of the stored form; a file written by a newer version is refused."""
+class Settings:
+    """A set of checked fields, such as a part of a config."""
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise self._error("schema_version", self.schema_version, f"{SCHEMA_VERSION}", "Upgrade hf-compress.")
         self._validate()
 
     def _validate(self) -> None:
@@ -59,15 +57,9 @@ class Config:
             raise self._error(name, value, "an int >= 1")
 
     def _check_moment(self, name: str) -> None:
-        """A moment is an int (optimizer steps) or a float (fraction of the run)."""
-        value = getattr(self, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value < 0
-            or (isinstance(value, float) and value > 1)
-        ):
-            raise self._error(name, value, "an int >= 0 (optimizer steps) or a float in [0, 1] (fraction of the run)")
+        """A moment is an int (optimizer steps), a float (fraction of the run) or a text (epochs)."""
+        if not is_moment(getattr(self, name)):
+            raise self._error(name, getattr(self, name), MOMENTS)
 
     def _check_patterns(self, name: str) -> None:
         """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
@@ -98,6 +90,19 @@ class Config:
                 raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {choices(key, known)}.")
         return cls(**data)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Shared by every config: strict keys, JSON and YAML both ways."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of the stored form; a file written by a newer version is refused."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise self._error("schema_version", self.schema_version, f"{SCHEMA_VERSION}", "Upgrade hf-compress.")
+        super().__post_init__()
+
     def to_json(self) -> str:
         """Return the config as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
@@ -119,6 +124,19 @@ class Config:
             ConfigError: If the file cannot be parsed or holds anything but a valid config.
         """
         return cls.from_dict(read_file(Path(path), cls.__name__))
+
+
+def is_moment(value: object) -> bool:
+    """Return whether a value is a moment of a run, see ``MOMENTS``."""
+    if isinstance(value, str):
+        try:
+            parse_epochs(value)
+        except ConfigError:
+            return False
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 0 and not (isinstance(value, float) and value > 1)
 
 
 class _Loader(yaml.SafeLoader):
@@ -171,7 +189,7 @@ def _suffix(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Config):
+    if isinstance(value, Settings):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_compress.config.base import Config
-from hf_compress.config.methods import DistillationConfig, PruningConfig, QuantizationConfig
+from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.pruning import PruningConfig
 from hf_compress.errors import ConfigError, choices
 
 METHODS: dict[str, type[Config]] = {

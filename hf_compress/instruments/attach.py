@@ -68,6 +68,9 @@ class Attachment:
     input_gates: list[InputGate] = field(default_factory=list)
     """Each gives factors [in_features]; the input is multiplied by all of them."""
 
+    recorders: list[Callable[[Tensor], None]] = field(default_factory=list)
+    """Watch the input as it comes, before any gate, while the module trains."""
+
     input_quantizer: Scheme | None = None
     """Fake-quantizes the gated input, [..., in_features]."""
 
@@ -92,7 +95,8 @@ class Attachment:
 
     def acts_on_leaf(self) -> bool:
         """Return whether input or weight of a leaf module pass through something."""
-        return bool(self.input_gates) or self.input_quantizer is not None or self.changes_weight()
+        changes_input = bool(self.input_gates) or self.input_quantizer is not None
+        return changes_input or bool(self.recorders) or self.changes_weight()
 
     def changes_weight(self) -> bool:
         """Return whether a leaf module computes with another weight."""
@@ -101,6 +105,7 @@ class Attachment:
     def clear(self) -> None:
         """Take everything off."""
         self.input_gates.clear()
+        self.recorders.clear()
         self.parameter_gates.clear()
         self.input_quantizer = self.weight_mask = self.weight_quantizer = self.subset = self.layer = None
 
@@ -272,6 +277,9 @@ def _substituted(gates: list[ParameterGate]) -> Iterator[None]:
 
 
 def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if self.training:
+        for record in attachment.recorders:
+            record(x.detach())
     layer: Any = base_layer(self)
     kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
     # Autocast casts a weight once, however often it is used, and sums its gradients in the lower precision; a weight

@@ -1,21 +1,23 @@
 """Structured pruning while training: one gate per unit, at the input of whatever consumes the unit.
 
 A gate of 0 there removes the unit exactly, biases and non-linearities included, and the gradient with respect to
-the gate is the unit's first-order importance.
+the gate is the unit's first-order importance. The gate of a whole layer mixes what it returns with what it was given.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.errors import TargetError
+from hf_compress.errors import TargetError, TrainingError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
 from hf_compress.instruments.adapters import adapter_slices, check_lora, effective_weight, is_lora
 from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
-from hf_compress.instruments.sharded import reshard, whole, zero
+from hf_compress.instruments.layer import LayerGates
+from hf_compress.instruments.sharded import add_in_place, reshard, scale, whole, zero
 from hf_compress.instruments.subset import SubsetGate
 
 
@@ -29,18 +31,20 @@ class Gate:
     def __init__(self, group: DimensionGroup, model: nn.Module, *, needs_gradient: bool) -> None:
         self.group = group
         self.model = model
-        sites = [_site(model, group, part) for part in group.gates]  # all are checked before the first is touched
+        sites = [find_site(model, group, part) for part in group.gates]  # all are checked before the first is touched
         device = next(model.parameters()).device
         self.value = torch.ones(group.num_units, device=device, requires_grad=needs_gradient)
+        self._evaluation: Tensor | None = None
         self._installed: list[tuple[nn.Module, list[Any], Any]] = []
         for site in sites:
             self._install(site)
         for part in group.sources:
             owner = model.get_submodule(part.parameter.rpartition(".")[0])
-            self._install(_Site(part.module, model.get_submodule(part.module), part, owner))
+            self._install(Site(part.module, model.get_submodule(part.module), part, owner))
         self._subsets = SubsetGate(group, model)
+        self.layers = LayerGates(group, model, self.value) if group.modules else None
 
-    def _install(self, site: "_Site") -> None:
+    def _install(self, site: "Site") -> None:
         size = self.model.get_parameter(site.part.parameter).shape[site.part.dim]
         factors = _ExpandedGate(self, unit_of_position(site.part, size).to(self.value.device))
         attachment = attach(site.name, site.module)
@@ -56,7 +60,28 @@ class Gate:
         """Open the gates where ``mask`` [num_units] is True and close the others, in place."""
         with torch.no_grad():
             self.value.copy_(mask)
+        self._evaluation = None
         self._subsets.set_mask(mask)
+
+    def set_values(self, training: Tensor, evaluation: Tensor) -> None:
+        """Set factors [num_units] instead of 0 and 1, those of training in place; norms see all units.
+
+        Args:
+            training: While ``model.training`` is set.
+            evaluation: Otherwise.
+        """
+        with torch.no_grad():
+            self.value.copy_(training)
+        self._evaluation = evaluation.detach().to(self.value.device)
+
+    def current(self) -> Tensor:
+        """Return what units are multiplied by now, [num_units]."""
+        return self.value if self._evaluation is None or self.model.training else self._evaluation
+
+    @property
+    def folds(self) -> bool:
+        """Whether weights alone can say that units are gone: not for norms over all units, nor for whole layers."""
+        return not self.group.subsets and not self.group.modules
 
     def take_gradient(self) -> Tensor | None:
         """Return the gradient gathered since the last call, [num_units], and forget it."""
@@ -71,6 +96,8 @@ class Gate:
             detach_if_empty(module)
         self._installed.clear()
         self._subsets.remove()
+        if self.layers is not None:
+            self.layers.remove()
 
     def fold(self, mask: Tensor) -> None:
         """Zero all weights of masked units: the model keeps its shapes and computes as if gated.
@@ -86,6 +113,14 @@ class Gate:
             for weight, dim in _tensors(self.model, part):
                 zero(weight, dim, part.index[pruned].flatten())
 
+    def fold_factors(self, factors: Tensor) -> None:
+        """Multiply the weights at each gate by ``factors`` [num_units]. Collective under FSDP."""
+        reshard(self.model)
+        for part in (*self.group.gates, *self.group.sources):
+            for weight, dim in _tensors(self.model, part):
+                owner = unit_of_position(part, weight.shape[dim])
+                scale(weight, dim, torch.cat([factors.detach().cpu(), torch.ones(1)])[owner])
+
 
 class _ExpandedGate:
     """One factor per input channel of one consumer."""
@@ -96,7 +131,7 @@ class _ExpandedGate:
         self.covers_all = bool((owner < gate.group.num_units).all())
 
     def __call__(self) -> Tensor:
-        value = self.gate.value
+        value = self.gate.current()
         if not self.covers_all:  # channels of other groups pass unchanged
             value = torch.cat([value, value.new_ones(1)])
         return value[self.owner]
@@ -118,16 +153,76 @@ class _ParameterFactors:
 
 
 def unit_weights(model: nn.Module, group: DimensionGroup) -> Tensor:
-    """Return all weights of each unit, adapters merged, [num_units, weights per unit]. Collective under FSDP."""
+    """Return all weights of each unit, adapters merged, [num_units, weights per unit]. Collective under FSDP.
+
+    Layers of unequal sizes are filled up with zeros.
+    """
+    if group.modules:
+        return _layer_tensors(model, group, lambda parameter: parameter)
     parts = []
     for part in group.slices:
         owner, _, name = part.parameter.rpartition(".")
         module = model.get_submodule(owner)
         merged = name == "weight" and is_lora(module)
         tensor = effective_weight(module) if merged else model.get_parameter(part.parameter)
-        weight = whole(tensor.detach()).movedim(part.dim, 0)
-        parts.append(weight[part.index.to(weight.device)].reshape(group.num_units, -1).float())
+        parts.append(_by_unit(whole(tensor.detach()), part))
     return torch.cat(parts, dim=1)
+
+
+def unit_gradients(model: nn.Module, group: DimensionGroup) -> Tensor:
+    """Return the gradient of each weight that ``unit_weights`` returns; 0 where there is none. Collective under FSDP.
+
+    Raises:
+        TrainingError: If no weight of the group has a gradient.
+    """
+    found = False
+
+    def gradient(parameter: Tensor) -> Tensor:
+        nonlocal found
+        found = found or parameter.grad is not None
+        return torch.zeros_like(whole(parameter)) if parameter.grad is None else whole(parameter.grad)
+
+    if group.modules:
+        result = _layer_tensors(model, group, gradient)
+    else:
+        parts = [_by_unit(gradient(model.get_parameter(part.parameter)), part) for part in group.slices]
+        result = torch.cat(parts, dim=1)
+    if not found:
+        raise TrainingError(
+            f"the weights of {group.name!r} get no gradients: they are frozen, as under LoRA. Choose a criterion that "
+            "reads gate gradients, such as 'taylor', or train the weights."
+        )
+    return result
+
+
+def add_to_gradients(model: nn.Module, group: DimensionGroup, change: Tensor) -> None:
+    """Add ``change``, shaped as ``unit_weights`` returns them, to the gradients. Collective under FSDP."""
+    columns = 0
+    for part in group.slices:
+        parameter = model.get_parameter(part.parameter)
+        shape = list(whole(parameter.detach()).movedim(part.dim, 0).shape)
+        per_unit = part.index.shape[1] * math.prod(shape[1:])
+        mine = change[:, columns : columns + per_unit].reshape(-1, *shape[1:]).to(parameter.device)
+        columns += per_unit
+        if parameter.grad is not None:
+            moved = mine.new_zeros(shape).index_add_(0, part.index.flatten().to(mine.device), mine)
+            add_in_place(parameter.grad, moved.movedim(0, part.dim))
+
+
+def _by_unit(tensor: Tensor, part: ParameterSlice) -> Tensor:
+    moved = tensor.movedim(part.dim, 0)
+    return moved[part.index.to(moved.device)].reshape(part.index.shape[0], -1).float()
+
+
+def _layer_tensors(
+    model: nn.Module, group: DimensionGroup, read: Callable[[Tensor], Tensor]
+) -> Tensor:
+    rows = []
+    for name in group.modules:
+        module = model.get_submodule(name)
+        found = [whole(read(parameter).detach()).flatten().float() for parameter in module.parameters()]
+        rows.append(torch.cat(found))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _tensors(model: nn.Module, part: ParameterSlice) -> Iterator[tuple[Tensor, int]]:
@@ -150,11 +245,11 @@ def check_gateable(model: nn.Module, groups: Sequence[DimensionGroup]) -> None:
         for owner in {each.parameter.rpartition(".")[0] for each in group.slices}:
             check_lora(owner, model.get_submodule(owner))
         for part in group.gates:
-            _site(model, group, part)
+            find_site(model, group, part)
 
 
 @dataclass(frozen=True)
-class _Site:
+class Site:
     """One place where a gate acts."""
 
     name: str
@@ -164,7 +259,12 @@ class _Site:
     """The module whose parameter it multiplies while ``module`` runs; None if it multiplies the input of a leaf."""
 
 
-def _site(model: nn.Module, group: DimensionGroup, part: ConsumerSlice) -> _Site:
+def find_site(model: nn.Module, group: DimensionGroup, part: ConsumerSlice) -> Site:
+    """Return where the gate of a consumer acts.
+
+    Raises:
+        TargetError: If its module is not one that gates can be attached to.
+    """
     module = model.get_submodule(part.module)
     refuse_patched(part.module, module)
     owner = part.parameter.rpartition(".")[0]
@@ -175,10 +275,10 @@ def _site(model: nn.Module, group: DimensionGroup, part: ConsumerSlice) -> _Site
         # PyTorch's attention takes the weight of its output projection and never calls that module.
         if own_class(reader).forward is nn.MultiheadAttention.forward:
             refuse_patched(above, reader)
-            return _Site(above, reader, part, module)
-        return _Site(part.module, module, part, None)
+            return Site(above, reader, part, module)
+        return Site(part.module, module, part, None)
     if owner == part.module or owner.startswith(f"{part.module}."):
-        return _Site(part.module, module, part, model.get_submodule(owner))
+        return Site(part.module, module, part, model.get_submodule(owner))
     raise TargetError(
         f"group {group.name!r}: its consumer {part.parameter!r} (dimension {part.dim}) is read by "
         f"{part.module!r}, a {type(module).__name__}, where no gate can be attached. Exclude the group."

@@ -20,8 +20,16 @@ class LayerGates:
 
     def __init__(self, group: DimensionGroup, model: nn.Module, value: Tensor) -> None:
         self._modules = [model.get_submodule(name) for name in group.modules]
+        self._mixes: list[_Mix] = []
         for index, (name, module) in enumerate(zip(group.modules, self._modules, strict=True)):
-            attach(name, module).layer = _Mix(value, index)
+            mix = _Mix(value, index)
+            self._mixes.append(mix)
+            attach(name, module).layer = mix
+
+    def watch(self, record: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Have ``record`` called with the layer's number, its input and its output whenever it trains."""
+        for mix in self._mixes:
+            mix.record = record
 
     def remove(self) -> None:
         """Detach from all layers."""
@@ -39,12 +47,15 @@ class _Mix:
     def __init__(self, value: Tensor, index: int) -> None:
         self.value = value
         self.index = index
+        self.record: Callable[[int, Tensor, Tensor], None] | None = None
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = forward(*args, **kwargs)
         given = next(x for x in tree_leaves((args, kwargs)) if is_hidden_state(x))
         leaves, structure = tree_flatten(result)
         at = next(i for i, x in enumerate(leaves) if is_hidden_state(x))
+        if self.record is not None and module.training:
+            self.record(self.index, given.detach(), leaves[at].detach())
         gate = self.value[self.index].to(given.dtype)
         leaves[at] = gate * leaves[at] + (1 - gate) * given
         return tree_unflatten(leaves, structure)

@@ -47,6 +47,20 @@ def zero_where(parameter: Tensor, pruned: Tensor) -> None:
     _change_in_place(parameter, lambda tensor: tensor.masked_fill_(pruned, 0.0))
 
 
+def scale(parameter: Tensor, dim: int, factors: Tensor) -> None:
+    """Multiply a parameter along ``dim`` by ``factors``, one for each position, in place."""
+    shape = [1] * parameter.dim()
+    shape[dim] = -1
+    factors = factors.to(parameter.device, parameter.dtype).view(shape)
+    _change_in_place(parameter, lambda tensor: tensor.mul_(factors))
+
+
+def add_in_place(parameter: Tensor, change: Tensor) -> None:
+    """Add ``change``, of the parameter's whole shape, in place."""
+    change = change.to(parameter.device, parameter.dtype)
+    _change_in_place(parameter, lambda tensor: tensor.add_(change))
+
+
 @torch.no_grad()
 def _change_in_place(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     if not isinstance(parameter, DTensor):

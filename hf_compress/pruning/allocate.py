@@ -1,7 +1,7 @@
 """From scores and a sparsity to masks: who pays, and how much."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,11 @@ from hf_compress.registry import allocators
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What every single layer must respect."""
+class Layer:
+    """What an allocation must respect of a single layer."""
+
+    num_units: int
+    """How many units there are."""
 
     min_units: int = 1
     """Units kept at least."""
@@ -24,88 +27,213 @@ class Limits:
     multiple_of: int = 1
     """Kept counts are multiples of this, or all units."""
 
-    def floor(self, num_units: int) -> int:
-        """Return the smallest number of units that a layer of ``num_units`` may keep."""
-        wanted = max(self.min_units, math.ceil(num_units * (1 - self.max_sparsity) - 1e-9))
-        return min(-(-wanted // self.multiple_of) * self.multiple_of, num_units)
+    fixed_units: tuple[int, ...] = ()
+    """Units that stay."""
+
+    tied: str = ""
+    """Layers with the same text keep the same share of their units; an empty text ties nothing."""
+
+    shape: str = ""
+    """Layers with the same text have the same form."""
+
+    def floor(self) -> int:
+        """Return the smallest number of units that may be kept."""
+        wanted = math.ceil(self.num_units * (1 - self.max_sparsity) - 1e-9)
+        wanted = max(self.min_units, wanted, len(self.fixed_units))
+        return min(-(-wanted // self.multiple_of) * self.multiple_of, self.num_units)
 
 
-Allocator = Callable[[Mapping[str, Tensor], float, Limits], dict[str, Tensor]]
-"""(scores [num_units] by group, sparsity, limits) -> bool masks by group, True = keep."""
+@dataclass(frozen=True)
+class Bundle:
+    """Layers that keep the same share of their units; most are alone."""
+
+    names: tuple[str, ...]
+
+    strides: tuple[int, ...]
+    """Units of each layer that come or go in one step."""
+
+    num_steps: int
+    """Steps in which all units come; the last may be smaller."""
+
+    floor: int
+    """Steps that stay at least."""
+
+    def sizes(self, layers: Mapping[str, Layer]) -> Tensor:
+        """Return the number of units that each step brings, [num_steps]."""
+        sizes = torch.full((self.num_steps,), sum(self.strides), dtype=torch.long)
+        whole = sum(layers[name].num_units for name in self.names)
+        sizes[-1] -= int(sizes.sum()) - whole
+        return sizes
 
 
-@allocators.register("per_layer")
-def per_layer(scores: Mapping[str, Tensor], sparsity: float, limits: Limits) -> dict[str, Tensor]:
-    """Every group loses the same fraction of its units, its lowest scores first."""
-    masks = {}
-    for name, score in scores.items():
-        size = len(score)
-        kept = _round_to_multiple((1 - sparsity) * size, limits.multiple_of)
-        masks[name] = _keep_best(score, min(max(kept, limits.floor(size)), size))
-    return masks
+Classes = Callable[[Bundle, Mapping[str, Layer]], str]
+"""(bundle, layers by name) -> a text: bundles with the same one compete with each other for what is kept, and
+together lose the sparsity asked for."""
 
 
 @allocators.register("global")
-def global_(scores: Mapping[str, Tensor], sparsity: float, limits: Limits) -> dict[str, Tensor]:
-    """The lowest scores of all groups together go, as far as the limits of each group allow.
+def global_(bundle: Bundle, layers: Mapping[str, Layer]) -> str:
+    """The lowest scores of all layers together go, as far as the limits of each layer allow."""
+    return ""
 
-    With ``multiple_of`` > 1, whole blocks of neighbours in rank compete by their mean score.
+
+@allocators.register("per_layer")
+def per_layer(bundle: Bundle, layers: Mapping[str, Layer]) -> str:
+    """Every layer loses the same fraction of its units, its lowest scores first."""
+    return bundle.names[0]
+
+
+@allocators.register("isomorphic")
+def isomorphic(bundle: Bundle, layers: Mapping[str, Layer]) -> str:
+    """Layers of the same form compete; each such class loses the same fraction.
+
+    Source: Fang et al. 2024, arXiv:2407.04616: scores of unlike structures are not on one scale.
     """
-    sizes = {name: len(score) for name, score in scores.items()}
-    counts = {name: limits.floor(size) for name, size in sizes.items()}
-    budget = (1 - sparsity) * sum(sizes.values()) - sum(counts.values())
-    for _, name, size in _blocks(scores, counts, limits.multiple_of):
-        if budget < size / 2:  # the next block would overshoot by more than it fills
-            break
-        counts[name] += size
-        budget -= size
-    return {name: _keep_best(score, counts[name]) for name, score in scores.items()}
+    return "|".join(sorted({layers[name].shape for name in bundle.names}))
 
 
-def _blocks(scores: Mapping[str, Tensor], floors: Mapping[str, int], block: int) -> list[tuple[float, str, int]]:
-    """Return (mean score, group, size) of the blocks above each group's floor, best first.
+def allocate(
+    scores: Mapping[str, Tensor], sparsity: float, layers: Mapping[str, Layer], allocation: str
+) -> dict[str, Tensor]:
+    """Choose what stays.
 
-    Within a group a better-ranked block never has a lower mean, so taking blocks in this order keeps prefixes.
+    With steps of several units (``multiple_of``, tied layers), neighbours in rank compete by their mean score.
+
+    Args:
+        scores: Layer name -> [num_units], higher = keep; minus infinity for what must not stay before all else goes.
+        sparsity: Fraction of all units to remove, in [0, 1].
+        layers: The limits of each layer; they win over the sparsity, see ``check_reachable``.
+        allocation: A name in ``registry.allocators``.
+
+    Returns:
+        Layer name -> bool mask [num_units] on the CPU, True = keep.
     """
-    found = []
-    for position, (name, score) in enumerate(scores.items()):
-        ranked = score.sort(descending=True).values
-        for start in range(floors[name], len(ranked), block):
-            part = ranked[start : start + block]
-            found.append((-float(part.mean()), position, start, name, len(part)))
-    return [(-value, name, size) for value, _, _, name, size in sorted(found)]
+    scores = {name: _with_fixed(score.detach().cpu(), layers[name].fixed_units) for name, score in scores.items()}
+    classes: dict[str, list[Bundle]] = {}
+    for bundle in bundles(layers):
+        classes.setdefault(allocators.get(allocation)(bundle, layers), []).append(bundle)
+    masks: dict[str, Tensor] = {}
+    for members in classes.values():
+        for name, count in _counts(scores, sparsity, layers, members).items():
+            masks[name] = keep_best(scores[name], count)
+    return {name: masks[name] for name in scores}
 
 
-def _round_to_multiple(count: float, multiple: int) -> int:
-    return round(count / multiple) * multiple
+def bundles(layers: Mapping[str, Layer]) -> list[Bundle]:
+    """Return the layers, those that are tied together in one bundle."""
+    tied: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        tied.setdefault(layer.tied or f"\0{name}", []).append(name)
+    return [_bundle(names, [layers[name] for name in names]) for names in tied.values()]
 
 
-def _keep_best(score: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(len(score), dtype=torch.bool)
-    keep[score.argsort(descending=True, stable=True)[:count].cpu()] = True
+def _bundle(names: Iterable[str], layers: list[Layer]) -> Bundle:
+    if len(layers) == 1:
+        strides = [layers[0].multiple_of]
+    else:  # equal shares: as many parts as all of them can be cut into
+        parts = math.gcd(*(layer.num_units for layer in layers))
+        units = [layer.num_units // parts for layer in layers]
+        together = math.lcm(
+            *(each.multiple_of // math.gcd(each.multiple_of, u) for each, u in zip(layers, units, strict=True))
+        )
+        strides = [unit * together for unit in units]
+    num_steps = max(-(-each.num_units // stride) for each, stride in zip(layers, strides, strict=True))
+    floor = max(-(-each.floor() // stride) for each, stride in zip(layers, strides, strict=True))
+    return Bundle(tuple(names), tuple(strides), num_steps, min(floor, num_steps))
+
+
+def _counts(
+    scores: Mapping[str, Tensor], sparsity: float, layers: Mapping[str, Layer], members: list[Bundle]
+) -> dict[str, int]:
+    sizes = [bundle.sizes(layers) for bundle in members]
+    total = sum(int(each.sum()) for each in sizes)
+    certain = sum(int(each[: bundle.floor].sum()) for bundle, each in zip(members, sizes, strict=True))
+    values = [_step_values(bundle, scores)[bundle.floor :] for bundle in members]
+    open_sizes = [each[bundle.floor :] for bundle, each in zip(members, sizes, strict=True)]
+    taken = _best(torch.cat(values), torch.cat(open_sizes), (1 - sparsity) * total - certain)
+    counts: dict[str, int] = {}
+    for bundle, mine in zip(members, taken.split([len(each) for each in values]), strict=True):  # type: ignore[no-untyped-call]
+        steps = bundle.floor + int(mine.sum())
+        for name, stride in zip(bundle.names, bundle.strides, strict=True):
+            counts[name] = min(steps * stride, layers[name].num_units)
+    return counts
+
+
+def _step_values(bundle: Bundle, scores: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean score of the units that each step brings, [num_steps], the highest first."""
+    if len(bundle.names) == 1 and bundle.strides == (1,) and bundle.floor == 0:
+        return scores[bundle.names[0]]  # there may be millions, and the order does not matter
+    total, count = torch.zeros(bundle.num_steps), torch.zeros(bundle.num_steps)
+    for name, stride in zip(bundle.names, bundle.strides, strict=True):
+        ranked = scores[name].float().sort(descending=True).values
+        step = torch.arange(len(ranked)) // stride
+        total.index_add_(0, step, ranked)
+        count.index_add_(0, step, torch.ones(len(ranked)))
+    return total / count
+
+
+def _best(values: Tensor, sizes: Tensor, budget: float) -> Tensor:
+    """Return which steps fit, best first, until the next would overshoot by more than it fills; bool [steps]."""
+    if len(values) == 0:
+        return torch.zeros(0, dtype=torch.bool)
+    if bool((sizes == 1).all()):
+        return keep_best(values, min(max(math.floor(budget + 0.5), 0), len(values)))
+    order = values.argsort(descending=True, stable=True)
+    before = sizes[order].cumsum(0) - sizes[order]
+    fits = budget - before >= sizes[order] / 2
+    taken = torch.zeros(len(values), dtype=torch.bool)
+    taken[order] = fits.cumprod(0).bool()
+    return taken
+
+
+def keep_best(score: Tensor, count: int) -> Tensor:
+    """Return a bool mask of the ``count`` highest scores; among equal ones the first stay."""
+    if count <= 0 or count >= len(score):
+        return torch.full((len(score),), count > 0)
+    lowest = score.kthvalue(len(score) - count + 1).values  # linear in the number of scores, unlike sorting
+    keep = score > lowest
+    equal = (score == lowest).nonzero().flatten()
+    keep[equal[: count - int(keep.sum())]] = True
     return keep
 
 
-def check_reachable(kind: str, sizes: Mapping[str, int], sparsity: float, limits: Limits) -> None:
+def _with_fixed(score: Tensor, fixed: tuple[int, ...]) -> Tensor:
+    return score.index_fill(0, torch.tensor(fixed), math.inf) if fixed else score
+
+
+def protected(score: Tensor, run: int, keep: int) -> Tensor:
+    """Return the scores with the ``keep`` highest of every ``run`` neighbours at infinity: others go first.
+
+    Args:
+        score: Scores [num_units], ``num_units`` a multiple of ``run``.
+        run: How many neighbours compete among themselves.
+        keep: How many of them stay.
+    """
+    runs = score.reshape(-1, run)
+    return runs.scatter(1, runs.topk(keep, dim=1).indices, math.inf).flatten()
+
+
+def check_reachable(where: str, sparsity: float, layers: Mapping[str, Layer]) -> None:
     """Check before training that the limits leave room for the sparsity.
 
     Raises:
         TargetError: If they do not.
     """
-    total = sum(sizes.values())
-    floor = sum(limits.floor(size) for size in sizes.values())
-    if (1 - sparsity) * total < floor - tolerance(sizes, limits) * total:
+    total = sum(layer.num_units for layer in layers.values())
+    together = bundles(layers)
+    floor = sum(int(bundle.sizes(layers)[: bundle.floor].sum()) for bundle in together)
+    if (1 - sparsity) * total < floor - tolerance(layers) * total:
+        limits = {(each.min_units, each.max_sparsity, each.multiple_of) for each in layers.values()}
+        told = "; ".join(f"min_units={a}, max_layer_sparsity={b}, multiple_of={c}" for a, b, c in sorted(limits))
         raise TargetError(
-            f"structures[{kind!r}]: sparsity {sparsity} of {total} units leaves {(1 - sparsity) * total:.1f}, but "
-            f"min_units={limits.min_units}, max_layer_sparsity={limits.max_sparsity} and "
-            f"multiple_of={limits.multiple_of} keep at least {floor}; the highest sparsity allowed here is "
-            f"{1 - floor / total:.4f}."
+            f"{where}: sparsity {sparsity} of {total} units leaves {(1 - sparsity) * total:.1f}, but {told} keep at "
+            f"least {floor}; the highest sparsity allowed here is {1 - floor / total:.4f}."
         )
 
 
-def tolerance(sizes: Mapping[str, int], limits: Limits) -> float:
-    """Return how far the achieved sparsity may lie from the one asked for: half a block in each group."""
-    return len(sizes) * max(limits.multiple_of, 1) / 2 / sum(sizes.values())
+def tolerance(layers: Mapping[str, Layer]) -> float:
+    """Return how far the achieved sparsity may lie from the one asked for: half a step in each bundle."""
+    return sum(sum(bundle.strides) for bundle in bundles(layers)) / 2 / sum(each.num_units for each in layers.values())
 
 
 def achieved_sparsity(masks: Mapping[str, Tensor]) -> float:

@@ -1,13 +1,16 @@
 """Dry runs: every stage previewed, the later ones on what trial masks leave."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_compress.callbacks.base import Run
 from hf_compress.callbacks.preview import Preview, preview
 from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.callbacks.pruning_facts import trial_masks
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.models import Loaded
 from hf_compress.recipe.stages import Stage
@@ -20,9 +23,11 @@ class _TrialPruning(PruningCallback):
 
     trial: dict[str, Tensor] | None = None
 
-    def _trial_masks(self) -> dict[str, Tensor]:
-        self.trial = super()._trial_masks()
-        return self.trial
+    def _preview(self, run: Run) -> Mapping[str, Any]:
+        assert self._pruner is not None
+        masks = trial_masks(self._pruner)
+        self.trial = {name: masks[name] for name in self._pruner.group_masks()}
+        return super()._preview(run)
 
 
 def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[str, Preview]]:
@@ -39,7 +44,7 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         callbacks = [_remembering(callback) for callback in make_callbacks(stage.recipe)]
         yield stage.name, preview(make_trainer(prepared, callbacks))
         masks = next((each.trial for each in callbacks if isinstance(each, _TrialPruning)), None)
-        if masks is not None and stage is not stages[-1]:
+        if masks and stage is not stages[-1]:
             small: PreTrainedModel = shrink(student.model, masks, **stage.shrink_options())
             student = Loaded(small, ())
 

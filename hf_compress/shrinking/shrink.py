@@ -74,9 +74,10 @@ def shrink(
         )
     chosen = masks if masks is not None else _masks_of(model_or_trainer)
     check_request(chosen, multiple_of)
-    merge = model is not model_or_trainer and has_adapters(model)
-    if not merge:
+    given = model is model_or_trainer
+    if given:  # a trainer's may have adapters or be sharded; its copy has neither
         check_model(model, example_inputs)
+    merge = not given and has_adapters(model)
     duplicate = _merged_copy(model, merge=merge)
     graph = ModelGraph(duplicate, example_inputs)
     plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)

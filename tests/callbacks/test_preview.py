@@ -56,7 +56,8 @@ def test_it_says_what_then_happens(trainer: Any) -> None:
     assert told.total_steps == 8
     assert facts["share of the removal by step"] == {"step 4": 0.875, "step 6": 1.0}
     assert facts["steps after it"] == 2
-    assert facts["heads"] == {"units": 8, "removed": 4, "layers": 2}
+    how = {"criterion": "taylor", "allocation": "global"}
+    assert facts["heads"] == {"units": 8, "removed": 4, "layers": 2, **how}
     trainer.train()
     small = shrink(trainer)
     assert facts["parameters"] == trainer.model.num_parameters()

@@ -30,6 +30,7 @@ from hf_compress import (
     shrink,
 )
 from hf_compress.instruments.fake_quantize import install_fake_quantizers, quantizable_linears
+from hf_compress.instruments.pruner_state import scores_of
 from hf_compress.quantization.quantizers import Int8Dynamic
 
 CASES = [
@@ -142,7 +143,7 @@ def test_scores_and_masks_do_not_depend_on_the_loss_scale(
         runs.append((recorder, callback))
     (plain, pruned), (scaled, pruned_scaled) = runs
     assert all(map(same, plain.weights, scaled.weights))
-    assert same(pruned._scores, pruned_scaled._scores)
+    assert same(scores_of(pruned._pruner), scores_of(pruned_scaled._pruner))
     assert same(pruned.masks(), pruned_scaled.masks())
 
 
@@ -160,7 +161,7 @@ def test_a_step_with_overflow_is_skipped(tiny_bert: Any, classification_data: An
     class Keep(Recorder):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             super().on_step_end(args, state, control, model=model)
-            scores.append({name: score.clone() for name, score in callback._scores.items()})
+            scores.append({name: score.clone() for name, score in scores_of(callback._pruner).items()})
 
     callback, keep = compression(["pruning"])[0], Keep()
     data = classification_data(NUM_EXAMPLES)

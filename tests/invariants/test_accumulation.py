@@ -25,6 +25,7 @@ from training_runs import (
 from transformers import TrainerCallback
 
 from hf_compress import PruningCallback, PruningConfig
+from hf_compress.instruments.pruner_state import scores_of
 
 # Sums over the same examples in another order differ in the last bits of float32. Dynamic int8 quantization turns a
 # last bit into a whole step of 1/127 where a value lies between two integers, but hardly any value does.
@@ -41,8 +42,8 @@ class Masks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.callback, PruningCallback):
-            self.masks.append({name: mask.clone() for name, mask in self.callback._masks.items()})
-            self.scores.append({name: score.clone() for name, score in self.callback._scores.items()})
+            self.masks.append({name: mask.clone() for name, mask in self.callback._pruner.masks.items()})
+            self.scores.append({name: score.clone() for name, score in scores_of(self.callback._pruner).items()})
 
 
 @pytest.fixture

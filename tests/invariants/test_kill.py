@@ -16,6 +16,8 @@ from resumable import assert_same, tensors_of, train_to_the_end
 
 from hf_compress import last_complete_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:PruningCallback. gates stay:UserWarning")  # of layers
+
 TESTS = Path(resumable.__file__).parent
 STEP_PREFIX = "checkpoint-"
 

@@ -28,6 +28,8 @@ from safetensors import safe_open
 from hf_compress import TrainingError, last_complete_checkpoint
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE
 
+pytestmark = pytest.mark.filterwarnings("ignore:PruningCallback. gates stay:UserWarning")  # of layers
+
 LAST = f"checkpoint-{NUM_STEPS}"
 
 MID_EPOCH = 3

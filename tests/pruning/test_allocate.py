@@ -1,54 +1,108 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_compress import TargetError
-from hf_compress.pruning.allocate import Limits, achieved_sparsity, check_reachable, tolerance
+from hf_compress.pruning.allocate import (
+    Layer,
+    achieved_sparsity,
+    allocate,
+    check_reachable,
+    keep_best,
+    protected,
+    tolerance,
+)
 from hf_compress.registry import allocators
 
 SCORES = {"a": torch.tensor([4.0, 1.0, 3.0, 2.0]), "b": torch.tensor([8.0, 7.0, 6.0, 5.0])}
 
 
+def layers(sizes, **limits):
+    return {name: Layer(num_units=size, **limits) for name, size in sizes.items()}
+
+
+FOURS = {"a": 4, "b": 4}
+
+
 def test_per_layer_takes_the_same_share_of_each() -> None:
-    masks = allocators.get("per_layer")(SCORES, 0.5, Limits())
+    masks = allocate(SCORES, 0.5, layers(FOURS), "per_layer")
     assert masks["a"].tolist() == [True, False, True, False]
     assert masks["b"].tolist() == [True, True, False, False]
 
 
 def test_global_lets_layers_compete() -> None:
-    masks = allocators.get("global")(SCORES, 0.375, Limits())
+    masks = allocate(SCORES, 0.375, layers(FOURS), "global")
     assert masks["a"].tolist() == [True, False, False, False]
     assert masks["b"].all()
 
 
+def test_isomorphic_lets_layers_of_the_same_form_compete() -> None:
+    scores = SCORES | {"c": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    forms = {name: Layer(num_units=4, shape="small" if name == "c" else "large") for name in scores}
+    masks = allocate(scores, 0.5, forms, "isomorphic")
+    assert [int(mask.sum()) for mask in masks.values()] == [1, 3, 2]
+    assert masks["c"].tolist() == [False, False, True, True]
+
+
 def test_global_honors_the_limit_of_a_single_layer() -> None:
-    masks = allocators.get("global")(SCORES, 0.5, Limits(max_sparsity=0.5))
+    masks = allocate(SCORES, 0.5, layers(FOURS, max_sparsity=0.5), "global")
     assert [int(mask.sum()) for mask in masks.values()] == [2, 2]
-    masks = allocators.get("global")(SCORES, 0.5, Limits(min_units=3))
+    masks = allocate(SCORES, 0.5, layers(FOURS, min_units=3), "global")
     assert [int(mask.sum()) for mask in masks.values()] == [3, 3]  # the limit wins; check_reachable refuses before
 
 
-@settings(max_examples=60, deadline=None)
+def test_fixed_units_stay_whatever_their_score() -> None:
+    masks = allocate(SCORES, 0.75, layers(FOURS, fixed_units=(1,)), "global")
+    assert masks["a"].tolist() == [False, True, False, False]
+    assert masks["b"].tolist() == [False, True, False, False]
+
+
+def test_layers_without_any_unit_are_allowed_where_nothing_has_to_stay() -> None:
+    masks = allocate(SCORES, 0.5, layers(FOURS, min_units=0), "global")
+    assert not masks["a"].any() and masks["b"].all()
+
+
+def test_tied_layers_keep_the_same_share() -> None:
+    """Of 4 and of 8 units, always as many fourths."""
+    scores = {"a": torch.tensor([9.0, 8.0, 1.0, 1.0]), "b": torch.arange(8.0), "c": torch.full((4,), 4.0)}
+    sizes = {name: Layer(num_units=len(score), tied="" if name == "c" else "ab") for name, score in scores.items()}
+    for sparsity in (0.0, 0.25, 0.5, 0.6, 0.75):
+        masks = allocate(scores, sparsity, sizes, "global")
+        assert 2 * int(masks["a"].sum()) == int(masks["b"].sum())
+        assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(sizes)
+        for name, mask in masks.items():
+            if 0 < int(mask.sum()) < len(mask):
+                assert scores[name][mask].min() >= scores[name][~mask].max()
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     name=st.sampled_from(sorted(allocators)),
     sizes=st.lists(st.integers(2, 40), min_size=1, max_size=5),
     sparsity=st.floats(0, 0.99),
     multiple=st.sampled_from([1, 4, 8]),
+    tied=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_every_allocator_reaches_the_sparsity_within_its_limits(name, sizes, sparsity, multiple, seed) -> None:
-    """Conformance: any registered allocator, any sizes."""
+def test_every_allocation_reaches_the_sparsity_within_its_limits(name, sizes, sparsity, multiple, tied, seed) -> None:
+    """Conformance: any registered allocation, any sizes."""
     generator = torch.Generator().manual_seed(seed)
     scores = {f"g{i}": torch.rand(n, generator=generator) for i, n in enumerate(sizes)}
-    limits = Limits(multiple_of=multiple)
+    limits = {
+        key: Layer(num_units=len(score), multiple_of=multiple, tied="all" if tied else "", shape=str(len(score)))
+        for key, score in scores.items()
+    }
     try:
-        check_reachable("ffn", {k: len(v) for k, v in scores.items()}, sparsity, limits)
+        check_reachable("structures['ffn']", sparsity, limits)
     except TargetError:
         return
-    masks = allocators.get(name)(scores, sparsity, limits)
-    total = {k: len(v) for k, v in scores.items()}
-    assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(total, limits) + 1e-9
+    masks = allocate(scores, sparsity, limits, name)
+    assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(limits) + 1e-9
+    shares = {int(mask.sum()) / len(mask) for mask in masks.values()}
+    assert not tied or max(shares) - min(shares) < 1e-9
     for key, mask in masks.items():
         kept = int(mask.sum())
         assert kept == len(mask) or (kept >= 1 and kept % multiple == 0)
@@ -56,6 +110,27 @@ def test_every_allocator_reaches_the_sparsity_within_its_limits(name, sizes, spa
             assert scores[key][mask].min() >= scores[key][~mask].max()
 
 
+def test_many_units_are_chosen_as_by_sorting() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(20_000, generator=generator) for name in "ab"}
+    masks = allocate(scores, 0.9, layers({"a": 20_000, "b": 20_000}, min_units=0), "global")
+    every = torch.cat(list(scores.values())).sort(descending=True).values
+    assert torch.equal(torch.cat([scores[name] >= every[3999] for name in "ab"]), torch.cat(list(masks.values())))
+
+
+def test_equal_scores_are_kept_in_order() -> None:
+    assert keep_best(torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0]), 3).tolist() == [True, True, True, False, False]
+    assert keep_best(torch.ones(3), 0).tolist() == [False] * 3
+    assert keep_best(torch.ones(3), 3).tolist() == [True] * 3
+
+
+def test_the_best_of_each_run_is_protected() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 8.0, 7.0, 6.0, 5.0])
+    infinite = protected(scores, 4, 2).isinf()
+    assert infinite.tolist() == [False, False, True, True, True, True, False, False]
+    assert math.isfinite(float(protected(scores, 4, 2)[0]))
+
+
 def test_unreachable_sparsity_says_what_is_reachable() -> None:
-    with pytest.raises(TargetError, match=r"highest sparsity allowed here is 0\.5000"):
-        check_reachable("heads", {"a": 4, "b": 4}, 0.9, Limits(min_units=2))
+    with pytest.raises(TargetError, match=r"structures\['heads'\].*highest sparsity allowed here is 0\.5000"):
+        check_reachable("structures['heads']", 0.9, layers(FOURS, min_units=2))

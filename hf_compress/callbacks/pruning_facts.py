@@ -1,0 +1,77 @@
+"""What pruning has to say in logs and previews: sparsity, sizes, schedule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hf_compress.graph.costs import Costs
+from hf_compress.instruments.pruner import Pruner
+from hf_compress.pruning.allocate import achieved_sparsity
+from hf_compress.pruning.pools import Pool
+
+MOMENTS_SHOWN = 12
+"""Changes of the masks that a preview lists."""
+
+
+def metrics_of(pruner: Pruner) -> dict[str, float]:
+    """Return sparsity and lowest score kept, by pool."""
+    found: dict[str, float] = {}
+    for pool in pruner.pools:
+        achieved = achieved_sparsity({name: pruner.masks[name] for name in pool.layers})
+        found[f"{pool.name}_sparsity"] = round(achieved, 4)
+        if pool.name in pruner.thresholds:
+            found[f"{pool.name}_threshold"] = pruner.thresholds[pool.name]
+    return found
+
+
+def left(costs: Costs, masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what the model would have if it were shrunk now.
+
+    Args:
+        costs: Of the model.
+        masks: Of its dimension groups.
+    """
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    return {
+        "parameters": costs.parameters(kept),
+        "flops_kept": round(costs.flops(kept) / max(costs.flops({}), 1), 4),
+    }
+
+
+def trial_masks(pruner: Pruner) -> dict[str, Tensor]:
+    """Return masks of the final sparsity, by the size of the weights as they are; the method may find others.
+
+    Layers of a method that finds out itself how much goes stay whole.
+    """
+    masks: dict[str, Tensor] = {}
+    for pool in pruner.pools:
+        scores = {name: pruner.units[name].evidence.weights().norm(dim=1).cpu() for name in pool.layers}
+        masks |= pool.allocate(scores, pool.sparsity or 0.0)
+    return masks
+
+
+def plan_of(pruner: Pruner, masks: Mapping[str, Tensor], total_steps: int) -> dict[str, Any]:
+    """Return what goes from each structure, and when."""
+    facts: dict[str, Any] = {}
+    for pool in pruner.pools:
+        mine = [masks[name] for name in pool.layers]
+        facts[pool.name] = {
+            "units": sum(len(mask) for mask in mine),
+            "removed": sum(int((~mask).sum()) for mask in mine) if pool.sparsity is not None else "found by the method",
+            "layers": len(mine),
+            "criterion": pool.config.criterion,
+            "allocation": pool.config.allocation,
+        }
+    schedules = {str(_moments(pool)): pool for pool in pruner.pools}
+    for pool in schedules.values():
+        where = "" if len(schedules) == 1 else f" ({pool.name})"
+        facts[f"share of the removal by step{where}"] = _moments(pool)
+        facts[f"steps after it{where}"] = total_steps - pool.timetable.end
+    return facts
+
+
+def _moments(pool: Pool) -> dict[str, float]:
+    moments = pool.timetable.updates()
+    shown = moments if len(moments) <= MOMENTS_SHOWN else [*moments[: MOMENTS_SHOWN - 1], moments[-1]]
+    return {f"step {step:,}": round(pool.timetable.share(step), 4) for step in shown}

@@ -1,0 +1,325 @@
+"""Pruning: what goes, how much of it, by which criterion, when."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_compress.config.base import MOMENTS, Config, Settings, is_moment
+from hf_compress.errors import ConfigError, choices
+from hf_compress.registry import allocators, criteria
+from hf_compress.schedule import POLYNOMIAL, STEPS, Moment, schedules, to_steps
+
+STRUCTURES = ("heads", "ffn", "hidden", "head_dim", "layers", "experts", "vocab", "other")
+"""The kinds of dimension group, see ``hf_compress.graph.groups``."""
+
+WEIGHTS = "weights"
+"""The structure that is no dimension group: the weights of single layers, see ``PruningConfig.granularity``."""
+
+TRAINABLE_STRUCTURES = ("heads", "ffn", "hidden", "head_dim", "layers", "experts", "other", WEIGHTS)
+"""The structures that can be pruned while training."""
+
+WIDTHS = ("ffn", "hidden", "head_dim", "other")
+"""The structures that ``multiple_of`` speaks of: their sizes are those of matrices."""
+
+GRANULARITIES = ("element", "row", "column", "block")
+"""What is pruned of a weight as one, besides N:M patterns."""
+
+_N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningRule(Settings):
+    """Other settings for a part of the model. What is left out is as in the config around it."""
+
+    match: tuple[str, ...]
+    """Regular expressions; the rule is for dimension groups (with ``weights``: parameters) whose name matches one
+    (``re.search``) and whose kind is in ``structures``. The first such rule decides."""
+
+    structures: Mapping[str, float] | Sequence[str] | None = None
+    criterion: str | None = None
+    options: Mapping[str, Any] | None = None
+    allocation: str | None = None
+    begin: Moment | None = None
+    end: Moment | None = None
+    min_units: int | None = None
+    max_layer_sparsity: float | None = None
+    multiple_of: int | None = None
+
+    def _validate(self) -> None:
+        self._check_patterns("match")
+        if not self.match:
+            raise self._error("match", self.match, "at least one regular expression")
+        if not self.changes():
+            raise self._error("match", self.match, "a rule that sets something else, too", "This one has no effect.")
+
+    def changes(self) -> dict[str, Any]:
+        """Return what the rule sets."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["match"]
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig(Config):
+    """Pruning during training: which structures, how much, by which criterion, when."""
+
+    structures: Mapping[str, float] | Sequence[str]
+    """Structure -> sparsity in [0, 1): the fraction to remove, e.g. ``{"heads": 0.5}``. A list of structures where
+    the criterion itself finds out how much (``movement`` with ``mode="soft"``)."""
+
+    criterion: str = "taylor"
+    """What units are scored by (higher = keep): a name in ``hf_compress.pruning.criteria``."""
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the criterion, see its own documentation."""
+
+    schedule: str = "cubic"
+    """How sparsity grows between ``begin`` and ``end``: a name in ``hf_compress.schedule``, ``"polynomial"`` (see
+    ``power``) or ``"steps"`` (see ``milestones``)."""
+
+    power: float = 3.0
+    """Exponent of the ``polynomial`` schedule, > 0: 1 is linear, 3 is cubic."""
+
+    milestones: tuple[tuple[Moment, float], ...] = ()
+    """For ``schedule="steps"``: moments, each with the share in (0, 1] of the final sparsity that is reached then,
+    e.g. ``((0.2, 0.5), (0.4, 1.0))``. They replace ``begin`` and ``end``."""
+
+    initial_sparsity: float = 0.0
+    """Sparsity at ``begin``, in [0, 1); structures with a lower final sparsity start there."""
+
+    allocation: str = "global"
+    """``"per_layer"``: every layer loses the same fraction; ``"global"``: scores compete across layers;
+    ``"isomorphic"``: they compete among layers of the same sizes, each such class loses the same fraction."""
+
+    begin: Moment = 0.1
+    """When pruning starts: an optimizer step (int), a fraction of the run (float) or ``"1.5 epochs"``."""
+
+    end: Moment = 0.6
+    """When the final sparsity is reached; what remains of the run heals the model."""
+
+    update_every: int = 10
+    """Optimizer steps between two changes of the masks."""
+
+    score_decay: float = 0.95
+    """Exponential moving average of what is measured per step: s <- decay * s + (1 - decay) * s_step."""
+
+    regrow: bool = False
+    """Whether what was pruned may come back while the schedule runs, if it scores better than what is there."""
+
+    min_units: int = 1
+    """Units that every layer keeps at least, whatever the scores say."""
+
+    max_layer_sparsity: float = 1.0
+    """Upper limit of the sparsity of a single layer, in (0, 1]."""
+
+    multiple_of: int = 1
+    """Kept widths (ffn, hidden, head_dim, other) are multiples of this: 8, 16 or 64 suit integer and tensor-core
+    kernels."""
+
+    granularity: str = "element"
+    """For ``weights``, what goes as one: ``"element"``, ``"row"`` (an output), ``"column"`` (an input), ``"block"``
+    (see ``block_size``), or a pattern such as ``"2:4"``: two of four neighbours along the inputs stay."""
+
+    block_size: tuple[int, int] = (32, 32)
+    """Outputs and inputs of a block."""
+
+    exclude: tuple[str, ...] = ()
+    """Regular expressions; a dimension group or parameter whose name matches one (``re.search``) is left alone."""
+
+    rules: tuple[PruningRule, ...] = ()
+    """Other settings for parts of the model."""
+
+    def _validate(self) -> None:
+        self._check_patterns("exclude")
+        self._check_choice("criterion", criteria)
+        self._check_choice("allocation", allocators)
+        self._check_choice("schedule", {*schedules, POLYNOMIAL, STEPS})
+        for name in ("update_every", "min_units", "multiple_of"):
+            self._check_count(name)
+        self._check_choice("regrow", (True, False))
+        self._check_number("score_decay", 0, 1, open_high=True)
+        self._check_number("initial_sparsity", 0, 1, open_high=True)
+        self._check_number("max_layer_sparsity", 0, 1, open_low=True)
+        self._check_number("power", 0, 100, open_low=True)
+        self._check_options()
+        self._check_structures()
+        self._check_window()
+        self._check_weights()
+        self._check_effects()
+        self._check_rules()
+
+    def _check_options(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise self._error("options", self.options, "a mapping of the criterion's settings")
+        object.__setattr__(self, "options", dict(self.options))
+        try:
+            self.method_options()
+        except ConfigError as error:
+            raise ConfigError(f"PruningConfig.options for criterion {self.criterion!r}: {error}") from error
+
+    def method_options(self) -> Any:
+        """Return the criterion's own settings, checked."""
+        return criteria.get(self.criterion).options.from_dict(self.options)
+
+    def _check_structures(self) -> None:
+        given = self.structures
+        decides = self.method_options().decides
+        wanted = 'a list such as ["heads", "ffn"]' if decides else 'a mapping such as {"heads": 0.5, "ffn": 0.7}'
+        is_list = isinstance(given, Sequence) and not isinstance(given, str)
+        if not given or not (is_list if decides else isinstance(given, Mapping)):
+            why = f"{self.criterion!r} finds out itself how much goes." if decides else ""
+            raise self._error("structures", given, f"a non-empty {wanted[2:]}", why)
+        for kind in given:
+            if kind not in TRAINABLE_STRUCTURES:
+                known = choices(kind, TRAINABLE_STRUCTURES)
+                raise ConfigError(f"PruningConfig.structures: unknown structure {kind!r}; {known}.")
+            works_on = criteria.get(self.criterion).structures
+            if kind not in works_on:
+                allowed = ", ".join(repr(each) for each in TRAINABLE_STRUCTURES if each in works_on)
+                raise self._error("structures", kind, f"{allowed} with criterion {self.criterion!r}")
+        if isinstance(given, Mapping):
+            for kind, sparsity in given.items():
+                if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+                    raise self._error(f"structures[{kind!r}]", sparsity, "a sparsity (fraction removed) in [0, 1)")
+            object.__setattr__(self, "structures", {kind: float(value) for kind, value in given.items()})
+        else:
+            object.__setattr__(self, "structures", tuple(given))
+
+    def _check_window(self) -> None:
+        for name in ("begin", "end"):
+            self._check_moment(name)
+        if type(self.begin) is type(self.end) and not isinstance(self.begin, str) and self.begin > self.end:  # type: ignore[operator]
+            raise self._error("end", self.end, f"at least begin = {self.begin}")
+        if (self.schedule == STEPS) != bool(self.milestones):
+            allowed = "moments with shares" if self.schedule == STEPS else 'none without schedule="steps"'
+            raise self._error("milestones", self.milestones, allowed)
+        self._check_milestones()
+
+    def _check_milestones(self) -> None:
+        allowed = f"pairs of a moment ({MOMENTS}) and a share in (0, 1], the last share 1, shares growing"
+        pairs = self.milestones
+        if isinstance(pairs, str) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise self._error("milestones", pairs, allowed)
+        shares = [share for _, share in pairs]
+        numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in shares)
+        if not numbers or not all(map(is_moment, (when for when, _ in pairs))):
+            raise self._error("milestones", pairs, allowed)
+        if (pairs and (shares[-1] != 1 or not shares[0] > 0)) or any(a >= b for a, b in itertools.pairwise(shares)):
+            raise self._error("milestones", pairs, allowed)
+        if pairs and (self.begin, self.end) != (PruningConfig.begin, PruningConfig.end):
+            raise self._error("begin/end", (self.begin, self.end), 'the defaults with schedule="steps"')
+        object.__setattr__(self, "milestones", tuple((when, float(share)) for when, share in pairs))
+
+    def _check_weights(self) -> None:
+        pattern = _N_OF_M.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
+        if self.granularity not in GRANULARITIES and (pattern is None or not 0 < int(pattern[1]) < int(pattern[2])):
+            raise self._error("granularity", self.granularity, f"{', '.join(GRANULARITIES)}, or N:M such as 2:4")
+        size = self.block_size
+        whole = isinstance(size, Sequence) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)
+        if not whole:
+            raise self._error("block_size", size, "two ints >= 1: outputs and inputs of a block")
+        object.__setattr__(self, "block_size", tuple(size))
+        if WEIGHTS not in self.structures and self.granularity != "element":
+            raise self._error("granularity", self.granularity, f'"element" unless {WEIGHTS!r} is pruned')
+        if self.granularity != "block" and self.block_size != PruningConfig.block_size:
+            raise self._error("block_size", size, f'{PruningConfig.block_size} unless granularity is "block"')
+        if pattern is not None and isinstance(self.structures, Mapping):
+            final = 1 - int(pattern[1]) / int(pattern[2])
+            given = self.structures[WEIGHTS]
+            if abs(given - final) > 1e-9:
+                raise self._error(f"structures[{WEIGHTS!r}]", given, f"{final}, which is what the pattern removes")
+
+    def _check_effects(self) -> None:
+        """A setting that cannot change anything is an error, not a comment."""
+        if self.power != PruningConfig.power and self.schedule != POLYNOMIAL:
+            raise self._error("power", self.power, f'{PruningConfig.power} unless schedule is "polynomial"')
+        if self.multiple_of != 1 and not set(WIDTHS) & set(self.structures):
+            raise self._error("multiple_of", self.multiple_of, f"only 1 unless one of {', '.join(WIDTHS)} is pruned")
+        decay_read = criteria.get(self.criterion).averages
+        if self.score_decay != PruningConfig.score_decay and not decay_read:
+            raise self._error("score_decay", self.score_decay, f"{PruningConfig.score_decay} with {self.criterion!r}")
+        if not isinstance(self.structures, Mapping):
+            return
+        if self.allocation == "per_layer" and self.max_layer_sparsity != 1.0:
+            raise self._error("max_layer_sparsity", self.max_layer_sparsity, 'only 1.0 with allocation="per_layer"')
+        if max(self.structures.values()) > self.max_layer_sparsity:
+            raise self._error("max_layer_sparsity", self.max_layer_sparsity, "at least the highest sparsity asked for")
+
+    def _check_rules(self) -> None:
+        given = self.rules
+        if isinstance(given, str | Mapping) or not all(isinstance(rule, PruningRule | Mapping) for rule in given):
+            raise self._error("rules", given, "a list of PruningRule or of mappings of its fields")
+        rules = tuple(PruningRule.from_dict(rule) if isinstance(rule, Mapping) else rule for rule in given)
+        object.__setattr__(self, "rules", rules)
+        self.parts()
+
+    def parts(self) -> "list[tuple[PruningRule | None, PruningConfig]]":
+        """Return each rule with the config that holds for what it matches, and last this config without rules.
+
+        Raises:
+            ConfigError: If a rule asks for what does not go together.
+        """
+        found: list[tuple[PruningRule | None, PruningConfig]] = []
+        for number, rule in enumerate(self.rules):
+            try:
+                found.append((rule, self._under(rule)))
+            except ConfigError as error:
+                raise ConfigError(f"PruningConfig.rules[{number}]: {error}") from error
+        return [*found, (None, dataclasses.replace(self, rules=()) if self.rules else self)]
+
+    def _under(self, rule: PruningRule) -> "PruningConfig":
+        """Return the config under a rule; what is inherited and means nothing there goes back to its default."""
+        changes = rule.changes()
+        structures = changes.get("structures", self.structures)
+        neutral: dict[str, Any] = {"rules": ()}
+        if "criterion" in changes:
+            neutral |= {"options": {}, "score_decay": PruningConfig.score_decay}
+        if not set(WIDTHS) & set(structures):
+            neutral["multiple_of"] = 1
+        if WEIGHTS not in structures:
+            neutral |= {"granularity": "element", "block_size": PruningConfig.block_size}
+        if changes.get("allocation") == "per_layer":
+            neutral["max_layer_sparsity"] = 1.0
+        return dataclasses.replace(self, **(neutral | changes))
+
+    def pattern(self) -> tuple[int, int] | None:
+        """Return N and M of an N:M granularity, or None."""
+        found = _N_OF_M.fullmatch(self.granularity)
+        return None if found is None else (int(found[1]), int(found[2]))
+
+    def window(self, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> tuple[int, int]:
+        """Return the first and the last optimizer step of the schedule.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            steps_per_epoch: Says how many of them an epoch has; asked only if epochs are given.
+
+        Raises:
+            ConfigError: If the window does not fit into the run.
+        """
+        moments = self.moments(total_steps, steps_per_epoch)
+        return moments[0][0], moments[-1][0]
+
+    def moments(self, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> list[tuple[int, float]]:
+        """Return the milestones in optimizer steps; without any, the first and the last step of the window.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            steps_per_epoch: Says how many of them an epoch has; asked only if epochs are given.
+
+        Raises:
+            ConfigError: If they do not fit into the run.
+        """
+        given = self.milestones or ((self.begin, 0.0), (self.end, 1.0))
+        steps = [to_steps(when, total_steps, steps_per_epoch) for when, _ in given]
+        begin, end = steps[0], steps[-1]
+        if sorted(steps) != steps or begin < 0 or not 1 <= end <= total_steps:
+            name = "milestones" if self.milestones else "begin/end"
+            raise ConfigError(
+                f"PruningConfig.{name}: {given[0][0]!r}..{given[-1][0]!r} is the window of steps {begin}..{end}, but "
+                f"the run has {total_steps} optimizer steps; allowed: 0 <= begin <= end <= {total_steps} and end >= 1."
+            )
+        return [(step, share) for step, (_, share) in zip(steps, given, strict=True)]

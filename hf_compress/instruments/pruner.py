@@ -1,0 +1,221 @@
+"""Pruning of one model, step by step: reads evidence, lets methods score, moves masks. Knows no Trainer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.config import PruningConfig
+from hf_compress.errors import TrainingError
+from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.gate import check_gateable
+from hf_compress.instruments.select import Selection, limits_of, select
+from hf_compress.instruments.units import GroupUnits
+from hf_compress.instruments.weight_units import WeightUnits
+from hf_compress.pruning.allocate import Layer, check_reachable
+from hf_compress.pruning.method import DeferringMethod, Method, Reading, Setting
+from hf_compress.pruning.pools import Pool
+from hf_compress.pruning.timetable import Timetable
+from hf_compress.registry import criteria
+
+Mean = Callable[[Mapping[str, Tensor | None], Mapping[str, Tensor]], Mapping[str, Tensor | None]]
+"""(tensors by name, zeros of the same shapes) -> their means over all ranks; None where no rank has one."""
+
+MISSING: dict[Reading, str] = {
+    "gate_gradients": "the gates of {name!r} got no gradient",
+    "activations": "no token reached the consumers of {name!r}",
+    "changes": "no token passed the layers of {name!r}",
+}
+
+
+class Pruner:
+    """The pools of a config at work on a model.
+
+    Args:
+        model: The model; gates and masks are put on its modules.
+        graph: What is known about it.
+        config: What to prune.
+        total_steps: Optimizer steps of the run.
+        steps_per_epoch: Says how many of them an epoch has.
+        seed: Of what is random.
+
+    Raises:
+        TargetError: If the model cannot be pruned as the config says.
+        ConfigError: If the schedule does not fit into the run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: ModelGraph,
+        config: PruningConfig,
+        total_steps: int,
+        steps_per_epoch: Callable[[], int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.units: dict[str, GroupUnits | WeightUnits] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.thresholds: dict[str, float] = {}
+        self.pools: list[Pool] = []
+        chosen = select(model, graph.groups, config)
+        check_gateable(model, [group for each in chosen for group in each.groups])
+        try:
+            for selection in chosen:
+                self._add(selection, lambda config: config.moments(total_steps, steps_per_epoch), seed)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _add(
+        self, selection: Selection, moments: Callable[[PruningConfig], list[tuple[int, float]]], seed: int
+    ) -> None:
+        config = selection.config
+        sparsity = config.structures[selection.kind] if isinstance(config.structures, Mapping) else None
+        setting = Setting(score_decay=config.score_decay, seed=seed, sparsity=sparsity)
+        method: Method = criteria.get(config.criterion)(config.method_options(), setting)
+        layers: dict[str, Layer] = {}
+        runs: dict[str, int] = {}
+        for group in selection.groups:
+            layers[group.name] = limits_of(group, config)
+            self.units[group.name] = GroupUnits(group, self.model, method)
+        for name, module in selection.modules:
+            weight = WeightUnits(name, module, config, method)
+            self.units[weight.name] = weight
+            layers[weight.name] = Layer(
+                num_units=weight.num_units,
+                min_units=config.min_units,
+                max_sparsity=config.max_layer_sparsity,
+                shape=str(weight.evidence.shape),
+            )
+            run = weight.run(method.run_length if config.granularity == "element" else None)
+            if run > 1:
+                runs[weight.name] = run
+        if sparsity is not None:
+            check_reachable(f"structures[{selection.kind!r}]", sparsity, layers)
+        timetable = Timetable.of(config, moments(config))
+        pool = Pool(selection.name, selection.kind, config, method, layers, timetable, runs)
+        self.pools.append(pool)
+        for name in layers:
+            self.masks[name] = torch.ones(self.units[name].num_units, dtype=torch.bool)
+            method.start(name, self.units[name].evidence)
+            self.show(pool, name)
+
+    def read(self, step: int, mean: Mean, loss_scale: float) -> None:
+        """Take in the gradients and activations of an optimizer step, before the optimizer acts.
+
+        Args:
+            step: Optimizer steps done before it.
+            mean: Averages over ranks; called once, by every rank.
+            loss_scale: What gates' gradients are multiplied with.
+
+        Raises:
+            TrainingError: If there is nothing to read.
+        """
+        shapes = {(name, key): blank for name, units in self.units.items() for key, blank in units.blank().items()}
+        taken = {(name, key): each for name, units in self.units.items() for key, each in units.take().items()}
+        if shapes:
+            mine = {_key(each): value for each, value in taken.items()}
+            means = mean(mine, {_key(each): blank for each, blank in shapes.items()})
+            self._give(step, {each: means[_key(each)] for each in shapes}, loss_scale)
+        for pool in self.pools:
+            self.set_time(pool, step + 1)
+            for name in pool.layers:
+                pool.method.step(name, self.units[name].evidence)
+            if isinstance(pool.method, DeferringMethod):
+                self._pull(pool.method, pool.layers)
+
+    def _pull(self, method: DeferringMethod, names: Iterable[str]) -> None:
+        method.end_step()
+        for name in names:
+            change = method.pull(name, self.units[name].evidence)
+            if change is not None:
+                self.units[name].evidence.add_to_gradients(change)
+
+    def set_time(self, pool: Pool, step: int) -> None:
+        """Tell a method how far its schedule is in an optimizer step, the first being 1."""
+        pool.method.share, pool.method.over = pool.timetable.share(step), step > pool.timetable.end
+
+    def _give(self, step: int, means: Mapping[tuple[str, Reading], Tensor | None], loss_scale: float) -> None:
+        given: dict[str, dict[Reading, Tensor]] = {}
+        for (name, key), tensor in means.items():
+            if tensor is None:
+                pool = next(pool for pool in self.pools if name in pool.layers)
+                raise TrainingError(
+                    f"PruningCallback: {MISSING[key].format(name=name)} in step {step + 1}, so criterion "
+                    f"{pool.config.criterion!r} has nothing to go by. Is that part of the model frozen or skipped in "
+                    "training?"
+                )
+            given.setdefault(name, {})[key] = tensor / loss_scale if key == "gate_gradients" else tensor
+        for name, readings in given.items():
+            self.units[name].evidence.give(readings)
+
+    def update(self, step: int) -> bool:
+        """Move masks and factors after an optimizer step; return whether masks were due.
+
+        Raises:
+            TrainingError: If scores do not say what goes.
+        """
+        due = False
+        for pool in self.pools:
+            if pool.timetable.is_due(step):
+                due = True
+                now = {name: self.masks[name] for name in pool.layers}
+                evidence = {name: self.units[name].evidence for name in pool.layers}
+                masks, threshold = pool.masks(step, evidence, now)
+                for name, mask in masks.items():
+                    self.masks[name] = mask
+                    self.units[name].set_mask(mask)
+                if threshold is not None:
+                    self.thresholds[pool.name] = threshold
+            self.set_time(pool, step + 1)
+            for name in pool.layers:
+                self.show(pool, name)
+        return due
+
+    def show(self, pool: Pool, name: str) -> None:
+        """Put the factors of a method that has some on the units of a layer."""
+        factors = _factors(pool.method, name)
+        if factors is not None:
+            kept = self.masks[name].to(factors[0].device)
+            self.units[name].set_values(factors[0] * kept, factors[1] * kept)
+
+    def each(self) -> Iterator[tuple[Pool, str]]:
+        """Yield all layers' names, each with its pool."""
+        return ((pool, name) for pool in self.pools for name in pool.layers)
+
+    def group_masks(self) -> dict[str, Tensor]:
+        """Return the masks of dimension groups alone, by name."""
+        return {name: mask for name, mask in self.masks.items() if isinstance(self.units[name], GroupUnits)}
+
+    def fold(self) -> list[str]:
+        """Write the final masks and factors into the weights, and take off what is not needed any more.
+
+        Returns:
+            Groups whose gates stay on, because weights alone cannot say what is gone.
+        """
+        staying = []
+        for pool, name in self.each():
+            factors = _factors(pool.method, name)
+            done = self.units[name].fold(self.masks[name], None if factors is None else factors[1])
+            if done:
+                self.units[name].remove()
+            else:
+                self.units[name].stop_reading()
+                staying.append(name)
+        return staying
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        for units in self.units.values():
+            units.remove()
+
+
+def _factors(method: Method, name: str) -> tuple[Tensor, Tensor] | None:
+    return method.factors(name) if isinstance(method, DeferringMethod) else None
+
+
+def _key(name_and_reading: tuple[str, Any]) -> str:
+    return "|".join(name_and_reading)

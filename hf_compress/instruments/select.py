@@ -1,0 +1,142 @@
+"""Which groups and weights of a model a config asks for."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+
+from hf_compress.config import WEIGHTS, WIDTHS, PruningConfig, PruningRule
+from hf_compress.errors import TargetError, choices
+from hf_compress.graph.groups import DimensionGroup, DimensionGroups
+from hf_compress.instruments.adapters import named_plain_modules
+from hf_compress.instruments.attach import find_leaf_kind
+from hf_compress.pruning.allocate import Layer
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one structure of one part of the config covers."""
+
+    name: str
+    """Of the pool: the structure, with the number of the rule where one applies."""
+
+    kind: str
+    config: PruningConfig
+
+    groups: tuple[DimensionGroup, ...] = ()
+    """Dimension groups to prune."""
+
+    modules: tuple[tuple[str, nn.Module], ...] = ()
+    """Modules whose weights are to be pruned, by name."""
+
+
+def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfig) -> list[Selection]:
+    """Return what the config covers.
+
+    Raises:
+        TargetError: If the model lacks a structure, a group that was asked for is frozen, or a pattern matches
+            nothing.
+    """
+    parts = config.parts()
+    weights = dict(prunable_modules(model)) if any(WEIGHTS in part.structures for _, part in parts) else {}
+    _check_patterns(config, groups, weights)
+    candidates = [(group.kind, group.name) for group in groups] + [(WEIGHTS, name) for name in weights]
+    left = [(kind, name) for kind, name in candidates if not _matches(config.exclude, kind, name)]
+    by_name = {group.name: group for group in groups}
+    found = []
+    for number, (rule, part) in enumerate(parts):
+        covered = {kind: _covered(kind, left, rule) for kind in part.structures}
+        inherited = rule is not None and rule.structures is None and any(covered.values())
+        for kind, mine in covered.items():
+            left = [(each, name) for each, name in left if each != kind or name not in mine]
+            if not mine and not inherited:
+                has = {group.kind for group in groups if group.frozen is None and (group.kind, group.name) in left}
+                raise TargetError(_nothing(kind, has | ({WEIGHTS} if weights else set()), number, rule))
+            name = kind if rule is None else f"{kind}_rule{number}"
+            if mine and kind == WEIGHTS:
+                found.append(Selection(name, kind, part, modules=tuple((each, weights[each]) for each in mine)))
+            elif mine:
+                chosen = tuple(by_name[each] for each in mine)
+                _check_groups(kind, chosen)
+                found.append(Selection(name, kind, part, groups=chosen))
+    return found
+
+
+def _covered(kind: str, left: list[tuple[str, str]], rule: PruningRule | None) -> list[str]:
+    """Return the names of that kind that no earlier rule took and this one matches."""
+    return [name for each, name in left if each == kind and (rule is None or _matches(rule.match, kind, name))]
+
+
+def prunable_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers of the base model whose weights can be masked: not the task head, not embeddings.
+
+    Nor the output projection inside PyTorch's attention, which takes its weight and never calls it.
+    """
+    inside = {id(module) for module in model.base_model.modules()}
+    source: Any = model
+    head = source.get_output_embeddings()
+    for name, module in named_plain_modules(model):
+        taken = isinstance(module, NonDynamicallyQuantizableLinear)
+        if id(module) in inside and module is not head and not taken and find_leaf_kind(module) is not None:
+            yield name, module
+
+
+def limits_of(group: DimensionGroup, config: PruningConfig) -> Layer:
+    """Return what an allocation must respect of a group."""
+    multiple = config.multiple_of if group.kind in WIDTHS else 1
+    tied = "|".join(sorted({group.name, *group.tied_to})) if group.tied_to else ""
+    return Layer(
+        num_units=group.num_units,
+        min_units=max(config.min_units, group.min_units) if config.min_units else group.min_units,
+        max_sparsity=config.max_layer_sparsity,
+        multiple_of=math.lcm(multiple, group.multiple_of),
+        fixed_units=group.fixed_units,
+        tied=tied,
+        shape=f"{group.num_units} of {group.parameters_per_unit}",
+    )
+
+
+def _matches(patterns: Sequence[str], kind: str, name: str) -> bool:
+    text = f"{name}.weight" if kind == WEIGHTS else name
+    return any(re.search(pattern, text) for pattern in patterns)
+
+
+def _check_patterns(config: PruningConfig, groups: DimensionGroups, weights: Mapping[str, nn.Module]) -> None:
+    candidates = [(group.kind, group.name) for group in groups] + [(WEIGHTS, name) for name in weights]
+    patterns = [("exclude", pattern) for pattern in config.exclude]
+    patterns += [(f"rules[{n}].match", pattern) for n, rule in enumerate(config.rules) for pattern in rule.match]
+    for where, pattern in patterns:
+        if not any(_matches((pattern,), kind, name) for kind, name in candidates):
+            asked = [group.name for group in groups if group.kind in config.structures]
+            known = ", ".join(repr(name) for name in (*asked, *(f"{name}.weight" for name in weights)))
+            raise TargetError(f"PruningConfig.{where}: {pattern!r} matches no dimension group; groups here: {known}.")
+
+
+def _nothing(kind: str, has: set[str], number: int, rule: PruningRule | None) -> str:
+    if rule is not None:
+        return (
+            f"PruningConfig.rules[{number}]: no {kind!r} is left for it: nothing that it matches and that neither "
+            "exclude nor an earlier rule takes."
+        )
+    return f"PruningConfig.structures: the model has no {kind!r} to prune; {choices(kind, has)}."
+
+
+def _check_groups(kind: str, groups: tuple[DimensionGroup, ...]) -> None:
+    names = {group.name for group in groups}
+    for group in groups:
+        if group.frozen is not None:
+            raise TargetError(
+                f"PruningConfig.structures[{kind!r}]: group {group.name!r} cannot be pruned: {group.frozen}. "
+                "Leave it out with exclude=(...)."
+            )
+        missing = [name for name in group.tied_to if name not in names]
+        if missing:
+            raise TargetError(
+                f"PruningConfig.structures[{kind!r}]: group {group.name!r} must keep the same share of its units as "
+                f"{missing[0]!r}, which is left out or under another rule. Prune both alike, or exclude both."
+            )

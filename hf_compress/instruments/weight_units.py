@@ -1,0 +1,188 @@
+"""The weights of one layer as units: single ones, rows, columns or blocks."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_compress.config import PruningConfig
+from hf_compress.errors import TargetError, TrainingError
+from hf_compress.instruments.adapters import base_layer
+from hf_compress.instruments.attach import LeafKind, leaf_kind
+from hf_compress.instruments.mask import ElementMask
+from hf_compress.instruments.record import InputWatch
+from hf_compress.instruments.sharded import add_in_place, whole
+from hf_compress.instruments.units import Readings
+from hf_compress.pruning.method import Method, Reading
+
+
+class WeightEvidence(Readings):
+    """What there is to know about the weights of one layer, cut into units.
+
+    Args:
+        name: Full name of the weight.
+        parameter: The weight.
+        kind: How the layer uses it.
+        config: Says what a unit is: ``granularity`` and ``block_size``.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, kind: LeafKind, config: PruningConfig) -> None:
+        super().__init__()
+        self._name = name
+        self._parameter = parameter
+        self._kind = kind
+        self._granularity, self._block = config.granularity, config.block_size
+        rows = self._rows(torch.empty(parameter.shape, device="meta"))
+        self.shape = (rows.shape[0], rows.shape[1])
+        self.num_units = self._by_unit(rows).shape[0]
+
+    def weights(self) -> Tensor:
+        """Return the weights by unit, [num_units, weights per unit]."""
+        return self._by_unit(self._rows(whole(self._parameter.detach()).float()))
+
+    def weight_gradients(self) -> Tensor:
+        """Return the gradients by unit, as the optimizer gets them.
+
+        Raises:
+            TrainingError: If there are none.
+        """
+        if self._parameter.grad is None:
+            raise TrainingError(
+                f"the weight {self._name!r} got no gradient, so its criterion has nothing to go by. Is it frozen, or "
+                "not used in training? Leave it out with exclude=(...)."
+            )
+        return self._by_unit(self._rows(whole(self._parameter.grad).float()))
+
+    def gate_gradients(self) -> Tensor:
+        """Return d loss / d gate: the sum of weight * gradient, [num_units]."""
+        return (self.weights() * self.weight_gradients()).sum(dim=1)
+
+    def by_unit(self, channels: Tensor) -> Tensor:
+        """Return the number of each weight's input channel, [num_units, weights per unit]."""
+        shape = [1] * self._parameter.dim()
+        shape[self._kind.weight_in_dim] = -1
+        spread = channels.view(shape).expand(self._parameter.shape)
+        return self._by_unit(self._rows(spread))
+
+    def columns(self) -> Tensor:
+        """Return the magnitude of each weight, [num_units, weights per unit]."""
+        return self.weights().abs()
+
+    def add_to_gradients(self, change: Tensor) -> None:
+        """Add to the gradients of the weights, [num_units, weights per unit]."""
+        if self._parameter.grad is not None:
+            add_in_place(self._parameter.grad, self.weight_shaped(change))
+
+    def weight_shaped(self, units: Tensor) -> Tensor:
+        """Return [num_units] or [num_units, weights per unit] as a tensor of the weight's shape."""
+        outputs, inputs = self.shape
+        if self._granularity == "row":
+            rows = units.reshape(outputs, -1).expand(outputs, inputs)
+        elif self._granularity == "column":
+            rows = units.reshape(inputs, -1).expand(inputs, outputs).t()
+        elif self._granularity == "block":
+            high, wide = self._block
+            down, across = -(-outputs // high), -(-inputs // wide)
+            blocks = units.reshape(down * across, -1).expand(down * across, high * wide)
+            rows = blocks.reshape(down, across, high, wide).transpose(1, 2).reshape(down * high, across * wide)
+            rows = rows[:outputs, :inputs]
+        else:
+            rows = units.reshape(outputs, inputs)
+        return (rows.t() if self._kind.weight_in_dim == 0 else rows).reshape(self._parameter.shape)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as [outputs, inputs]."""
+        return tensor.t() if self._kind.weight_in_dim == 0 else tensor.reshape(tensor.shape[0], -1)
+
+    def _by_unit(self, rows: Tensor) -> Tensor:
+        if self._granularity == "row":
+            return rows
+        if self._granularity == "column":
+            return rows.t()
+        if self._granularity != "block":
+            return rows.reshape(-1, 1)
+        high, wide = self._block
+        padded = F.pad(rows, (0, -rows.shape[1] % wide, 0, -rows.shape[0] % high))
+        down, across = padded.shape[0] // high, padded.shape[1] // wide
+        return padded.reshape(down, high, across, wide).transpose(1, 2).reshape(-1, high * wide)
+
+
+class WeightUnits:
+    """The units of the weight of one Linear, Conv1D or convolution.
+
+    Args:
+        name: The module's name.
+        module: The module.
+        config: Says what a unit is.
+        method: What the units will be scored by.
+
+    Raises:
+        TargetError: If the layer's sizes do not fit the granularity, or its weight cannot be masked.
+    """
+
+    def __init__(self, name: str, module: nn.Module, config: PruningConfig, method: Method) -> None:
+        self.name = f"{name}.weight"
+        kind = leaf_kind(name, module)
+        if base_layer(module) is not module:
+            raise TargetError(f"{self.name!r} has an adapter; single weights of adapted layers cannot be pruned.")
+        parameter: Any = module.weight
+        self._parameter: nn.Parameter = parameter
+        self._channels = parameter.shape[kind.weight_in_dim]
+        self.evidence = WeightEvidence(self.name, parameter, kind, config)
+        self.num_units = self.evidence.num_units
+        self._pattern = config.pattern()
+        inputs = self.evidence.shape[1]
+        if self._pattern is not None and inputs % self._pattern[1]:
+            raise TargetError(
+                f"{self.name!r} has {inputs} inputs, no multiple of {self._pattern[1]}, so granularity "
+                f"{config.granularity!r} does not fit. Leave it out with exclude=(...)."
+            )
+        self._mask = ElementMask(name, module, straight_through=config.regrow)
+        self._watch = InputWatch(name, module, method.statistic) if "activations" in method.reads else None
+
+    def blank(self) -> Mapping[Reading, Tensor]:
+        """Return zeros of the shapes that ``take`` returns."""
+        if self._watch is None:
+            return {}
+        return {"activations": torch.zeros(self._channels + 1, device=self._parameter.device)}
+
+    def take(self) -> Mapping[Reading, Tensor | None]:
+        """Return what this rank gathered in a step; gradients of weights are averaged already."""
+        return {} if self._watch is None else {"activations": self._watch.take()}
+
+    def run(self, length: Literal["row"] | None) -> int:
+        """Return how many neighbouring units compete with each other only: M of N:M, or an output row; else 1."""
+        if self._pattern is not None:
+            return self._pattern[1]
+        return self.evidence.shape[1] if length == "row" else 1
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Keep the units where ``mask`` [num_units] is True."""
+        self.evidence.kept = float(mask.float().mean())
+        self._mask.set_mask(self.evidence.weight_shaped(mask).to(self._parameter.device))
+
+    def set_values(self, training: Tensor, evaluation: Tensor) -> None:
+        """Refuse: the weights are factors themselves.
+
+        Raises:
+            TargetError: Always.
+        """
+        raise TargetError(f"{self.name!r}: single weights have no factors; prune a dimension group instead.")
+
+    def fold(self, mask: Tensor, factors: Tensor | None) -> bool:
+        """Zero the pruned weights."""
+        self._mask.fold()
+        return True
+
+    def stop_reading(self) -> None:
+        """Leave the mask alone in place."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def remove(self) -> None:
+        """Take everything off."""
+        self.stop_reading()
+        self._mask.remove()

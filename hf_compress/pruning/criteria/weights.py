@@ -1,0 +1,42 @@
+"""Scores of the weights as they are: cheap, and blind to what the weights do."""
+
+import torch
+from torch import Tensor
+
+from hf_compress.pruning.method import current
+
+
+@current("l1")
+def l1(weights: Tensor) -> Tensor:
+    """Sum of the magnitudes of all weights of a unit.
+
+    Source: Li et al. 2016, arXiv:1608.08710.
+    """
+    return weights.abs().sum(dim=1)
+
+
+@current("l2")
+def l2(weights: Tensor) -> Tensor:
+    """Euclidean norm of all weights of a unit."""
+    norm: Tensor = torch.linalg.vector_norm(weights, dim=1)
+    return norm
+
+
+@current("level")
+def level(weights: Tensor) -> Tensor:
+    """Mean magnitude of the weights of a unit; for single weights, their magnitude.
+
+    Source: Han et al. 2015, arXiv:1506.02626. Unlike ``l1`` it compares units of different sizes.
+    """
+    return weights.abs().mean(dim=1)
+
+
+@current("fpgm")
+def fpgm(weights: Tensor) -> Tensor:
+    """Sum of the distances from a unit's weights to those of all other units of the layer.
+
+    Units near the geometric median are redundant: the others can stand in for them.
+
+    Source: He et al. 2019, arXiv:1811.00250, eq. 4.
+    """
+    return torch.cdist(weights, weights).sum(dim=1)

@@ -1,0 +1,138 @@
+"""Pools: layers whose units compete, scored by one method, for one sparsity."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_compress.config import PruningConfig
+from hf_compress.errors import TargetError, TrainingError
+from hf_compress.pruning.allocate import (
+    Layer,
+    achieved_sparsity,
+    allocate,
+    bundles,
+    keep_best,
+    protected,
+    tolerance,
+)
+from hf_compress.pruning.method import DeferringMethod, Evidence, Method, is_useful
+from hf_compress.pruning.timetable import Timetable
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What one structure loses in one part of the model."""
+
+    name: str
+    """The structure, with the number of the rule where one applies: ``ffn``, ``ffn_rule0``."""
+
+    kind: str
+    """The structure."""
+
+    config: PruningConfig
+    """What holds here, rules applied."""
+
+    method: Method
+
+    layers: Mapping[str, Layer]
+    """By name."""
+
+    timetable: Timetable
+
+    runs: Mapping[str, int]
+    """Layer name -> number of neighbouring units that compete with each other only; layers that are missing have no
+    such runs."""
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity in the end; None if the method finds out."""
+        structures = self.config.structures
+        return structures[self.kind] if isinstance(structures, Mapping) else None
+
+    def masks(
+        self, step: int, evidence: Mapping[str, Evidence], now: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Return the masks that are due, and the lowest score of what stays.
+
+        Args:
+            step: Optimizer steps done so far.
+            evidence: By layer.
+            now: The masks so far, by layer.
+
+        Raises:
+            TrainingError: If the scores do not say what goes, or are not finite.
+        """
+        scores = {name: self.method.score(name, evidence[name]).float().cpu() for name in self.layers}
+        final = self.sparsity if self.sparsity is not None else 0.0
+        sparsity = final if isinstance(self.method, DeferringMethod) else self.timetable.sparsity(step, final)
+        self._check_scores(scores, now, sparsity)
+        if not self.config.regrow:
+            scores = {name: score.masked_fill(~now[name], -math.inf) for name, score in scores.items()}
+        threshold = self.method.threshold(self.timetable.share(step))
+        masks = self.allocate(scores, sparsity) if threshold is None else self._above(scores, threshold)
+        if isinstance(self.method, DeferringMethod) and step < self.timetable.end:
+            for name, mask in masks.items():
+                self.method.project(name, evidence[name], mask)
+            return {}, None
+        kept = [scores[name][mask].min() for name, mask in masks.items() if mask.any()]
+        return masks, float(torch.stack(kept).min()) if kept else None
+
+    def _above(self, scores: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
+        """Keep what scores at least as high, and what the limits of the layers ask for beyond that."""
+        masks = {}
+        for bundle in bundles(self.layers):
+            steps = bundle.floor
+            for name, stride in zip(bundle.names, bundle.strides, strict=True):
+                steps = max(steps, -(-int((scores[name] >= threshold).sum()) // stride))
+            for name, stride in zip(bundle.names, bundle.strides, strict=True):
+                masks[name] = keep_best(scores[name], min(steps * stride, self.layers[name].num_units))
+        return masks
+
+    def allocate(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return masks of a sparsity, by scores."""
+        pattern = self.config.pattern()
+        protect = dict(scores)
+        for name, run in self.runs.items():
+            keep = pattern[0] if pattern is not None else math.floor((1 - sparsity) * run + 0.5)
+            protect[name] = protected(scores[name], run, keep)
+        return allocate(protect, sparsity, self.layers, self.config.allocation)
+
+    def _check_scores(self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], sparsity: float) -> None:
+        for name, score in scores.items():
+            if not bool(torch.isfinite(score).all()):
+                raise TrainingError(
+                    f"PruningCallback: criterion {self.config.criterion!r} gave scores for {name!r} that are not "
+                    "finite. Are weights NaN or infinite? Check the loss and its precision."
+                )
+        if sparsity > 0 and not any(is_useful(scores[name][now[name]]) for name in scores):
+            raise TrainingError(
+                f"PruningCallback: the scores of all {self.kind!r} are 0 when the first are to go, so nothing says "
+                "which. Were all gradients zero or not finite so far? Check the loss and its precision, or begin later."
+            )
+
+    def check_achieved(self, masks: Mapping[str, Tensor], after: str) -> None:
+        """Check at the end that the sparsity was reached.
+
+        Args:
+            masks: The final masks.
+            after: What to add to the message: when training ended, and why the target may have been missed.
+
+        Raises:
+            TargetError: If it was not.
+        """
+        if self.sparsity is None:
+            return
+        got, allowed = achieved_sparsity(masks), self.tolerance()
+        if abs(got - self.sparsity) > allowed + 1e-9:
+            raise TargetError(
+                f"PruningConfig.structures[{self.kind!r}]: asked for sparsity {self.sparsity}, reached {got:.4f} "
+                f"(tolerance {allowed:.4f}) {after}"
+            )
+
+    def tolerance(self) -> float:
+        """Return how far the achieved sparsity may lie from the one asked for."""
+        rounding = sum(self.layers[name].num_units / run for name, run in self.runs.items()) / 2
+        return tolerance(self.layers) + rounding / sum(layer.num_units for layer in self.layers.values())

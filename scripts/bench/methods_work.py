@@ -1,0 +1,191 @@
+"""One run of the comparison of pruning methods: data, dense model, pruning, evaluation."""
+
+import functools
+import re
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import demo_data
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_compress import PruningCallback, PruningConfig, profile, shrink
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs have in common."""
+
+    steps: int
+    dense_steps: int
+    batch_size: int
+    max_length: int
+    learning_rate: float
+    allocation: str
+    examples: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task."""
+
+    title: str
+    labels: int
+
+    load: Callable[[], tuple[Dataset, Dataset]]
+    """Returns training and test data with ``text``, perhaps ``pair``, and ``label``."""
+
+
+def wordnet_pairs() -> tuple[Dataset, Dataset]:
+    """Return pairs of noun definitions: 0 the second is the first's hypernym, 1 the reverse, 2 they share one.
+
+    From WordNet 3.0 as in Debian's package wordnet-base; families of hyponyms are whole in training or in test data.
+    """
+    table = demo_data.cache_root() / "wordnet_nouns"
+    if not table.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["apt-get", "download", "-qq", "wordnet-base"], cwd=folder, check=True, capture_output=True)
+            package = next(Path(folder).glob("wordnet-base_*.deb"))
+            subprocess.run(["dpkg-deb", "-x", str(package), folder], check=True)
+            table.parent.mkdir(parents=True, exist_ok=True)
+            table.write_bytes(next(Path(folder).rglob("data.noun")).read_bytes())
+    texts: dict[str, str] = {}
+    families: dict[str, list[str]] = {}
+    for line in table.read_text(encoding="utf-8").splitlines():
+        fields, _, gloss = line.partition(" | ")
+        words = fields.split()
+        if not gloss or not words[0].isdigit():
+            continue
+        lemma = words[4].replace("_", " ")
+        texts[words[0]] = f"{lemma}: {gloss.split(';')[0].strip()}"
+        for parent in re.findall(r" @ (\d{8}) n", fields):
+            families.setdefault(parent, []).append(words[0])
+    train, test = [], []
+    for parent, children in families.items():
+        if parent not in texts or len(children) < 3:
+            continue
+        rows = [(children[0], parent, 0), (parent, children[1], 1), (children[1], children[2], 2)]
+        mine = [{"text": texts[a], "pair": texts[b], "label": label} for a, b, label in rows]
+        (test if int(parent) % 10 == 0 else train).extend(mine)
+    return Dataset.from_list(train).shuffle(seed=0), Dataset.from_list(test).shuffle(seed=1)
+
+
+TASKS = {
+    "movies": Task("Movie-review snippets", 2, demo_data.movie_snippets),
+    "wordnet": Task("WordNet noun relations", 3, wordnet_pairs),
+}
+
+
+@functools.cache
+def _prepared(task: str, settings: Settings) -> tuple[Any, Dataset, Dataset]:
+    tokenizer = AutoTokenizer.from_pretrained(demo_data.model_folder())
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        pair = [rows["pair"]] if "pair" in rows else []
+        encoded = tokenizer(rows["text"], *pair, truncation=True, max_length=settings.max_length)
+        return {**encoded, "labels": rows["label"]}
+
+    parts = []
+    for data, limit in zip(TASKS[task].load(), (settings.examples, settings.examples or 2000), strict=True):
+        chosen = data if limit is None else data.select(range(min(limit, len(data))))
+        parts.append(chosen.map(encode, batched=True, remove_columns=chosen.column_names))
+    return tokenizer, parts[0], parts[1]
+
+
+def trainer_of(model: PreTrainedModel, task: str, settings: Settings, steps: int, seed: int, **more: Any) -> Trainer:
+    """Return a Trainer for a run of ``steps`` optimizer steps."""
+    tokenizer, train, _ = _prepared(task, settings)
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="methods-"),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=max(steps // 20, 1),
+        lr_scheduler_type="linear",
+        weight_decay=0.01,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="group_by_length",
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+    )
+    collator = DataCollatorWithPadding(tokenizer)
+    return Trainer(model=model, args=args, train_dataset=train, data_collator=collator, **more)
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, task: str, settings: Settings) -> tuple[float, int]:
+    """Return the share of right answers on the test data, and how many there are."""
+    tokenizer, _, test = _prepared(task, settings)
+    model.eval()
+    order = sorted(range(len(test)), key=lambda i: len(test[i]["input_ids"]))
+    collate, right = DataCollatorWithPadding(tokenizer), 0
+    for start in range(0, len(order), 64):
+        batch = collate([test[i] for i in order[start : start + 64]])
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        right += int((model(**inputs).logits.argmax(-1) == inputs["labels"]).sum())
+    return right / len(test), len(test)
+
+
+def _folder(task: str, settings: Settings) -> Path:
+    names = (settings.dense_steps, settings.batch_size, settings.max_length, settings.learning_rate, settings.examples)
+    return demo_data.cache_root() / "methods" / "-".join(map(str, (task, *names)))
+
+
+def dense_of(task: str, settings: Settings, results: Path) -> dict[str, Any]:
+    """Fine-tune the dense model if it is not there yet; return its accuracy."""
+    folder = _folder(task, settings)
+    if not (folder / "config.json").exists():
+        set_seed(0)
+        source, labels = demo_data.model_folder(), TASKS[task].labels
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
+        trainer_of(model, task, settings, settings.dense_steps, 0).train()
+        model.save_pretrained(folder)
+    share, count = accuracy(AutoModelForSequenceClassification.from_pretrained(folder), task, settings)
+    return {"accuracy": share, "examples": count}
+
+
+def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """Prune and train with one method; return what came of it."""
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(_folder(task, settings))
+    encoder = profile(model, latency=False).encoder_parameters
+    config = PruningConfig(
+        structures={"heads": sparsity, "ffn": sparsity},
+        criterion=method,
+        allocation=settings.allocation,
+        begin=0.1,
+        end=0.5,
+        update_every=max(settings.steps // 50, 1),
+    )
+    trainer = trainer_of(model, task, settings, settings.steps, seed, callbacks=[PruningCallback(config)])
+    begun = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer.train()
+    seconds = time.perf_counter() - begun
+    small = shrink(trainer)
+    left = profile(small, latency=False).encoder_parameters / encoder
+    share, _ = accuracy(small, task, settings)
+    return {"accuracy": share, "encoder_left": round(left, 4), "seconds": round(seconds, 1)}
