@@ -117,9 +117,10 @@ class Recipe(Config):
                     raise ConfigError(f"Recipe.stages, stage {number}: {error}") from error
             elif not isinstance(stage, StageConfig):
                 raise self._error(f"stages, stage {number}", stage, "a StageConfig or a mapping of its fields")
-            if stage.quantization is not None and (number < len(self.stages) or stage.repeat > 1):
+            forgotten = stage.forgotten()
+            if forgotten is not None and (number < len(self.stages) or stage.repeat > 1):
                 raise ConfigError(
-                    f"Recipe.stages, stage {number}: quantization would be forgotten by what trains after it. Put it "
+                    f"Recipe.stages, stage {number}: {forgotten} would be forgotten by what trains after it. Put it "
                     "into the last stage, and that once."
                 )
             found.append(stage)

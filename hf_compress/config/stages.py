@@ -8,6 +8,7 @@ from hf_compress.config.base import Config
 from hf_compress.config.methods import DistillationConfig, QuantizationConfig
 from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.sections import METHODS, build_sections
+from hf_compress.config.structures import WEIGHTS
 from hf_compress.errors import ConfigError
 
 
@@ -41,6 +42,12 @@ class StageConfig(Config):
         if all(getattr(self, name) is None for name in METHODS):
             raise ConfigError("StageConfig: nothing to do; give at least one of pruning, quantization, distillation.")
         self._check_count("repeat")
+
+    def forgotten(self) -> str | None:
+        """Return what of the stage later training would not keep to, or None."""
+        if self.quantization is not None:
+            return "quantization"
+        return "pruning of single weights" if self.pruning is not None and WEIGHTS in self.pruning.structures else None
 
     def arguments(self, common: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """Return the training arguments of the stage, or None if there are none.

@@ -97,7 +97,7 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     """Train, evaluate, shrink and save; return the metrics."""
     main = prepared.args.process_index == 0
     tracked: tuple[TrackedGroup, ...] = before.facts().tracked if before is not None and main else ()
-    groups = dimension_groups(prepared.student.model) if main and stage.recipe.pruning is not None else []
+    groups = dimension_groups(prepared.student.model) if main and stage.shrinks() else []
     trainer = make_trainer(prepared, make_callbacks(stage.recipe))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)
     metrics = trainer.evaluate()
@@ -117,7 +117,7 @@ def _masks_of(trainer: Trainer) -> dict[str, Tensor]:
 
 def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
     """Return the trained model without what was pruned and without anything attached, on the CPU."""
-    if stage.recipe.pruning is None:
+    if not stage.shrinks():
         model: Any = plain_copy(trainer.accelerator.unwrap_model(trainer.model)).train(False)
     else:
         model = shrink(trainer, **stage.shrink_options())

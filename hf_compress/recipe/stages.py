@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.config import Recipe
+from hf_compress.config import WEIGHTS, Recipe
 from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.recipe.result import CHECKPOINTS
@@ -131,6 +131,11 @@ class Stage:
     def facts(self) -> Facts:
         """Return what is known about the finished run."""
         return Facts.load(self.folder / FACTS_FILE)
+
+    def shrinks(self) -> bool:
+        """Return whether the stage makes matrices smaller: single weights become zeros."""
+        pruning = self.recipe.pruning
+        return pruning is not None and any(kind != WEIGHTS for kind in pruning.structures)
 
     def shrink_options(self) -> dict[str, Any]:
         """Return the recipe's options for ``shrink``."""

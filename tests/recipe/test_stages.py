@@ -250,6 +250,29 @@ def test_uniform_stages_need_no_loader(tmp_path) -> None:
     assert config.intermediate_size == 11
 
 
+@pytest.mark.filterwarnings("ignore:PruningCallback. gates stay on the model")
+def test_all_kinds_go_one_after_the_other(tmp_path) -> None:
+    """Residual streams and layers too, and single weights at the end."""
+    stages = [{"pruning": pruning(**{kind: 0.5})} for kind in ("hidden", "layers", "ffn", "weights")]
+    recipe = staged(tmp_path, stages)
+    previews = run_recipe(recipe, dry_run=True).stages
+    assert len(previews) == 4
+    result = run_recipe(recipe)
+    small = AutoModelForSequenceClassification.from_pretrained(result.folders["compressed"])
+    (layer,) = small.bert.encoder.layer
+    assert layer.intermediate.dense.weight.shape == (22, 16)
+    zeros = (layer.intermediate.dense.weight == 0).float().mean()
+    assert zeros == pytest.approx(0.5, abs=0.3)
+    left = [profile.parameters for profile in result.comparison.profiles.values()]
+    assert left[0] > left[1] > left[2] > left[3] == left[4]
+    kept = Results.load(result.folders["compressed"] / "results.json").kept
+    assert {kind: [(u["kept"], u["total"]) for u in units] for kind, units in kept.items()} == {
+        "ffn": [(22, 44)],
+        "hidden": [(16, 32)],
+        "layers": [(1, 2)],
+    }
+
+
 def test_stages_without_pruning_keep_the_size(tmp_path) -> None:
     recipe = staged(tmp_path, [{"distillation": {}}, {"quantization": {}}])
     result = run_recipe(recipe)
@@ -275,6 +298,7 @@ def test_stages_without_pruning_keep_the_size(tmp_path) -> None:
         ({"distillation": {}}, r"Recipe\.distillation: got"),
         ({"stages": [{"quantization": {}}, STAGES[1]], "teacher": None}, "quantization would be forgotten"),
         ({"stages": [{"quantization": {}, "repeat": 2}], "teacher": None}, "quantization would be forgotten"),
+        ({"stages": [{"pruning": pruning(weights=0.5)}, STAGES[0]]}, "pruning of single weights would be forgotten"),
         ({"stages": [STAGES[1]]}, r"Recipe\.teacher: got .* None without a distillation section"),
         ({"stages": [{"distillation": {}}], "shrink": {"uniform": True}}, r"Recipe\.shrink: got"),
     ],
