@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_compress.callbacks.access import plain_model
+from hf_compress.callbacks.access import plain_model, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ranks import all_reduce_mean
+from hf_compress.callbacks.session import claim
 from hf_compress.callbacks.teacher import check_teacher, digest, frozen, load_teacher, logits_of, teacher_logits
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.losses import DistillationLoss
@@ -80,7 +81,7 @@ class DistillationCallback(CompressionCallback):
         for hook in hooks:
             undo.callback(hook.remove)
         for name in names:
-            _replace(trainer, name, mixer.mixed(getattr(trainer, name)), undo)
+            replace_attribute(trainer, name, mixer.mixed(getattr(trainer, name)), undo)
 
     def _remove(self) -> None:
         self._mixer = None
@@ -137,6 +138,7 @@ class DistillationCallback(CompressionCallback):
             source = os.fspath(teacher)
             teacher = load_teacher(source, run.model)
         plain = plain_model(teacher)
+        claim(plain, run.trainer)
         check_teacher(plain, run.model, run.trainer.processing_class, source)
         # Quantized and dispatched models are where they have to be, and refuse to be moved.
         if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
@@ -323,13 +325,3 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a hook out of torch.compile's graphs, which it would break into pieces."""
     disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled
-
-
-def _replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
-    """Set an instance attribute; ``undo`` brings back what was there."""
-    had, old = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    if had:
-        undo.callback(setattr, owner, name, old)
-    else:
-        undo.callback(delattr, owner, name)

@@ -55,6 +55,7 @@ class QuantizationCallback(CompressionCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start to quantize when its time has come."""
+        super().on_step_begin(args, state, control, **kwargs)
         if self._run is not None and state.global_step >= self._begin:
             self._install()
             self._trained = True

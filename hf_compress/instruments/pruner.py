@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_compress.config import PruningConfig
 from hf_compress.errors import TrainingError
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.attach import make_gates_final
 from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.select import Selection, limits_of, select
 from hf_compress.instruments.units import GroupUnits
@@ -232,6 +233,7 @@ class Pruner:
             else:
                 self.units[name].stop_reading()
                 staying.append(name)
+        make_gates_final(self.model)
         return staying
 
     def remove(self) -> None:
