@@ -39,8 +39,8 @@ class FailsToEvaluate(Trainer):
 
 ENDINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "in a step": (lambda: [Does("on_step_end", fail, 3)], {}),
-    "in an evaluation": (lambda: [], {"trainer_class": FailsToEvaluate, "eval_strategy": "steps", "eval_steps": 2}),
-    "in the first evaluation": (lambda: [], {"trainer_class": FailsToEvaluate, "eval_on_start": True}),
+    "in an evaluation": (list, {"trainer_class": FailsToEvaluate, "eval_strategy": "steps", "eval_steps": 2}),
+    "in the first evaluation": (list, {"trainer_class": FailsToEvaluate, "eval_on_start": True}),
     "between two epochs": (lambda: [Does("on_epoch_begin", fail, 2)], {}),
     "at the end": (lambda: [Does("on_train_end", fail)], {}),
 }
