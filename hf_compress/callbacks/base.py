@@ -30,7 +30,7 @@ from hf_compress.callbacks.access import (
     resumed_checkpoint,
     run_directory,
 )
-from hf_compress.callbacks.preview import Preview, count_steps, steps_per_epoch
+from hf_compress.callbacks.preview import Preview, count_steps, steps_per_epoch, unchanged
 from hf_compress.callbacks.ranks import (
     check_same_on_all_ranks,
     fail_together,
@@ -142,8 +142,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         run = Run(_model(trainer), trainer.args, trainer, count_steps(trainer), trainer.args.device)
         _free(trainer, run.model)
         try:
-            self._start(run)
-            return Preview(run.total_steps, {self.section: self._preview(run)})
+            with unchanged(run.model):
+                self._start(run)
+                return Preview(run.total_steps, {self.section: self._preview(run)})
         finally:
             self._remove()
 
