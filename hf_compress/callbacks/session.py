@@ -17,7 +17,8 @@ from transformers import Trainer
 
 from hf_compress.callbacks.access import replace_attribute, when_saved
 from hf_compress.errors import TrainingError
-from hf_compress.instruments.attach import detach_all, instrumented_modules, modules_with_final_gates
+from hf_compress.instruments.attach import detach_all
+from hf_compress.instruments.finished import instrumented_modules, modules_with_final_gates
 
 _ATTRIBUTE = "_hf_compress_session"
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_compress.config import PruningConfig
 from hf_compress.errors import TrainingError
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.attach import make_gates_final
+from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.select import Selection, limits_of, select
 from hf_compress.instruments.units import GroupUnits
