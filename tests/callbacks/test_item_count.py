@@ -58,6 +58,17 @@ def test_the_values_say(loss: Any, expected: bool | None, num_items: Any) -> Non
     assert values_say(loss(outputs, None, num_items), twice) is expected
 
 
+def test_a_loss_may_change_what_it_is_given() -> None:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        outputs["logits"] *= 2
+        labels += 1
+        return (outputs.pop("logits") * labels).sum() / num_items_in_batch
+
+    outputs, labels = {"logits": torch.ones(2)}, torch.ones(2)
+    assert loss_of_twice_as_many(loss, outputs, labels, {"num_items_in_batch": 4}, CPU) == 1.0
+    assert outputs["logits"].tolist() == labels.tolist() == [1.0, 1.0]
+
+
 class ReadsNumber(BertForSequenceClassification):
     """A model with code of its own, which divides by a Python number."""
 
