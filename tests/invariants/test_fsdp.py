@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 
 from hf_compress import shrink
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.filterwarnings("ignore:PruningCallback. gates stay:UserWarning"),  # of layers
+]
 
 
 @pytest.fixture(scope="module")
