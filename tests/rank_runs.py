@@ -30,7 +30,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FIRST, EVALUATED = torch.tensor([0]), 1
 """The first token of examples for evaluation, and of no other."""
 
-METHODS = ("taylor", "l2", "quantization", "distillation", "all")
+METHODS = ("taylor", "l2", "lottery_ticket", "quantization", "distillation", "all")
+SPARSITIES = {"heads": 0.5, "ffn": 0.5}
 MODELS: dict[str, Callable[..., Any]] = {"bert": lambda: bert(**NO_DROPOUT), "llama": llama}
 
 
@@ -50,7 +51,7 @@ def examples(kind: str, num_examples: int = 32) -> list[dict[str, torch.Tensor]]
 
 
 def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
-    settings = {"structures": {"heads": 0.5, "ffn": 0.5}, "begin": 1, "end": 4, "update_every": 1, **changes}
+    settings = {"structures": SPARSITIES, "begin": 1, "end": 4, "update_every": 1, **changes}
     return PruningCallback(PruningConfig(criterion=criterion, **settings))
 
 
@@ -59,6 +60,9 @@ def callbacks_for(method: str, teacher: Any) -> list[CompressionCallback]:
     if method in ("taylor", "l2", "neutral", "all"):
         zero = {"structures": {"heads": 0.0, "ffn": 0.0}} if method == "neutral" else {}
         made.append(pruning("l2" if method == "l2" else "taylor", **zero))
+    if method == "lottery_ticket":
+        config = PruningConfig(structures=SPARSITIES, schedule=method, begin=0, end=4, rounds=4, rewind_to=0)
+        made.append(PruningCallback(config))
     if method in ("quantization", "all"):
         made.append(QuantizationCallback(QuantizationConfig()))
     if method in ("distillation", "all"):
@@ -190,7 +194,7 @@ def assert_ranks_agree(folder: Path, name: str) -> None:
     assert not torch.equal(first.pop("seen"), second.pop("seen"))
     assert first.keys() == second.keys()
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
-    if RUNS[name][1] in ("taylor", "l2", "all"):
+    if RUNS[name][1] in ("taylor", "l2", "lottery_ticket", "all"):
         assert sum(key.startswith("step") and ".mask." in key for key in first) >= 4 * 4
 
 
