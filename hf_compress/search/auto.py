@@ -17,7 +17,7 @@ from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.select import limits_of, select
 from hf_compress.oneshot.prune import check_prunable
 from hf_compress.pruning.allocate import bundles, check_reachable
-from hf_compress.search.annealing import Evaluate, SearchResult, anneal
+from hf_compress.search.annealing import Evaluate, SearchResult, anneal, check_searchable
 from hf_compress.shrinking.shrink import shrink
 
 Train = Callable[[PreTrainedModel, PruningCallback], Trainer]
@@ -96,35 +96,29 @@ def auto_compress(
         TargetError: If the model lacks what is asked for, or there is nothing to choose.
         ShrinkError: If ``train`` did not train to the end with the callback.
 
-    Source: Liu et al. 2020, arXiv:1907.03141, figure 1: simulated annealing and ADMM, in turns with removal.
+    Source: Liu et al. 2020, "AutoCompress", arXiv:1907.03141.
     """
-    unknown = next((name for name in training if name not in TRAINING), None)
-    if unknown is not None:
-        raise ConfigError(f"auto_compress: unknown setting {unknown!r} of a training; {choices(unknown, TRAINING)}.")
-    if not isinstance(num_iterations, int) or isinstance(num_iterations, bool) or num_iterations < 1:
-        raise ConfigError(f"auto_compress: num_iterations={num_iterations!r}; allowed: an int >= 1.")
-    limits = {"exclude": tuple(exclude), "min_units": min_units, "multiple_of": multiple_of}
-    config = PruningConfig(structures=structures, criterion=criterion, **limits, **training)
+    _check_settings(num_iterations, training)
+    config = PruningConfig(
+        structures=structures,
+        criterion=criterion,
+        exclude=tuple(exclude),
+        min_units=min_units,
+        multiple_of=multiple_of,
+        **training,
+    )
+    check_searchable("auto_compress", _searched(config, search_criterion))
     check_prunable("auto_compress", model, example_inputs)
-    ledger, searches = _Ledger(config, num_iterations), []
+    ledger = _Ledger(config, num_iterations)
+    searches: list[SearchResult] = []
     for iteration in range(1, num_iterations + 1):
         graph = ModelGraph(model, example_inputs)
-        if iteration == 1:
-            ledger.open(model, graph)
-        wanted = ledger.sparsities(graph, iteration)
-        if not any(wanted.values()):
-            continue  # less than half a unit
-        part = dataclasses.replace(
-            config, structures=wanted, multiple_of=multiple_of if set(WIDTHS) & set(wanted) else 1
-        )
+        part = ledger.part(model, graph, iteration)
+        if part is None:
+            continue
         found = anneal(model, graph, evaluate, _searched(part, search_criterion), None, annealing)
         callback = PruningCallback(_allotted(model, graph, part, found.sparsities), example_inputs)
-        trainer = train(model, callback)
-        if not isinstance(trainer, Trainer):
-            raise ConfigError(
-                f"auto_compress: train returned a {type(trainer).__name__}; allowed: the Trainer that has trained the "
-                "model with the callback."
-            )
+        trainer = _trained(train, model, callback)
         ledger.enter(graph, callback.masks())
         model = shrink(trainer, example_inputs=example_inputs)
         searches.append(found)
@@ -136,6 +130,29 @@ def auto_compress(
     return AutoCompressResult(model, tuple(searches), ledger.units())
 
 
+def _check_settings(num_iterations: Any, training: Mapping[str, Any]) -> None:
+    unknown = next((name for name in training if name not in TRAINING), None)
+    if unknown is not None:
+        raise ConfigError(f"auto_compress: unknown setting {unknown!r} of a training; {choices(unknown, TRAINING)}.")
+    if not isinstance(num_iterations, int) or isinstance(num_iterations, bool) or num_iterations < 1:
+        raise ConfigError(f"auto_compress: num_iterations={num_iterations!r}; allowed: an int >= 1.")
+
+
+def _trained(train: Train, model: PreTrainedModel, callback: PruningCallback) -> Trainer:
+    trainer: Any = train(model, callback)
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(
+            f"auto_compress: train returned a {type(trainer).__name__}; allowed: the Trainer that has trained the "
+            "model with the callback."
+        )
+    if callback not in trainer.callback_handler.callbacks:
+        raise ConfigError(
+            "auto_compress: train returned a Trainer without the callback; allowed: one that was made with "
+            "callbacks=[callback], or more callbacks beside it."
+        )
+    return trainer
+
+
 class _Ledger:
     """Counts units from the first model on: those of groups, and those that are left of groups that are none now."""
 
@@ -145,12 +162,20 @@ class _Ledger:
         self._first: dict[str, int] = {}
         self._left: dict[str, int] = {}
 
-    def open(self, model: PreTrainedModel, graph: ModelGraph) -> None:
-        """Count what the first model has, and check that so much may go.
+    def part(self, model: PreTrainedModel, graph: ModelGraph, iteration: int) -> PruningConfig | None:
+        """Return the config with the sparsities of an iteration; None if it has not half a unit to remove.
 
         Raises:
-            TargetError: If not.
+            TargetError: If all iterations together, or this one, are to remove more than may go.
         """
+        if iteration == 1:
+            self._open(model, graph)
+        wanted = self._part(graph, iteration)
+        multiple_of = self._config.multiple_of if set(WIDTHS) & set(wanted) else 1
+        part = dataclasses.replace(self._config, structures=wanted, multiple_of=multiple_of)
+        return part if any(wanted.values()) else None
+
+    def _open(self, model: PreTrainedModel, graph: ModelGraph) -> None:
         sparsities = self._sparsities()
         for each in select(model, graph.groups, self._config):
             limits = {group.name: limits_of(group, self._config) for group in each.groups}
@@ -169,12 +194,8 @@ class _Ledger:
                 found[group.kind] += group.num_units
         return found
 
-    def sparsities(self, graph: ModelGraph, iteration: int) -> dict[str, float]:
-        """Return what an iteration has to remove of the groups that are there, by structure.
-
-        Raises:
-            TargetError: If there are no groups to remove it from.
-        """
+    def _part(self, graph: ModelGraph, iteration: int) -> dict[str, float]:
+        """Return what an iteration has to remove of the groups that are there, by structure."""
         found = {}
         for kind, here in self._in_groups(graph).items():
             share = (1 - self._sparsities()[kind]) ** (iteration / self._num_iterations)

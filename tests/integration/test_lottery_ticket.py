@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_compress import ConfigError, PruningCallback, PruningConfig, preview, shrink
@@ -61,6 +62,21 @@ def test_the_start_is_what_training_began_with(tiny_bert, classification_data, m
     make_trainer(model, classification_data(32), [callback, watch], max_steps=TOTAL).train()
     for step in (4, 8):
         assert all(torch.equal(each, before[name]) for name, each in watch.weights[step].items())
+
+
+@pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
+def test_adapters_go_back(tiny_bert, classification_data, make_trainer) -> None:
+    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query", "dense"], task_type="SEQ_CLS"))
+    callback = PruningCallback(ticket())
+    watch = Watch(callback)
+    trainer = make_trainer(model, classification_data(32), [callback, watch], max_steps=TOTAL)
+    trainer.train()
+    trained = [name for name, each in model.named_parameters() if each.requires_grad]
+    assert trained and any("lora_B" in name for name in trained)
+    for name in trained:
+        start = watch.weights[START][name]
+        assert [step for step, each in watch.weights.items() if torch.equal(each[name], start)] == [START, *ROUNDS]
+    assert shrink(trainer).num_parameters() < tiny_bert().num_parameters()
 
 
 def test_a_preview_says_where_it_goes_back_to(tiny_bert, classification_data, make_trainer) -> None:
