@@ -25,6 +25,7 @@ from hf_compress import (
 )
 from hf_compress.callbacks.base import CompressionCallback
 from hf_compress.instruments.sharded import reshard, whole
+from hf_compress.registry import criteria
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FIRST, EVALUATED = torch.tensor([0]), 1
@@ -32,6 +33,10 @@ FIRST, EVALUATED = torch.tensor([0]), 1
 
 METHODS = ("taylor", "l2", "lottery_ticket", "quantization", "distillation", "all")
 SPARSITIES = {"heads": 0.5, "ffn": 0.5}
+CRITERIA = tuple(name for name in criteria if criteria.get(name).trains and name not in METHODS)
+BY_ADAM = ("movement", "l0", "slim")
+"""Where a step does not grow with the gradient: rounding of gradients near zero decides on its sign."""
+
 MODELS: dict[str, Callable[..., Any]] = {"bert": lambda: bert(**NO_DROPOUT), "llama": llama}
 
 
@@ -57,6 +62,9 @@ def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
 
 def callbacks_for(method: str, teacher: Any) -> list[CompressionCallback]:
     made: list[CompressionCallback] = []
+    if method in CRITERIA:
+        layers = criteria.get(method).structures == {"layers"}
+        made.append(pruning(method, structures={"layers": 0.5} if layers else SPARSITIES))
     if method in ("taylor", "l2", "neutral", "all"):
         zero = {"structures": {"heads": 0.0, "ffn": 0.0}} if method == "neutral" else {}
         made.append(pruning("l2" if method == "l2" else "taylor", **zero))
@@ -86,8 +94,9 @@ class Record(TrainerCallback):
         for callback in self.watched:
             for name, tensor in callback._state()[0].items():
                 self.tensors[f"step{state.global_step}.{name}"] = tensor.detach().clone()
-            for name, gate in getattr(callback, "_gates", {}).items():
-                self.tensors[f"step{state.global_step}.gate.{name}"] = gate.value.detach().clone()
+            pruner = getattr(callback, "_pruner", None)
+            for name, units in pruner.units.items() if pruner is not None else ():
+                self.tensors[f"step{state.global_step}.gate.{name}"] = units.gate.value.detach().clone()
 
 
 def make_trainer(
@@ -175,12 +184,17 @@ RAGGED = {"num_examples": 13, "max_steps": -1, "num_train_epochs": 3, "gradient_
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"bert-{method}": ("bert", method, EQUAL) for method in METHODS},
     **{f"llama-{method}": ("llama", method, ACCUMULATED) for method in METHODS},
+    **{f"bert-{name}": ("bert", name, EQUAL) for name in CRITERIA if name not in BY_ADAM},
     # Masks do not depend on the gradient's scale where the weights stay the same.
     "scaled": ("bert", "taylor", {"learning_rate": 0.0}),
 }
 """Runs of which one process computes the same: model, method, arguments."""
 
-RUNS = {**SETTINGS, **{f"ragged-{method}": ("llama", method, RAGGED) for method in ("plain", "neutral", "all")}}
+RUNS = {
+    **SETTINGS,
+    **{f"bert-{name}": ("bert", name, EQUAL) for name in BY_ADAM},
+    **{f"ragged-{method}": ("llama", method, RAGGED) for method in ("plain", "neutral", "all")},
+}
 
 
 def load(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:

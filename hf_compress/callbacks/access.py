@@ -7,6 +7,7 @@ variables of the functions that call them.
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,7 +62,7 @@ def gives_up_trial(trainer: Trainer) -> bool:
     return any(f.f_code.co_name == "_report_to_hp_search" and f.f_locals.get("self") is trainer for f in _frames())
 
 
-def when_saved(trainer: Trainer, write: Callable[[Path], None]) -> None:
+def when_saved(trainer: Trainer, write: Callable[[Path], None], undo: ExitStack) -> None:
     """Have ``write`` called with each checkpoint folder once the Trainer has written its last file there.
 
     Events come too late: the Trainer uploads the checkpoint and deletes older ones, perhaps the last that are
@@ -75,12 +76,23 @@ def when_saved(trainer: Trainer, write: Callable[[Path], None]) -> None:
         if folder == run_directory(trainer) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}":
             write(folder)
 
-    vars(state)["save_to_json"] = save_to_json
+    replace_attribute(state, "save_to_json", save_to_json, undo)
 
 
-def no_longer_when_saved(trainer: Trainer) -> None:
-    """Undo ``when_saved``."""
-    vars(trainer.state).pop("save_to_json", None)
+def replace_attribute(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
+    """Set an instance attribute; ``undo`` brings back what was there, unless somebody else has replaced it since."""
+    had, old = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def bring_back() -> None:
+        if vars(owner).get(name) is not value:
+            return
+        if had:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)
+
+    undo.callback(bring_back)
 
 
 def plain_model(model: nn.Module, who: str = "the Trainer's model") -> PreTrainedModel:

@@ -26,19 +26,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_compress.callbacks.access import (
     calling_trainer,
     gives_up_trial,
-    no_longer_when_saved,
     plain_model,
     resumed_checkpoint,
     run_directory,
-    when_saved,
 )
-from hf_compress.callbacks.preview import Preview, count_steps, steps_per_epoch
+from hf_compress.callbacks.preview import Preview, count_steps, steps_per_epoch, unchanged
 from hf_compress.callbacks.ranks import (
     check_same_on_all_ranks,
     fail_together,
     fingerprint,
     num_ranks,
 )
+from hf_compress.callbacks.session import Session, claim, take_off_leftovers
 from hf_compress.callbacks.setup import check_setup
 from hf_compress.callbacks.state import Section, check_config, check_resumable, read_state, write_state
 from hf_compress.config import Config
@@ -141,9 +140,11 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         self._check_alone(trainer)
         check_setup(trainer)
         run = Run(_model(trainer), trainer.args, trainer, count_steps(trainer), trainer.args.device)
+        _free(trainer, run.model)
         try:
-            self._start(run)
-            return Preview(run.total_steps, {self.section: self._preview(run)})
+            with unchanged(run.model):
+                self._start(run)
+                return Preview(run.total_steps, {self.section: self._preview(run)})
         finally:
             self._remove()
 
@@ -162,8 +163,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             TrainingError: If the setup is one in which the callback would not do its work, or if the checkpoint
                 cannot be resumed from.
         """
-        self._run = None
-        self._remove()
+        self._take_off()
         trainer = self._find_trainer()
         try:
             with fail_together(args.device):
@@ -171,9 +171,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 check_setup(trainer)
                 self._run_directory = run_directory(trainer)
                 run = Run(_model(trainer), args, trainer, state.max_steps, args.device)
-                self._run = run
-                extend_log(trainer)
-                when_saved(trainer, functools.partial(_write_early, trainer))
+                self._join(run)
                 self._start(run)
                 if state.global_step > 0:
                     folder = resumed_checkpoint(trainer)
@@ -184,13 +182,23 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             _take_all_off(trainer)
             raise
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the callback, and those beside it, took part from the beginning and still do.
+
+        Raises:
+            TrainingError: If not.
+        """
+        self._session().check_complete()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the state of all compression callbacks to the checkpoint, now that no rank writes to it any more.
 
         Raises:
             TrainingError: If the checkpoint is not where the Trainer saves by itself.
         """
-        if self._run is None or _running(self._run.trainer)[0] is not self:
+        if self._run is None or self._session().members[0] is not self:
             return
         self._run.trainer.accelerator.wait_for_everyone()
         folder = self._run_directory / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -212,13 +220,10 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             TrainingError: If training began without this callback, or if the best checkpoint cannot be read.
         """
-        run = self._run
-        if run is None:
-            raise TrainingError(
-                f"{type(self).__name__} was added after training had begun, so it did nothing. Pass it in "
-                "Trainer(callbacks=[...]) or call trainer.add_callback before trainer.train()."
-            )
+        session, run = self._session(), self._run
+        assert run is not None
         if gives_up_trial(run.trainer):
+            session.leave(self)
             self._take_off()
             return
         try:
@@ -228,17 +233,33 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 self._stop(run)
             self._check_ranks_agree(run)
         except BaseException:
-            _take_all_off(run.trainer)
+            session.take_off()
             raise
         self._run = None
-        _restore_trainer(run.trainer)
+        session.leave(self)
+
+    def _join(self, run: Run) -> None:
+        """Take part in the run, which the first callback to do so opens."""
+        session = Session.of(run.trainer)
+        if session is None or session.state is not run.trainer.state:
+            _free(run.trainer, run.model)
+            session = Session(run.trainer, run.model, functools.partial(_write_early, run.trainer))
+        session.join(self)
+        self._run = run
+
+    def _session(self) -> Session:
+        session = Session.of(self._run.trainer) if self._run is not None else None
+        if session is None:
+            raise TrainingError(
+                f"{type(self).__name__} was added after training had begun, so it did nothing. Pass it in "
+                "Trainer(callbacks=[...]) or call trainer.add_callback before trainer.train()."
+            )
+        return session
 
     def _take_off(self) -> None:
-        """Leave a run that failed."""
-        run, self._run = self._run, None
-        if run is not None:
-            self._remove()
-            _restore_trainer(run.trainer)
+        """Leave a run that failed, if there is one, and take off what the last one left."""
+        self._run = None
+        self._remove()
 
     def _find_trainer(self) -> Trainer:
         known = self._trainer() if self._trainer is not None else None
@@ -285,41 +306,6 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         self._restore(stored.tensors, stored.facts)
 
 
-def extend_log(trainer: Trainer) -> None:
-    """Let the callbacks' metrics into the Trainer's training log.
-
-    Not in ``on_log``: by then the log history and the reporting callbacks have their copies.
-    """
-    if not isinstance(vars(trainer).get("log"), _TrainingLog):
-        setattr(trainer, "log", _TrainingLog(trainer))  # noqa: B010 (mypy refuses to assign to a method)
-
-
-def restore_log(trainer: Trainer) -> None:
-    """Undo ``extend_log``."""
-    log = vars(trainer).get("log")
-    if isinstance(log, _TrainingLog):
-        if log.was_on_instance:
-            setattr(trainer, "log", log.original)  # noqa: B010
-        else:
-            del vars(trainer)["log"]
-
-
-class _TrainingLog:
-    """Stands in for ``trainer.log``."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.was_on_instance = "log" in vars(trainer)
-        self.original = trainer.log
-
-    def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # Only the Trainer's own training log has both, and every rank makes it, so metrics may be reduced over ranks.
-        if "loss" in logs and "learning_rate" in logs:
-            for callback in _running(self.trainer):
-                logs.update(callback._metrics())
-        self.original(logs, *args, **kwargs)
-
-
 def _model(trainer: Trainer) -> PreTrainedModel:
     model: Any = trainer.model
     return plain_model(model)
@@ -327,17 +313,6 @@ def _model(trainer: Trainer) -> PreTrainedModel:
 
 def _compression_callbacks(trainer: Trainer) -> list[CompressionCallback]:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CompressionCallback)]
-
-
-def _running(trainer: Trainer) -> list[CompressionCallback]:
-    return [callback for callback in _compression_callbacks(trainer) if callback._run is not None]
-
-
-def _restore_trainer(trainer: Trainer) -> None:
-    """Give the Trainer its own methods back once no callback is running any more."""
-    if not _running(trainer):
-        restore_log(trainer)
-        no_longer_when_saved(trainer)
 
 
 def _write_early(trainer: Trainer, folder: Path) -> None:
@@ -348,10 +323,20 @@ def _write_early(trainer: Trainer, folder: Path) -> None:
 
 
 def _write(trainer: Trainer, folder: Path, unfinished: Collection[str] = ()) -> None:
-    sections = {callback.section: callback._stored() for callback in _running(trainer)}
+    sections = {each.section: each._stored() for each in _compression_callbacks(trainer) if each._run is not None}
     write_state(folder, trainer.state.global_step, sections, unfinished)
 
 
-def _take_all_off(trainer: Trainer) -> None:
+def _free(trainer: Trainer, model: PreTrainedModel) -> None:
+    """Take off what earlier runs have left on the model, those of this Trainer's callbacks without a word."""
+    _take_all_off(trainer)
     for callback in _compression_callbacks(trainer):
         callback._take_off()
+    claim(model, trainer)
+    take_off_leftovers(model)
+
+
+def _take_all_off(trainer: Trainer) -> None:
+    session = Session.of(trainer)
+    if session is not None:
+        session.take_off()

@@ -16,11 +16,22 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_compress.callbacks.access import plain_model
+from hf_compress.callbacks.access import plain_model, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.item_count import CountProbe, gradient_says, loss_of_twice_as_many, values_say
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ranks import all_reduce_mean
-from hf_compress.callbacks.teacher import check_teacher, digest, frozen, load_teacher, logits_of, teacher_logits
+from hf_compress.callbacks.session import claim
+from hf_compress.callbacks.teacher import (
+    COMPUTED_INPUTS,
+    check_inputs,
+    check_teacher,
+    digest,
+    frozen,
+    load_teacher,
+    logits_of,
+    teacher_logits,
+)
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.losses import DistillationLoss
 from hf_compress.distillation.positions import select_positions
@@ -33,7 +44,8 @@ class DistillationCallback(CompressionCallback):
     """Teaches the Trainer's model the outputs of a teacher.
 
     Evaluation is left alone: only forward passes in training mode with gradients are taught. The Trainer's logs gain
-    ``task_loss`` and ``distillation_loss`` on the scale of ``loss``.
+    ``task_loss`` and ``distillation_loss`` on the scale of ``loss``. A ``compute_loss_func`` is called once more on the
+    first micro-batch, to find out whether it divides by ``num_items_in_batch``.
 
     Args:
         config: Weight, temperature and kind of the loss.
@@ -66,10 +78,10 @@ class DistillationCallback(CompressionCallback):
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen(teacher))
         self._teacher_digest = digest(plain_model(teacher))
-        mixer = self._mixer = _Mixer(self.config, teacher, run)
+        names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
+        mixer = self._mixer = _Mixer(self.config, teacher, run, names)
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
         model: Any = trainer.model
-        names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
         if names:
             hooks = [model.register_forward_hook(_eager(mixer.capture), with_kwargs=True)]
         else:
@@ -80,7 +92,7 @@ class DistillationCallback(CompressionCallback):
         for hook in hooks:
             undo.callback(hook.remove)
         for name in names:
-            _replace(trainer, name, mixer.mixed(getattr(trainer, name)), undo)
+            replace_attribute(trainer, name, mixer.mixed(getattr(trainer, name)), undo)
 
     def _remove(self) -> None:
         self._mixer = None
@@ -137,6 +149,7 @@ class DistillationCallback(CompressionCallback):
             source = os.fspath(teacher)
             teacher = load_teacher(source, run.model)
         plain = plain_model(teacher)
+        claim(plain, run.trainer)
         check_teacher(plain, run.model, run.trainer.processing_class, source)
         # Quantized and dispatched models are where they have to be, and refuse to be moved.
         if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
@@ -148,7 +161,7 @@ class DistillationCallback(CompressionCallback):
 class _Mixer:
     """Mixes the distillation loss into the task loss, and knows whether it was used."""
 
-    def __init__(self, config: DistillationConfig, teacher: nn.Module, run: Run) -> None:
+    def __init__(self, config: DistillationConfig, teacher: nn.Module, run: Run, mixes_in: list[str]) -> None:
         self.config = config
         self.teacher = teacher
         self.run = run
@@ -157,6 +170,9 @@ class _Mixer:
         self.per_item: bool | None = None
         """Whether the task loss is a sum divided by num_items_in_batch; None until a forward pass has shown it."""
         self.teacher_checked = False
+        self.inputs_checked: set[str] = set()
+        self.mixes_in = mixes_in
+        """Names of what computes the loss outside the model."""
         self.inputs: Mapping[str, Any] | None = None
         self.num_computed = self.num_used = self.num_steps = 0
         self.sums = torch.zeros(2, device=run.device)
@@ -166,7 +182,13 @@ class _Mixer:
         """Let the first forward pass show whether its loss depends on num_items_in_batch."""
         if not _is_training(module) or kwargs.get("num_items_in_batch") is None:
             return None
-        return args, {**kwargs, "num_items_in_batch": self._probe(kwargs["num_items_in_batch"])}
+        num_items = kwargs["num_items_in_batch"]
+        if self.per_item is not None:
+            return None
+        # A compiler would trace the subclass; the plain tensor's gradient says the same.
+        compiled = self.run.args.torch_compile or getattr(module, "_compiled_call_impl", None) is not None
+        probe = CountProbe.of(num_items, self.run.device)
+        return args, {**kwargs, "num_items_in_batch": probe.as_subclass(Tensor) if compiled else probe}
 
     def capture(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
         """Keep the inputs for a loss that is computed outside the model."""
@@ -188,7 +210,11 @@ class _Mixer:
         labels, shift = kwargs.get("labels"), self.shift
         if kwargs.get("shift_labels") is not None:
             labels, shift = kwargs["shift_labels"], False
-        outputs["loss"] = self._mix(task_loss, outputs, inputs, labels, shift, kwargs.get("num_items_in_batch"))
+        num_items = kwargs.get("num_items_in_batch")
+        if self.per_item is None and num_items is not None:
+            self.per_item = gradient_says(task_loss, num_items)
+            task_loss, num_items = task_loss.as_subclass(Tensor), num_items.detach().as_subclass(Tensor)
+        outputs["loss"] = self._mix(task_loss, outputs, inputs, labels, shift, num_items)
         return outputs
 
     def mixed(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -198,10 +224,17 @@ class _Mixer:
             inputs, self.inputs = self.inputs, None
             if inputs is None:
                 return compute(outputs, labels, *args, **kwargs)
-            num_items = kwargs.get("num_items_in_batch")
-            if num_items is not None:
-                num_items = kwargs["num_items_in_batch"] = self._probe(num_items)
-            task_loss = compute(outputs, labels, *args, **kwargs)
+            if args:
+                raise TrainingError(
+                    "distillation: the Trainer's label_smoother or compute_loss_func was called with more than two "
+                    "positional arguments. Pass num_items_in_batch and shift_labels by keyword in your compute_loss."
+                )
+            num_items, other = kwargs.get("num_items_in_batch"), None
+            if self.per_item is None and num_items is not None:
+                other = loss_of_twice_as_many(compute, outputs, labels, kwargs, self.run.device)
+            task_loss = compute(outputs, labels, **kwargs)
+            if other is not None:
+                self.per_item = values_say(task_loss, other)
             return self._mix(task_loss, outputs, inputs, labels, self.shift, num_items)
 
         return compute_mixed
@@ -216,17 +249,27 @@ class _Mixer:
     def end_step(self) -> None:
         """Check that distillation took part in this optimizer step."""
         if self.num_used == 0:
-            reason = (
-                "the loss that was differentiated does not contain it"
-                if self.num_computed
-                else "the model's forward was not called in training mode with gradients"
-            )
-            raise TrainingError(
-                f"distillation has no effect: {reason}. Trainer.compute_loss is probably overridden; make it call the "
-                "model with labels and use outputs.loss, or use Trainer(compute_loss_func=...) instead."
-            )
+            raise TrainingError(f"distillation has no effect: {self._why_unused()}")
         self.num_computed = self.num_used = 0
         self.num_steps += 1
+
+    def _why_unused(self) -> str:
+        names = " and ".join(self.mixes_in)
+        if self.num_computed == 0 and self.inputs is not None:
+            return (
+                f"the Trainer has {names}, where the distillation loss is added, but did not call it. "
+                f"Trainer.compute_loss is probably overridden; make it use self.{self.mixes_in[0]}(outputs, labels), "
+                "or set label_smoothing_factor=0 and no compute_loss_func and let it use outputs.loss."
+            )
+        reason = (
+            "the loss that was differentiated does not contain it."
+            if self.num_computed
+            else "the model's forward was not called in training mode with gradients."
+        )
+        return (
+            f"{reason} Trainer.compute_loss is probably overridden; make it call the model with labels and use "
+            "outputs.loss, or use Trainer(compute_loss_func=...) instead."
+        )
 
     def per_position(self, outputs: Any, inputs: Mapping[str, Any], labels: Any, shift: bool) -> Tensor:
         """Return the distillation loss of every position that counts, [num_positions]."""
@@ -238,11 +281,6 @@ class _Mixer:
         )
         return self.loss(student, teacher, self.config.temperature)
 
-    def _probe(self, num_items: Any) -> Any:
-        if self.per_item is not None:
-            return num_items
-        return torch.as_tensor(num_items, device=self.run.device).float().clone().requires_grad_()
-
     def _mix(
         self,
         task_loss: Tensor,
@@ -252,9 +290,6 @@ class _Mixer:
         shift: bool,
         num_items: Any,
     ) -> Tensor:
-        if self.per_item is None and num_items is not None:
-            self.per_item = _depends(task_loss, num_items)
-            num_items = num_items.detach()
         per_position = self.per_position(outputs, inputs, labels, shift)
         count = num_items if self.per_item and num_items is not None else max(len(per_position), 1)
         distillation_loss = per_position.sum() / count
@@ -263,6 +298,10 @@ class _Mixer:
         return (1 - alpha) * task_loss + alpha * distillation_loss
 
     def _teach(self, inputs: Mapping[str, Any]) -> Tensor:
+        given = {name for name in COMPUTED_INPUTS if inputs.get(name) is not None}
+        if given - self.inputs_checked:
+            check_inputs(plain_model(self.teacher), self.run.model, {name: inputs[name] for name in given})
+            self.inputs_checked = given
         with self.run.trainer.accelerator.autocast():
             logits = teacher_logits(self.teacher, self.run.model, inputs)
         if not self.teacher_checked:
@@ -285,7 +324,8 @@ class _Mixer:
                 return
             self.num_used += 1
             scaler = self.run.trainer.accelerator.scaler
-            loss_scale = scaler.get_scale() if scaler is not None else 1.0
+            one = losses.new_ones(())
+            loss_scale = scaler.scale(one) if scaler is not None else one  # get_scale() would wait for the device
             self.sums += losses * (gradient.detach().float() / (self.config.alpha * loss_scale))
 
         distillation_loss.register_hook(used)  # type: ignore[no-untyped-call]
@@ -304,13 +344,6 @@ def _keywords(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _depends(loss: Tensor, probe: Tensor) -> bool:
-    if not loss.requires_grad:
-        return False
-    (gradient,) = torch.autograd.grad(loss, probe, retain_graph=True, allow_unused=True)
-    return gradient is not None
-
-
 def _shifts_labels(model: PreTrainedModel) -> bool:
     """Whether position i predicts the label at i + 1, by the rules the Trainer counts and smooths labels with."""
     if model.config.is_encoder_decoder:
@@ -323,13 +356,3 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a hook out of torch.compile's graphs, which it would break into pieces."""
     disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled
-
-
-def _replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
-    """Set an instance attribute; ``undo`` brings back what was there."""
-    had, old = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    if had:
-        undo.callback(setattr, owner, name, old)
-    else:
-        undo.callback(delattr, owner, name)

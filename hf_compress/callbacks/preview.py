@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -96,6 +97,25 @@ def first_batch(trainer: Trainer) -> dict[str, Any]:
     with _train_dataloader(trainer) as dataloader:
         batch: dict[str, Any] = trainer._prepare_inputs(next(iter(dataloader)))
     return batch
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Give back the modes and buffers that a model had: BatchNorm's statistics move with every batch it sees."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, before in buffers:
+            module._buffers[name] = buffer.copy_(before)
 
 
 def _initial_values(trainer: Trainer, dataloader: Any) -> tuple[Any, ...]:

@@ -1,11 +1,12 @@
 """``PruningCallback``: pruning driven by Trainer events."""
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.callbacks.access import refuse_prompts
@@ -74,6 +75,13 @@ class PruningCallback(CompressionCallback):
         self.trial: dict[str, Tensor] | None = None
         """Masks of the final sizes that the last preview shrank a copy with, by group name."""
 
+        self._masked: weakref.ref[PreTrainedModel] | None = None
+
+    @property
+    def masked_model(self) -> PreTrainedModel | None:
+        """The model that ``masks`` were made for, without wrappers; None if there are none, or it is gone."""
+        return self._masked() if self._masked is not None else None
+
     def masks(self) -> dict[str, Tensor]:
         """Return the final masks of dimension groups: bool [num_units] by group name, True = keep.
 
@@ -95,7 +103,7 @@ class PruningCallback(CompressionCallback):
     def _start(self, run: Run) -> None:
         refuse_compressed(run.model)
         refuse_prompts(run.trainer.model)
-        self._final = self.measured = None
+        self._final = self._masked = self.measured = None
         # Adapters and fake quantizers that are there already would only blur the analysis; shapes are enough for it.
         with suspended(run.model), unsharded(run.model, weights=False):
             graph = ModelGraph(plain_view(run.model) if has_adapters(run.model) else run.model, self.example_inputs)
@@ -150,7 +158,7 @@ class PruningCallback(CompressionCallback):
         for pool in self._pruner.pools:
             masks = {name: self._pruner.masks[name] for name in pool.layers}
             pool.check_achieved(masks, f"{after} {self._why_missed(run)}")
-        self._final = self._pruner.group_masks()
+        self._final, self._masked = self._pruner.group_masks(), weakref.ref(run.model)
         complete = all(mask.all() for mask in self._pruner.masks.values())
         staying = self._pruner.fold()
         if staying:

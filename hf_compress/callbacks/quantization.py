@@ -30,6 +30,9 @@ class QuantizationCallback(CompressionCallback):
     The weights stay in floating point, in the model and in every checkpoint; ``export_quantized`` makes integers
     of them. Where PEFT trains LoRA adapters, the merged weight is what is quantized; merge before exporting.
 
+    After training the fake quantizers stay on, so that evaluation sees the model that will be deployed; ``detach``
+    takes them off, as does the next training with compression callbacks.
+
     Args:
         config: Which numbers, which layers, from when on.
     """
@@ -55,6 +58,7 @@ class QuantizationCallback(CompressionCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start to quantize when its time has come."""
+        super().on_step_begin(args, state, control, **kwargs)
         if self._run is not None and state.global_step >= self._begin:
             self._install()
             self._trained = True

@@ -1,8 +1,8 @@
 """What a checkpoint holds for the compression callbacks: one safetensors file and one JSON file.
 
 ``hf_compress_state.safetensors`` has every section's tensors as ``"<section>.<name>"``;
-``hf_compress_state.json`` has the rest and the digests that tie both to the checkpoint around them. The JSON file
-is written last, so a process killed at any moment leaves either a complete state or one that is refused.
+``hf_compress_state.json`` has the rest, and digests of itself, of the tensors and of the checkpoint around them. The
+JSON file is written last, so a process killed at any moment leaves either a complete state or one that is refused.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def write_state(
     }
     payload = safetensors.torch.save(tensors)
     _write_atomically(folder / TENSOR_FILE, payload)
-    document = {
+    document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "global_step": global_step,
         "sections": {
@@ -76,6 +76,7 @@ def write_state(
         "sha256": hashlib.sha256(payload).hexdigest(),
         "checkpoint": {name: digest for name, digest in _fingerprints(folder) if name not in unfinished},
     }
+    document["digest"] = digest_of(document)
     _write_atomically(folder / JSON_FILE, json.dumps(document, indent=2).encode())
 
 
@@ -97,6 +98,12 @@ def read_state(folder: Path, global_step: int | None = None) -> dict[str, Sectio
         return _read_state(folder, global_step)
     except TrainingError as error:
         raise TrainingError(f"{error} {_remedy(folder)}") from error.__cause__
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """Return a digest of the contents of the JSON file, but for its own."""
+    parsed = json.loads(json.dumps({name: value for name, value in document.items() if name != "digest"}))
+    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
 
 
 def check_moments(who: str, what: str, stored: Any, current: list[int]) -> None:
@@ -196,6 +203,11 @@ def _read_state(folder: Path, global_step: int | None) -> dict[str, Section]:
         raise TrainingError(
             f"{folder / JSON_FILE}: schema_version is {document.get('schema_version')!r}; this version of "
             f"hf-compress reads {SCHEMA_VERSION}. Resume with the version that wrote it."
+        )
+    if document.get("digest") != digest_of(document):
+        raise TrainingError(
+            f"{folder / JSON_FILE}: its contents are not those that were written: its digest is "
+            f"{'another' if 'digest' in document else 'missing'}. The file was edited or damaged; restore it."
         )
     if global_step is not None and document.get("global_step") != global_step:
         raise TrainingError(

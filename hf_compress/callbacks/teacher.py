@@ -15,8 +15,12 @@ from transformers.utils.hub import cached_file
 from hf_compress.callbacks.access import plain_model
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
+from hf_compress.instruments.sharded import whole
 
 _DIGEST_VALUES = 64
+
+COMPUTED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
+"""Arguments of a model that are usually made by layers of a model."""
 
 
 def load_teacher(name: str, student: PreTrainedModel) -> PreTrainedModel:
@@ -105,6 +109,29 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def check_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Check that inputs that layers have made mean the same to the teacher.
+
+    Embeddings do if they are frozen and the teacher has the same, as where LoRA trains a copy of the teacher.
+
+    Args:
+        teacher: The teacher, without wrappers.
+        student: The student.
+        inputs: Those of ``COMPUTED_INPUTS`` that the student was called with.
+
+    Raises:
+        TrainingError: If they do not: the teacher would read what the student thinks of the tokens.
+    """
+    for name, value in inputs.items():
+        is_frozen = isinstance(value, Tensor) and not value.requires_grad
+        if not (is_frozen and _same_embeddings(teacher, student)):
+            raise TrainingError(
+                f"distillation: the student was called with {name!r}, which the student's own layers made and the "
+                "teacher's would not. Call the model with input_ids in your compute_loss, or freeze the student's "
+                "input embeddings and use a teacher that has the same."
+            )
+
+
 def teacher_logits(teacher: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Return the teacher's logits for the inputs of the student.
 
@@ -142,6 +169,14 @@ def logits_of(outputs: Any, who: str) -> Tensor:
             "compute_loss_func, which it calls with them. Heads with other outputs cannot be distilled."
         )
     return logits
+
+
+def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    weights = []
+    for model in (teacher, student):
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        weights.append(whole(embeddings.weight.detach()))
+    return torch.equal(weights[0].to(weights[1].device), weights[1])
 
 
 def _describe(outputs: Any) -> str:

@@ -40,7 +40,9 @@ def select_positions(
     valid = _valid(student, labels, attention_mask, shift)
     if shift:
         student, teacher = student[..., :-1, :], teacher[..., :-1, :]
-    return student[valid], teacher[valid]
+    # Indexing with bool tensors would wait for the device twice to learn how many there are.
+    chosen = valid.flatten().nonzero().squeeze(1)
+    return student.flatten(0, -2)[chosen], teacher.flatten(0, -2)[chosen]
 
 
 def _valid(logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, shift: bool) -> Tensor:

@@ -89,6 +89,14 @@ class Attachment:
     layer: CallTransform | None = None
     """Mixes what the module returns with what it was given."""
 
+    final_gates: list[Any] = field(default_factory=list)
+    """Those gates that a finished run left, because weights alone do not say what is gone."""
+
+    def gates(self) -> list[Any]:
+        """Return whatever switches units off."""
+        transforms = [each for each in (self.subset, self.layer) if each is not None]
+        return [*self.input_gates, *self.parameter_gates, *transforms]
+
     def is_empty(self) -> bool:
         """Return whether nothing is attached any more."""
         return not (self.acts_on_leaf() or self.parameter_gates or self.subset or self.layer)

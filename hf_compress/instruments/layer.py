@@ -35,7 +35,7 @@ class LayerGates:
         """Detach from all layers."""
         for module in self._modules:
             attachment = attachment_of(module)
-            if attachment is not None:
+            if attachment is not None and attachment.layer in self._mixes:  # another run's may be there since
                 attachment.layer = None
                 detach_if_empty(module)
         self._modules.clear()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_compress.config import PruningConfig
 from hf_compress.errors import TrainingError
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.select import Selection, limits_of, select
 from hf_compress.instruments.units import GroupUnits
@@ -69,6 +70,8 @@ class Pruner:
         try:
             for selections in together:
                 self._add(selections, lambda part: part.moments(total_steps, steps_per_epoch), seed, budget)
+            units = self.units.items()
+            self._blank = {_key((name, key)): zeros for name, each in units for key, zeros in each.blank().items()}
         except BaseException:
             self.remove()
             raise
@@ -141,12 +144,11 @@ class Pruner:
         Raises:
             TrainingError: If there is nothing to read.
         """
-        shapes = {(name, key): blank for name, units in self.units.items() for key, blank in units.blank().items()}
         taken = {(name, key): each for name, units in self.units.items() for key, each in units.take().items()}
-        if shapes:
+        if taken:
             mine = {_key(each): value for each, value in taken.items()}
-            means = mean(mine, {_key(each): blank for each, blank in shapes.items()})
-            self._give(step, {each: means[_key(each)] for each in shapes}, loss_scale)
+            means = mean(mine, self._blank)
+            self._give(step, {each: means[_key(each)] for each in taken}, loss_scale)
         for pool in self.pools:
             self.set_time(pool, step + 1)
             for name in pool.layers:
@@ -232,6 +234,7 @@ class Pruner:
             else:
                 self.units[name].stop_reading()
                 staying.append(name)
+        make_gates_final(self.model)
         return staying
 
     def remove(self) -> None:

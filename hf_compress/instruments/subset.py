@@ -52,7 +52,7 @@ class SubsetGate:
             if attachment is None or member not in run.members:
                 continue
             run.members.remove(member)
-            if not run.members:
+            if not run.members and attachment.subset is run:
                 attachment.subset = None
             detach_if_empty(module)
         self._installed.clear()

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError
+from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.masks import (
@@ -22,6 +24,7 @@ from hf_compress.latency.measure import Timer, shrunk_copy, time_in_turns
 from hf_compress.latency.table import LatencyTable
 from hf_compress.latency.timing import DEFAULT_ROUNDS
 from hf_compress.pruning.budget import Limits
+from hf_compress.pruning.whole_model import Budget, CostBudget
 
 Exchange = Callable[[Callable[[], Any]], Any]
 """Calls a function on one rank and returns its plain data on all."""
@@ -148,3 +151,36 @@ class LatencyBudget:
         self._dense = self._table.predict({})
         if self._name == "target_speedup":
             self._seconds = self._dense / self._value
+
+
+def budget_for(
+    config: PruningConfig,
+    model: PreTrainedModel,
+    graph: ModelGraph,
+    example_inputs: Mapping[str, Any] | None,
+    exchange: Exchange,
+) -> Budget | None:
+    """Return the budget that a config asks for, or None if it has none. Measures where one is of time.
+
+    Args:
+        config: Names the budget.
+        model: The dense model as it will be deployed.
+        graph: What is known about it.
+        example_inputs: What is timed; inputs of the config's ``latency_shape`` by default.
+        exchange: Lets one rank measure for all.
+
+    Raises:
+        ConfigError: If the dense model is as fast as that already.
+        TargetError: If the model has no structure that can be timed.
+    """
+    target = config.target()
+    if target is None:
+        return None
+    name, value = target
+    if name in ("target_params", "target_flops"):
+        return CostBudget(name, graph.costs.parameters if name == "target_params" else graph.costs.flops, value)
+    batch, length = config.latency_shape
+    inputs = example_inputs or make_example_inputs(model, batch_size=batch, length=length)
+    device = next(model.parameters()).device
+    inputs = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in inputs.items()}
+    return LatencyBudget(model, graph, inputs, (name, float(value)), exchange, multiple_of=config.multiple_of)

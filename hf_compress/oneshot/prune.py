@@ -197,6 +197,8 @@ def _check_config(config: Any) -> None:
         )
     if single:
         _check_weights(config, compares=method.compares)
+    if config.target() is not None and config.method_options().decides:
+        raise ConfigError("PruningConfig.options: flops says how much goes, and so does the budget; allowed: one.")
     if not isinstance(config.structures, Mapping) and config.allocation != "global":
         raise ConfigError(
             f"PruningConfig.allocation: {config.allocation!r}, but with flops all units compete; allowed: 'global'."

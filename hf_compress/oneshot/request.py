@@ -10,9 +10,11 @@ from hf_compress.config import WEIGHTS, PruningConfig
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.select import limits_of, select
+from hf_compress.latency.budget import budget_for
 from hf_compress.oneshot.calibration import Calibration
 from hf_compress.oneshot.linear import LinearLayer, Undo, linear_layer
 from hf_compress.pruning.allocate import Layer, allocate, check_reachable
+from hf_compress.pruning.whole_model import limits_of_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,10 @@ class Job:
 
     def allocate(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Choose masks by scores of all groups, higher = keep."""
+        budget = budget_for(self.config, self.model, self.graph, None, lambda measure: measure())
+        if budget is not None:
+            every = {name: limits_of(group, self.config) for name, group in self.all_groups().items()}
+            return budget.masks({name: scores[name] for name in every}, limits_of_layers(every), 1.0, last=True)
         masks: dict[str, Tensor] = {}
         for kind, groups in self.targets.groups.items():
             mine = {group.name: scores[group.name] for group in groups}

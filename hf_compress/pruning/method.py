@@ -188,12 +188,14 @@ class AveragedMethod(Method):
         raise NotImplementedError
 
     def step(self, name: str, evidence: Evidence) -> None:
-        """Average; a step with numbers that are not finite is left out, as the optimizer leaves it out."""
+        """Average; a step with numbers that are not finite is left out, as the optimizer leaves it out.
+
+        Nothing waits for the device.
+        """
         measured, decay = self.measure(evidence), self.setting.score_decay
-        if name not in self.tensors:
-            self.tensors[name] = torch.zeros_like(measured)
-        if bool(torch.isfinite(measured).all()):
-            self.tensors[name].mul_(decay).add_(measured, alpha=1 - decay)
+        average = self.tensors.setdefault(name, torch.zeros_like(measured))
+        moved = (average * decay).add_(measured, alpha=1 - decay)
+        average.copy_(moved.where(torch.isfinite(measured).all(), average))
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return the average."""

@@ -18,25 +18,12 @@ from hf_compress.pruning.allocate import (
     protected,
     tolerance,
 )
-from hf_compress.pruning.budget import GroupLimits
 from hf_compress.pruning.method import DeferringMethod, Evidence, Method, is_useful
 from hf_compress.pruning.timetable import Timetable
-from hf_compress.pruning.whole_model import Budget
+from hf_compress.pruning.whole_model import Budget, limits_of_layers
 
 LEFTOVER = 1e-6
 """Part of the highest score: what units that are gone may score at most."""
-
-
-def group_limits(name: str, layers: Mapping[str, Layer]) -> GroupLimits:
-    """Return what a budget must respect of one of several layers."""
-    layer = layers[name]
-    tied = tuple(other for other, each in layers.items() if layer.tied == each.tied != "" and other != name)
-    return GroupLimits(
-        min_units=layer.floor(),
-        multiple_of=layer.multiple_of,
-        fixed_units=layer.fixed_units,
-        tied_to=tied,
-    )
 
 
 @dataclass(frozen=True)
@@ -155,8 +142,7 @@ class Pool:
         if not self.config.regrow:  # steps of large units overshoot: what is left over is filled with what is gone
             least = LEFTOVER * max(float(score.max()) for score in lifted.values())
             lifted = {name: score.where(now[name], score.clamp_max(least)) for name, score in lifted.items()}
-        limits = {name: group_limits(name, self.layers) for name in self.layers}
-        return self.budget.masks(lifted, limits, share, last=last)
+        return self.budget.masks(lifted, limits_of_layers(self.layers), share, last=last)
 
     def allocate(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """Return masks of a sparsity, by scores."""

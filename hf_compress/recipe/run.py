@@ -1,6 +1,7 @@
 """``run_recipe``: train, evaluate, shrink, save, export, compare; in one run, or in several stages."""
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,9 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     tracked: tuple[TrackedGroup, ...] = before.facts().tracked if before is not None and main else ()
     groups = dimension_groups(prepared.student.model) if main and stage.shrinks() else []
     trainer = make_trainer(prepared, make_callbacks(stage.recipe))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)
+    with warnings.catch_warnings():  # gates that weights cannot replace are gone once the model is shrunk, below
+        warnings.filterwarnings("ignore", "PruningCallback: gates stay", UserWarning)
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)
     metrics = trainer.evaluate()
     small = _compressed(trainer, stage)
     if main:

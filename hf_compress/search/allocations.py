@@ -15,8 +15,7 @@ from hf_compress.instruments.gate import check_gateable, unit_weights
 from hf_compress.instruments.select import limits_of, select
 from hf_compress.pruning.allocate import allocate, bundles, check_reachable
 from hf_compress.pruning.method import CurrentMethod
-from hf_compress.pruning.pools import group_limits
-from hf_compress.pruning.whole_model import CostBudget
+from hf_compress.pruning.whole_model import CostBudget, limits_of_layers
 from hf_compress.registry import criteria
 
 Masks = dict[str, Tensor]
@@ -98,8 +97,7 @@ class Allocations:
         assert self._budget is not None
         lowest = min(float(value.min()) for value in values.values())
         priced = {name: (value - lowest) * self._prices[name] for name, value in values.items()}
-        limits = {name: group_limits(name, self._layers) for name in self.groups}
-        return self._budget.masks(priced, limits, 1.0, last=True)
+        return self._budget.masks(priced, limits_of_layers(self._layers), 1.0, last=True)
 
     def shares(self, masks: Masks) -> list[float]:
         """Return what each of ``bundles`` keeps of its units."""

@@ -33,6 +33,16 @@ class MaskSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ModelMaskSource(MaskSource, Protocol):
+    """A callback that knows whose masks it holds."""
+
+    @property
+    def masked_model(self) -> nn.Module | None:
+        """The model that the masks were made for; None if it is gone."""
+        ...
+
+
 def shrink(
     model_or_trainer: Any,
     masks: Mapping[str, Tensor] | None = None,
@@ -61,8 +71,8 @@ def shrink(
         original is untouched.
 
     Raises:
-        ShrinkError: If there are no masks, training is still running, the model is quantized already or has no
-            weights, or the shrunk model differs from the masked one.
+        ShrinkError: If there are no masks, or masks of another model, training is still running, the model is
+            quantized already or has no weights, or the shrunk model differs from the masked one.
         TargetError: If the masks ask for what the model does not have or must not lose.
     """
     model = _model_of(model_or_trainer)
@@ -72,7 +82,7 @@ def shrink(
             f"shrink: the {type(model).__name__} is on the meta device, so there are no weights to cut. Load it with "
             "from_pretrained; plan_shrink(model, masks) works without weights."
         )
-    chosen = masks if masks is not None else _masks_of(model_or_trainer)
+    chosen = masks if masks is not None else _masks_of(model_or_trainer, model)
     check_request(chosen, multiple_of)
     given = model is model_or_trainer
     if given:  # a trainer's may have adapters or be sharded; its copy has neither
@@ -159,11 +169,20 @@ def _model_of(model_or_trainer: Any) -> PreTrainedModel:
     return model
 
 
-def _masks_of(source: Any) -> dict[str, Tensor]:
+def _masks_of(source: Any, model: PreTrainedModel) -> dict[str, Tensor]:
     if isinstance(source, nn.Module):
         return {}
     callbacks = source.callback_handler.callbacks
-    found = [callback.masks() for callback in callbacks if isinstance(callback, MaskSource)]
+    found = []
+    for callback in callbacks:
+        if isinstance(callback, MaskSource):
+            found.append(callback.masks())
+        if isinstance(callback, ModelMaskSource) and callback.masked_model is not model:
+            raise ShrinkError(
+                f"shrink: the masks of the {type(callback).__name__} were made for another model than the trainer's "
+                "now: the callback served another Trainer since, or trainer.model was replaced. Use one callback per "
+                "Trainer and shrink before the next run, or pass masks={group name: bool tensor}."
+            )
     if not found:
         names = ", ".join(type(callback).__name__ for callback in callbacks)
         raise ShrinkError(

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_compress import (
     CompressionError,
@@ -106,6 +107,25 @@ def test_it_leaves_no_trace(
         results.append((states, trainer.model.state_dict()))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], tensor) for name, tensor in results[1][1].items())
+
+
+def test_statistics_of_norms_are_given_back(make_trainer: Any) -> None:
+    """BatchNorm averages over the batches that it sees in training mode."""
+
+    def resnet(seed: int) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 3}
+        return ResNetForImageClassification(ResNetConfig(**sizes))
+
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = [{"pixel_values": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
+    model = resnet(0).train()
+    model.resnet.embedder.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    told = preview(make_trainer(model, data, [DistillationCallback(DistillationConfig(), resnet(1))]))
+    assert told.sections["distillation"]["distillation loss of the first batch"] > 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_steps_are_counted_as_the_trainer_does(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:

@@ -15,6 +15,7 @@ from hf_compress.callbacks.state import (
     TENSOR_FILE,
     Section,
     check_config,
+    digest_of,
     last_complete_checkpoint,
     read_state,
     write_state,
@@ -65,9 +66,11 @@ def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
     assert first == [(folder / name).read_bytes() for name in (JSON_FILE, TENSOR_FILE)]
 
 
-def edit_json(folder: Path, key: str, value: Any) -> None:
-    document = json.loads((folder / JSON_FILE).read_text())
-    (folder / JSON_FILE).write_text(json.dumps({**document, key: value}))
+def edit_json(folder: Path, key: str, value: Any, *, sign: bool = True) -> None:
+    document = {**json.loads((folder / JSON_FILE).read_text()), key: value}
+    if sign:  # as a program would that writes such a file
+        document["digest"] = digest_of(document)
+    (folder / JSON_FILE).write_text(json.dumps(document))
 
 
 def flip_last_byte(path: Path) -> None:
@@ -92,6 +95,38 @@ DAMAGES = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors changed"),
     "other run": (lambda folder: flip_last_byte(folder / "trainer_state.json"), "trainer_state.json changed"),
 }
+
+
+EDITS: dict[str, Any] = {
+    "sections": {"pruning": {"config": {}, "facts": {}, "tensors": []}},
+    "global_step": 8,
+    "digest": "",
+    "remark": "edited by hand",
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_a_file_edited_by_hand_is_refused(folder: Path, key: str) -> None:
+    write_state(folder, 7, SECTIONS)
+    edit_json(folder, key, EDITS[key], sign=False)
+    with pytest.raises(TrainingError, match=rf"{JSON_FILE}: its contents are not .*digest is another.*edited"):
+        read_state(folder, 7)
+
+
+def test_a_file_without_digest_is_refused(folder: Path) -> None:
+    write_state(folder, 7, SECTIONS)
+    document = json.loads((folder / JSON_FILE).read_text())
+    del document["digest"]
+    (folder / JSON_FILE).write_text(json.dumps(document))
+    with pytest.raises(TrainingError, match="digest is missing"):
+        read_state(folder, 7)
+
+
+def test_the_digest_is_that_of_what_is_read_back(folder: Path) -> None:
+    """Numbers as keys become texts, and sort otherwise."""
+    facts = {"by layer": {9: 0.1, 10: float("inf")}, "pair": (1, 2)}
+    write_state(folder, 7, {"pruning": Section({}, {}, facts)})
+    assert read_state(folder, 7)["pruning"].facts == {"by layer": {"9": 0.1, "10": float("inf")}, "pair": [1, 2]}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

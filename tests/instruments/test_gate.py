@@ -10,6 +10,7 @@ from zoo import ZOO
 
 from hf_compress import TargetError, dimension_groups, make_example_inputs
 from hf_compress.instruments.attach import attach, attachment_of, detach_all, detach_if_empty, leaf_kind
+from hf_compress.instruments.finished import instrumented_modules
 from hf_compress.instruments.gate import Gate, unit_weights
 
 
@@ -178,3 +179,18 @@ def test_unit_weights_gathers_everything_a_unit_owns() -> None:
     )
     assert torch.equal(unit_weights(model, group).sort(1).values, expected.detach().sort(1).values)
     assert unit_weights(model, group).shape[1] == group.parameters_per_unit
+
+
+@pytest.mark.parametrize("kind", ["ffn", "hidden", "layers"])
+def test_gates_that_were_taken_off_leave_those_of_the_next_run_alone(kind) -> None:
+    """As when the callback of an interrupted run is told to remove its own, long after."""
+    model = tiny_models.bert()
+    group = groups_of(model, kind)[0]
+    earlier = Gate(group, model, needs_gradient=True)
+    detach_all(model)
+    later = Gate(group, model, needs_gradient=True)
+    on = instrumented_modules(model)
+    earlier.remove()
+    assert instrumented_modules(model) == on != []
+    later.remove()
+    assert instrumented_modules(model) == []

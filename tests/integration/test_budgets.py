@@ -17,7 +17,7 @@ from hf_compress import (
     profile,
     shrink,
 )
-from hf_compress.callbacks import pruning_budget
+from hf_compress.latency import budget
 from hf_compress.latency.budget import LatencyBudget
 
 HEAD = 1048
@@ -96,7 +96,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_compress.latency.cache.default_directory", lambda: tmp_path / "tables")
     factors = {"weights": 1.0}
     timer = FakeTimer(lambda weights: 1.0 + 1e-3 * weights * factors["weights"])
-    monkeypatch.setattr(pruning_budget, "LatencyBudget", functools.partial(LatencyBudget, timer=timer))
+    monkeypatch.setattr(budget, "LatencyBudget", functools.partial(LatencyBudget, timer=timer))
     return factors
 
 

@@ -46,6 +46,21 @@ class Positional(Trainer):
         return model(inputs["input_ids"], labels=inputs["labels"]).loss
 
 
+class Embeds(Trainer):
+    """Looks the tokens up itself, as adversarial training does."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        return model(inputs_embeds=embeddings, **inputs).loss
+
+
+class PositionalSmoother(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        return self.label_smoother(model(**inputs), labels, False)
+
+
 class IgnoresSmoother(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         return model(**inputs).loss
@@ -58,7 +73,13 @@ class IgnoresSmoother(Trainer):
         (PopsLabels, {}, "returned no loss to mix with"),
         (SkipsForward, {}, "no effect: the model's forward was not called"),
         (Positional, {}, "positional arguments"),
-        (IgnoresSmoother, {"label_smoothing_factor": 0.1}, "no effect"),
+        (Embeds, {}, "called with 'inputs_embeds'.*Call the model with input_ids"),
+        (
+            IgnoresSmoother,
+            {"label_smoothing_factor": 0.1},
+            r"no effect: the Trainer has label_smoother, .* did not call it.*self.label_smoother\(outputs, labels\)",
+        ),
+        (PositionalSmoother, {"label_smoothing_factor": 0.1}, "shift_labels by keyword"),
     ],
 )
 def test_an_overridden_compute_loss_without_distillation_is_an_error(
@@ -110,3 +131,24 @@ def test_a_teacher_that_says_nan_is_an_error(make_trainer: Any, pair: Any) -> No
         teacher.classifier.bias.fill_(float("nan"))
     with pytest.raises(TrainingError, match="NaN"):
         make_trainer(student, data, [DistillationCallback(CONFIG, teacher)]).train()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_frozen_embeddings_that_teacher_and_student_share_may_be_given(
+    make_trainer: Any, tiny_bert: Any, classification_data: Any, alike: bool
+) -> None:
+    finals, data = [], classification_data()
+    for trainer_class in (Trainer, Embeds):
+        student, teacher = tiny_bert(), tiny_bert(seed=0 if alike else 1)
+        with torch.no_grad():
+            teacher.classifier.weight.mul_(2)
+        student.get_input_embeddings().requires_grad_(False)
+        callbacks = [DistillationCallback(CONFIG, teacher)]
+        trainer = make_trainer(student, data, callbacks, trainer_class=trainer_class)
+        if not alike and trainer_class is Embeds:
+            with pytest.raises(TrainingError, match="a teacher that has the same"):
+                trainer.train()
+            return
+        trainer.train()
+        finals.append(student.state_dict())
+    assert all(torch.equal(finals[0][name], tensor) for name, tensor in finals[1].items())

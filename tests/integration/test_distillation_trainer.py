@@ -85,11 +85,17 @@ def sum_loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) 
     return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
+def number_loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The same with a Python number, through which no gradient comes."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / int(num_items_in_batch)
+
+
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bert": ("bert", {}, {}),
     "bert with smoothed labels": ("bert", {"label_smoothing_factor": 0.2}, {}),
     "bert with mean loss function": ("bert", {}, {"compute_loss_func": mean_loss_func}),
     "bert with sum loss function": ("bert", {}, {"compute_loss_func": sum_loss_func}),
+    "bert with loss function of a number": ("bert", {}, {"compute_loss_func": number_loss_func}),
     "llama": ("llama", {}, {}),
     "llama with smoothed labels": ("llama", {"label_smoothing_factor": 0.2}, {}),
 }

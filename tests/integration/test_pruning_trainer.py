@@ -226,6 +226,21 @@ def test_shrinking_a_trainer_without_masks_is_an_error(tiny_bert, classification
         shrink(trainer)
 
 
+def test_masks_of_another_trainers_model_are_refused(tiny_bert, classification_data, make_trainer) -> None:
+    """They would remove other units than those that the first model was trained without."""
+    callback, data = PruningCallback(config()), classification_data(8)
+    first = make_trainer(tiny_bert(), data, [callback], max_steps=8)
+    first.train()
+    assert callback.masked_model is first.model
+    masks, size = callback.masks(), shrink(first).num_parameters()
+    second = make_trainer(tiny_bert(seed=1), data, [callback], max_steps=8)
+    second.train()
+    with pytest.raises(ShrinkError, match="made for another model"):
+        shrink(first)
+    assert shrink(first, masks).num_parameters() == size
+    assert shrink(second).num_parameters() < second.model.num_parameters()
+
+
 def test_a_quantized_model_is_refused(tiny_bert, classification_data, make_trainer) -> None:
     model = tiny_bert()
     model.config.quantization_config = {"quant_method": "torchao"}

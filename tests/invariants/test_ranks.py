@@ -9,7 +9,10 @@ import torch
 from rank_runs import load
 from ranks import on_two_ranks
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.filterwarnings("ignore:PruningCallback. gates stay:UserWarning"),  # of layers
+]
 
 
 @pytest.fixture(scope="module")

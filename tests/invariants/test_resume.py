@@ -24,8 +24,9 @@ from resumable import (
     trainer_of,
 )
 from safetensors import safe_open
+from transformers import TrainerCallback
 
-from hf_compress import TrainingError, last_complete_checkpoint
+from hf_compress import TrainingError, last_complete_checkpoint, shrink
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore:PruningCallback. gates stay:UserWarning")  # of layers
@@ -82,16 +83,26 @@ def test_resumed_equals_straight_at_every_other_step(straight, tmp_path, method,
     check_resumed(straight, method, kill_at, tmp_path)
 
 
-def test_resuming_a_finished_run_does_what_the_plain_trainer_does(straight, tmp_path) -> None:
-    """One step more, where a run of max_steps ends inside an epoch; its learning rate is 0 here, so nothing moves."""
-    trainer_of([], tmp_path / "plain").train()
-    plain = trainer_of([], tmp_path / "resumed", save_strategy="no")
-    plain.train(resume_from_checkpoint=str(tmp_path / "plain" / LAST))
-    output, results = straight("all")
-    resumed = trainer_of(callbacks_of("all"), tmp_path / "resumed", save_strategy="no")
-    resumed.train(resume_from_checkpoint=str(output / LAST))
-    assert resumed.state.global_step == plain.state.global_step
-    assert_same(results_of(resumed), results)
+class KilledAtTheEnd(TrainerCallback):
+    def on_train_end(self, *_, **__) -> None:
+        raise PowerCutError
+
+
+def test_a_run_killed_after_its_last_checkpoint_ends_as_if_it_had_not_been(tmp_path) -> None:
+    """The run ends inside an epoch, where the Trainer would do one step more; the learning rate never is 0."""
+    args = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    straight = trainer_of(callbacks_of("all"), tmp_path / "straight", **args)
+    straight.train()
+    killed = trainer_of([KilledAtTheEnd(), *callbacks_of("all")], tmp_path / "killed", **args)
+    with pytest.raises(PowerCutError):
+        killed.train()
+    resumed = trainer_of(callbacks_of("all"), tmp_path / "killed", **args)
+    resumed.model.classifier.weight.data.zero_()
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "killed"))
+    assert resumed.state.global_step == straight.state.global_step == NUM_STEPS
+    assert NUM_STEPS % STEPS_PER_EPOCH != 0
+    assert_same(results_of(resumed), results_of(straight))
+    assert_same(shrink(resumed).state_dict(), shrink(straight).state_dict())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -230,8 +230,8 @@ def test_other_models() -> None:
     with pytest.raises(TargetError, match="meta device"):
         prune(empty, GOOD, HEADS)
     compressed = copy.deepcopy(trained("bert"))
-    compressed.config.quantization_config = {"quant_method": "hf_compress"}
-    with pytest.raises(ShrinkError, match="compressed already"):
+    compressed.config.quantization_config = {"quant_method": "torchao"}
+    with pytest.raises(ShrinkError, match="quantized already"):
         prune(compressed, GOOD, HEADS)
     with pytest.raises(GraphError, match="example_inputs"):
         prune(trained("bert"), GOOD, HEADS, example_inputs=[1])  # type: ignore[arg-type]

@@ -12,7 +12,14 @@ from oneshot_models import Snapshot, batches, for_language, logit_error, trained
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress import dimension_groups, make_example_inputs, make_labels, shrink
+from hf_compress import (
+    PruningConfig,
+    dimension_groups,
+    make_example_inputs,
+    make_labels,
+    prune_oneshot,
+    shrink,
+)
 from hf_compress.oneshot.prune import CRITERIA, OneShotResult
 
 UNIT_CRITERIA = [name for name, each in CRITERIA.items() if each.units is not None]
@@ -243,3 +250,12 @@ def test_generators_and_a_number_of_batches() -> None:
 def test_the_summary_counts_what_stays() -> None:
     result = prune(trained("bert"), "l2", {"ffn": 0.75}, allocation="per_layer")
     assert result.summary().splitlines()[0] == "bert.encoder.layer.0.ffn: keeps 16 of 64"
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "l2", "obs", "kwon"])
+def test_a_budget_of_the_whole_model(criterion) -> None:
+    model = tiny_models.bert()
+    config = PruningConfig(structures=["heads", "ffn"], criterion=criterion, target_params=0.85)
+    whole = model.num_parameters()
+    small = shrink(model, prune_oneshot(model, batches(3), config).masks)
+    assert 0.85 * whole - 1048 < small.num_parameters() <= 0.85 * whole

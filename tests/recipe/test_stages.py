@@ -250,7 +250,6 @@ def test_uniform_stages_need_no_loader(tmp_path) -> None:
     assert config.intermediate_size == 11
 
 
-@pytest.mark.filterwarnings("ignore:PruningCallback. gates stay on the model")
 def test_all_kinds_go_one_after_the_other(tmp_path) -> None:
     """Residual streams and layers too, and single weights at the end."""
     stages = [{"pruning": pruning(**{kind: 0.5})} for kind in ("hidden", "layers", "ffn", "weights")]

@@ -11,6 +11,8 @@ DECAYS = (0.9, 0.999)
 def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor, learning_rate: float) -> None:
     """Move ``tensors[name]`` by one step of Adam, in place; a gradient that is not finite moves nothing.
 
+    Nothing waits for the device.
+
     Source: Kingma and Ba 2014, arXiv:1412.6980, algorithm 1, with its defaults.
 
     Args:
@@ -19,14 +21,17 @@ def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor,
         gradient: Of the same shape.
         learning_rate: Of the step.
     """
-    if not bool(torch.isfinite(gradient).all()):
-        return
-    for what in ("mean", "square"):
-        if f"{name}/{what}" not in tensors:
-            tensors[f"{name}/{what}"] = torch.zeros_like(gradient)
-    steps = tensors.setdefault(f"{name}/steps", torch.zeros((), dtype=torch.long)).add_(1)
-    mean = tensors[f"{name}/mean"].mul_(DECAYS[0]).add_(gradient, alpha=1 - DECAYS[0])
-    square = tensors[f"{name}/square"].mul_(DECAYS[1]).addcmul_(gradient, gradient, value=1 - DECAYS[1])
-    count = int(steps)
-    root = (square / (1 - DECAYS[1] ** count)).sqrt_().add_(1e-8)
-    tensors[name].addcdiv_(mean, root, value=-learning_rate / (1 - DECAYS[0] ** count))
+    finite = torch.isfinite(gradient).all()
+    gradient = gradient.where(finite, 0.0)
+    zeros = torch.zeros_like(gradient)
+    mean = tensors.setdefault(f"{name}/mean", zeros)
+    square = tensors.setdefault(f"{name}/square", zeros.clone())
+    steps = tensors.setdefault(f"{name}/steps", zeros.new_zeros(()))
+    new_mean = DECAYS[0] * mean + (1 - DECAYS[0]) * gradient
+    new_square = DECAYS[1] * square + (1 - DECAYS[1]) * gradient.square()
+    count = steps + 1
+    root = (new_square / (1 - DECAYS[1] ** count)).sqrt_().add_(1e-8)
+    change = new_mean / (1 - DECAYS[0] ** count) / root
+    for old, new in ((mean, new_mean), (square, new_square), (steps, count)):
+        old.copy_(new.where(finite, old))
+    tensors[name].sub_(change.where(finite, 0.0), alpha=learning_rate)
