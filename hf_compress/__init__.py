@@ -14,6 +14,7 @@ from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.callbacks.state import last_complete_checkpoint
 from hf_compress.config import (
+    AnnealingConfig,
     DatasetConfig,
     DistillationConfig,
     PruningConfig,
@@ -47,6 +48,8 @@ from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - impo
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
 from hf_compress.report.profile import ModelProfile, profile
+from hf_compress.search.annealing import SearchResult, simulated_annealing
+from hf_compress.search.auto import AutoCompressResult, auto_compress
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
 from hf_compress.shrinking.shrink import shrink
 from hf_compress.vocabulary.prune import prune_vocabulary
@@ -62,6 +65,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AnnealingConfig",
+    "AutoCompressResult",
     "CompressionError",
     "ConfigError",
     "DatasetConfig",
@@ -82,12 +87,14 @@ __all__ = [
     "QuantizationConfig",
     "Recipe",
     "RunResult",
+    "SearchResult",
     "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
     "StageConfig",
     "TargetError",
     "TrainingError",
+    "auto_compress",
     "compare",
     "dimension_groups",
     "export_quantized",
@@ -107,4 +114,5 @@ __all__ = [
     "prune_vocabulary",
     "run_recipe",
     "shrink",
+    "simulated_annealing",
 ]

@@ -21,6 +21,9 @@ POLYNOMIAL = "polynomial"
 STEPS = "steps"
 """The schedule that is a list of moments, given in the config, and no curve."""
 
+LOTTERY_TICKET = "lottery_ticket"
+"""The schedule of rounds that rewind the weights, see ``rounds``."""
+
 _EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) *epochs?")
 
 
@@ -60,6 +63,27 @@ def curve(name: str, power: float) -> Curve:
         ConfigError: If there is no such curve.
     """
     return partial(polynomial, power=power) if name == POLYNOMIAL else schedules.get(name)
+
+
+def ticket_rounds(begin: int, end: int, num_rounds: int, final: float) -> list[tuple[int, float]]:
+    """Return the ends of equal parts of a window, each with the share of the final sparsity that is due there.
+
+    Each round removes the same fraction of what is left: s_k = 1 - (1 - s)^(k / num_rounds).
+
+    Args:
+        begin: First step of the window.
+        end: Its last step, at least ``num_rounds`` later.
+        num_rounds: Into how many parts the window is cut.
+        final: The final sparsity s, in [0, 1).
+
+    Source: Frankle and Carbin 2019, arXiv:1803.03635, section 1: each round prunes s^(1/n) of what survived.
+    """
+    found = []
+    for k in range(1, num_rounds + 1):
+        part = k / num_rounds
+        share = (1 - (1 - final) ** part) / final if final > 0 else part
+        found.append((begin + round((end - begin) * part), 1.0 if k == num_rounds else share))
+    return found
 
 
 def progress_at(step: int, begin: int, end: int) -> float:

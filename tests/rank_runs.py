@@ -31,7 +31,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FIRST, EVALUATED = torch.tensor([0]), 1
 """The first token of examples for evaluation, and of no other."""
 
-METHODS = ("taylor", "l2", "quantization", "distillation", "all")
+METHODS = ("taylor", "l2", "lottery_ticket", "quantization", "distillation", "all")
+SPARSITIES = {"heads": 0.5, "ffn": 0.5}
 CRITERIA = tuple(name for name in criteria if criteria.get(name).trains and name not in METHODS)
 BY_ADAM = ("movement", "l0", "slim")
 """Where a step does not grow with the gradient: rounding of gradients near zero decides on its sign."""
@@ -55,7 +56,7 @@ def examples(kind: str, num_examples: int = 32) -> list[dict[str, torch.Tensor]]
 
 
 def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
-    settings = {"structures": {"heads": 0.5, "ffn": 0.5}, "begin": 1, "end": 4, "update_every": 1, **changes}
+    settings = {"structures": SPARSITIES, "begin": 1, "end": 4, "update_every": 1, **changes}
     return PruningCallback(PruningConfig(criterion=criterion, **settings))
 
 
@@ -63,10 +64,13 @@ def callbacks_for(method: str, teacher: Any) -> list[CompressionCallback]:
     made: list[CompressionCallback] = []
     if method in CRITERIA:
         layers = criteria.get(method).structures == {"layers"}
-        made.append(pruning(method, structures={"layers": 0.5} if layers else {"heads": 0.5, "ffn": 0.5}))
+        made.append(pruning(method, structures={"layers": 0.5} if layers else SPARSITIES))
     if method in ("taylor", "l2", "neutral", "all"):
         zero = {"structures": {"heads": 0.0, "ffn": 0.0}} if method == "neutral" else {}
         made.append(pruning("l2" if method == "l2" else "taylor", **zero))
+    if method == "lottery_ticket":
+        config = PruningConfig(structures=SPARSITIES, schedule=method, begin=0, end=4, rounds=4, rewind_to=0)
+        made.append(PruningCallback(config))
     if method in ("quantization", "all"):
         made.append(QuantizationCallback(QuantizationConfig()))
     if method in ("distillation", "all"):
@@ -204,7 +208,7 @@ def assert_ranks_agree(folder: Path, name: str) -> None:
     assert not torch.equal(first.pop("seen"), second.pop("seen"))
     assert first.keys() == second.keys()
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
-    if RUNS[name][1] in ("taylor", "l2", "all"):
+    if RUNS[name][1] in ("taylor", "l2", "lottery_ticket", "all"):
         assert sum(key.startswith("step") and ".mask." in key for key in first) >= 4 * 4
 
 

@@ -27,7 +27,7 @@ NUM_STEPS = 10
 STEPS_PER_EPOCH = 4
 
 TRAINING = [name for name in criteria if criteria.get(name).trains]
-METHODS = [*(f"pruning-{name}" for name in TRAINING), "quantization", "distillation", "all"]
+METHODS = [*(f"pruning-{name}" for name in TRAINING), "lottery_ticket", "quantization", "distillation", "all"]
 
 
 def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
@@ -35,6 +35,13 @@ def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
     structures = {"layers": 0.5} if layers_only else {"heads": 0.5, "ffn": 0.75}
     settings = {"structures": structures, "begin": 2, "end": 8, "update_every": 2}
     return PruningCallback(PruningConfig(**{**settings, "criterion": criterion, **changes}))
+
+
+def lottery_ticket() -> PruningCallback:
+    """Keeps weights after step 2; rounds end after the steps 4, 6 and 8."""
+    structures = {"heads": 0.5, "ffn": 0.75}
+    settings = {"schedule": "lottery_ticket", "rounds": 3, "rewind_to": 2, "begin": 2, "end": 8}
+    return PruningCallback(PruningConfig(structures=structures, **settings))
 
 
 def quantization(**changes: Any) -> QuantizationCallback:
@@ -51,7 +58,13 @@ def callbacks_of(method: str) -> list[TrainerCallback]:
     name, _, criterion = method.partition("-")
     if name == "all":
         return [pruning(), distillation(), quantization()]
-    return [{"pruning": lambda: pruning(criterion), "quantization": quantization, "distillation": distillation}[name]()]
+    makers: dict[str, Callable[[], TrainerCallback]] = {
+        "pruning": lambda: pruning(criterion),
+        "lottery_ticket": lottery_ticket,
+        "quantization": quantization,
+        "distillation": distillation,
+    }
+    return [makers[name]()]
 
 
 def trainer_of(callbacks: list[TrainerCallback], output_dir: Path, *, model: Any = None, **args: Any) -> Trainer:

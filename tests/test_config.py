@@ -14,6 +14,7 @@ from hf_compress import (
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
+TICKET = {"schedule": "lottery_ticket"}
 CONFIGS = [
     PruningConfig(**PRUNING, criterion="l2", allocation="per_layer", begin=10, end=200, exclude=("a", "b")),
     QuantizationConfig(begin=0.5, exclude=("classifier",)),
@@ -67,6 +68,16 @@ def test_a_newer_schema_is_refused() -> None:
         ({"max_layer_sparsity": 0.6}, "at least the highest sparsity"),
         ({"allocation": "per_layer", "max_layer_sparsity": 0.9}, 'only 1.0 with allocation="per_layer"'),
         ({"structures": {"heads": 0.5}, "multiple_of": 8}, 'only 1 unless one of ffn, hidden,'),
+        ({"rounds": 3}, 'rounds: got 3; allowed: 5 unless schedule is "lottery_ticket"'),
+        ({"rewind_to": 0.1}, 'rewind_to: got 0.1; allowed: 0 unless schedule is "lottery_ticket"'),
+        ({**TICKET, "rounds": 0}, "rounds: got 0; allowed: an int >= 1"),
+        ({**TICKET, "rewind_to": -1}, "rewind_to: got -1; allowed: an int >= 0"),
+        ({**TICKET, "update_every": 5}, 'update_every: got 5; allowed: 10 with "lottery_ticket"'),
+        ({**TICKET, "initial_sparsity": 0.1}, 'initial_sparsity: got 0.1; allowed: 0.0 with "lottery_ticket"'),
+        ({**TICKET, "structures": ["ffn"], "target_params": 0.5}, "target_params: got 0.5; allowed: None with"),
+        ({**TICKET, "criterion": "admm"}, "criterion: got 'admm'; allowed: a criterion that changes masks in every"),
+        ({**TICKET, "rules": [{"match": ["a"], "end": 0.5}]}, r"rules\[0\].end: got 0.5; allowed: none with"),
+        ({**TICKET, "rules": [{"match": ["a"], "criterion": "l0"}]}, r"rules\[0\]: .*criterion: got 'l0'"),
     ],
 )
 def test_bad_pruning_settings_are_refused(changes, message) -> None:
@@ -124,6 +135,17 @@ def test_configs_are_frozen() -> None:
 )
 def test_windows_in_steps_and_fractions(begin, end, total, window) -> None:
     assert PruningConfig(**PRUNING, begin=begin, end=end).window(total) == window
+
+
+def test_rounds_that_do_not_fit_the_run_are_refused() -> None:
+    config = PruningConfig(**PRUNING, **TICKET, begin=2, end=10, rounds=4, rewind_to="0.3 epochs")
+    assert config.rewind_step(20, lambda: 10) == 3
+    with pytest.raises(ConfigError, match=r"is step 4, but the first of 4 rounds of .* ends at step 4"):
+        config.rewind_step(20, lambda: 13)
+    with pytest.raises(ConfigError, match="10 for 4 rounds in a run of 10 optimizer steps; allowed"):
+        config.moments(10)
+    with pytest.raises(ConfigError, match="a step at least for each round"):
+        PruningConfig(**PRUNING, **TICKET, begin=2, end=6).moments(20)
 
 
 @pytest.mark.parametrize(("begin", "end", "total"), [(5, 50, 20), (15, 0.5, 20), (0.0, 0.01, 20)])

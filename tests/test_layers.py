@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"latency"},
     {"callbacks", "report", "vocabulary"},
     {"oneshot"},
-    {"export"},
+    {"export", "search"},
     {"recipe"},
     {"cli"},
 ]

@@ -23,7 +23,7 @@ from hf_compress.export.quantized import FORMATS
 from hf_compress.latency import measure
 from hf_compress.oneshot.prune import CRITERIA
 from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
-from hf_compress.schedule import schedules
+from hf_compress.schedule import LOTTERY_TICKET, POLYNOMIAL, STEPS, schedules
 
 ROOT = Path(hf_compress.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,6 +101,24 @@ def test_the_example_without_training_runs(tiny_bert, classification_data) -> No
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
 
 
+def test_the_example_of_a_search_runs(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in blocks("python") if "auto_compress" in block)
+    data = classification_data(16)
+    inputs = {key: torch.stack([each[key] for each in data]) for key in data[0]}
+    names = {
+        "model": tiny_bert(),
+        "args": make_trainer(tiny_bert(), data, max_steps=8).args,
+        "data": data,
+        "dev": inputs,
+        "accuracy": lambda model, dev: float((model(**dev).logits.argmax(1) == dev["labels"]).float().mean()),
+    }
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["small"].num_parameters() < tiny_bert().num_parameters()
+    loaded = AutoModelForSequenceClassification.from_pretrained("searched")
+    assert sum(layer.intermediate.dense.out_features for layer in loaded.bert.encoder.layer) == 48
+
+
 def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     example, _ = blocks("yaml")
@@ -165,6 +183,12 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
 )
 def test_the_method_table_is_complete(names) -> None:
     rows = README.split("## Methods")[1].split("## Limits")[0]
+    assert [name for name in names if f"`{name}`" not in rows] == []
+
+
+def test_the_method_table_names_the_other_schedules_and_searches() -> None:
+    rows = README.split("## Methods")[1].split("## Limits")[0]
+    names = (POLYNOMIAL, STEPS, LOTTERY_TICKET, "simulated_annealing", "auto_compress")
     assert [name for name in names if f"`{name}`" not in rows] == []
 
 

@@ -23,10 +23,12 @@ from hf_compress.instruments.adapters import has_adapters, plain_view
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.pruner import Pruner
 from hf_compress.instruments.pruner_state import restore, state_of
+from hf_compress.instruments.rewind import Rewinder
 from hf_compress.instruments.sharded import unsharded
 from hf_compress.latency.budget import LatencyBudget
 from hf_compress.latency.masks import MeasuredSpeedup
 from hf_compress.pruning.whole_model import Budget
+from hf_compress.schedule import LOTTERY_TICKET
 from hf_compress.shrinking.plan import refuse_compressed
 from hf_compress.shrinking.shrink import shrink
 
@@ -63,6 +65,7 @@ class PruningCallback(CompressionCallback):
         self.config: PruningConfig = config
         self.example_inputs = example_inputs
         self._pruner: Pruner | None = None
+        self._rewinder: Rewinder | None = None
         self._costs: Costs | None = None
         self._budget: Budget | None = None
         self._final: dict[str, Tensor] | None = None
@@ -108,6 +111,9 @@ class PruningCallback(CompressionCallback):
         budget = self._budget = budget_of(run, graph, self.config, self.example_inputs)
         steps, epochs, seed = run.total_steps, run.steps_per_epoch, run.args.seed
         self._pruner = Pruner(run.model, graph, self.config, steps, epochs, seed, budget)
+        if self.config.schedule == LOTTERY_TICKET:
+            moment = self.config.rewind_step(steps, epochs)
+            self._rewinder = Rewinder(run.model, run.trainer.optimizer, moment, self._moments())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,9 +123,11 @@ class PruningCallback(CompressionCallback):
             self._pruner.read(state.global_step, mean_gradients, _loss_scale(kwargs.get("optimizer")))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tighten the masks when the schedule says so."""
+        """Tighten the masks when the schedule says so, and let the weights go back where it does."""
         if self._pruner is not None and self._run is not None and self._pruner.update(state.global_step):
             check_same_on_all_ranks(self._pruner.masks, "PruningCallback: masks", args.device)
+        if self._rewinder is not None and self._run is not None:
+            self._rewinder.after(state.global_step)
 
     def _metrics(self) -> Mapping[str, float]:
         """Sparsity and lowest score kept by structure, and what the model would have if it were shrunk now."""
@@ -131,6 +139,8 @@ class PruningCallback(CompressionCallback):
         assert self._pruner is not None and self._costs is not None
         masks = trial_masks(self._pruner)
         facts = plan_of(self._pruner, masks, run.total_steps)
+        if self._rewinder is not None:
+            facts["weights go back to those of step"] = self._rewinder.moment
         groups = {name: masks[name] for name in self._pruner.group_masks()}
         before, after = left(self._costs, {}), left(self._costs, groups)
         facts["parameters"], facts["parameters after shrink"] = before["parameters"], after["parameters"]
@@ -194,6 +204,7 @@ class PruningCallback(CompressionCallback):
         return "Training stopped early. Set end earlier, or train longer."
 
     def _remove(self) -> None:
+        self._rewinder = None
         if self._pruner is not None:
             self._pruner.remove()
             self._pruner = None
@@ -201,7 +212,8 @@ class PruningCallback(CompressionCallback):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self._pruner is None:
             return {}, {}
-        return state_of(self._pruner), {
+        kept = self._rewinder.state() if self._rewinder is not None else {}
+        return state_of(self._pruner) | kept, {
             "window": self._moments(),
             "thresholds": self._pruner.thresholds,
             "budget": dict(self._budget.state()) if self._budget is not None else None,
@@ -218,6 +230,8 @@ class PruningCallback(CompressionCallback):
         if self._budget is not None:
             self._budget.restore(facts["budget"])
         restore(self._pruner, tensors, facts["thresholds"], facts["step"])
+        if self._rewinder is not None:
+            self._rewinder.restore(tensors, facts["step"])
 
 
 def _loss_scale(optimizer: Any) -> float:

@@ -1,5 +1,6 @@
 """What a user writes: frozen, validated on construction, stored as JSON or YAML."""
 
+from hf_compress.config.annealing import AnnealingConfig
 from hf_compress.config.base import SCHEMA_VERSION, Config
 from hf_compress.config.data import DatasetConfig
 from hf_compress.config.methods import DistillationConfig, QuantizationConfig
@@ -16,6 +17,7 @@ __all__ = [
     "TRAINABLE_STRUCTURES",
     "WEIGHTS",
     "WIDTHS",
+    "AnnealingConfig",
     "Config",
     "DatasetConfig",
     "DistillationConfig",

@@ -13,7 +13,7 @@ from hf_compress.config.rules import PruningRule
 from hf_compress.config.structures import TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 from hf_compress.errors import ConfigError, choices
 from hf_compress.registry import allocators, criteria
-from hf_compress.schedule import POLYNOMIAL, STEPS, Moment, schedules, to_steps
+from hf_compress.schedule import LOTTERY_TICKET, POLYNOMIAL, STEPS, Moment, schedules, ticket_rounds, to_steps
 
 GRANULARITIES = ("element", "row", "column", "block")
 """What is pruned of a weight as one, besides N:M patterns."""
@@ -38,7 +38,7 @@ class PruningConfig(Budgets):
 
     schedule: str = "cubic"
     """How sparsity grows between ``begin`` and ``end``: a name in ``hf_compress.schedule``, ``"polynomial"`` (see
-    ``power``) or ``"steps"`` (see ``milestones``)."""
+    ``power``), ``"steps"`` (see ``milestones``) or ``"lottery_ticket"`` (see ``rounds``)."""
 
     power: float = 3.0
     """Exponent of the ``polynomial`` schedule, > 0: 1 is linear, 3 is cubic."""
@@ -46,6 +46,16 @@ class PruningConfig(Budgets):
     milestones: tuple[tuple[Moment, float], ...] = ()
     """For ``schedule="steps"``: moments, each with the share in (0, 1] of the final sparsity that is reached then,
     e.g. ``((0.2, 0.5), (0.4, 1.0))``. They replace ``begin`` and ``end``."""
+
+    rounds: int = 5
+    """For ``schedule="lottery_ticket"`` (Frankle and Carbin 2019, arXiv:1803.03635): into how many equal parts the
+    window is cut. At the end of each, the same fraction of what is left goes, all weights that training changes go
+    back to what they were at ``rewind_to``, and the optimizer forgets them. The learning rate's schedule goes on:
+    ``"cosine_with_restarts"`` with as many cycles suits. What remains of the run after ``end`` trains the ticket."""
+
+    rewind_to: Moment = 0
+    """For ``schedule="lottery_ticket"``: the moment to whose weights every round goes back; an early one instead of 0
+    is what large models need (Frankle et al. 2020, arXiv:1912.05671)."""
 
     initial_sparsity: float = 0.0
     """Sparsity at ``begin``, in [0, 1); structures with a lower final sparsity start there."""
@@ -96,8 +106,8 @@ class PruningConfig(Budgets):
         self._check_patterns("exclude")
         self._check_choice("criterion", criteria)
         self._check_choice("allocation", allocators)
-        self._check_choice("schedule", {*schedules, POLYNOMIAL, STEPS})
-        for name in ("update_every", "min_units", "multiple_of"):
+        self._check_choice("schedule", {*schedules, POLYNOMIAL, STEPS, LOTTERY_TICKET})
+        for name in ("update_every", "min_units", "multiple_of", "rounds"):
             self._check_count(name)
         self._check_choice("regrow", (True, False))
         self._check_number("score_decay", 0, 1, open_high=True)
@@ -109,6 +119,7 @@ class PruningConfig(Budgets):
         self._check_structures()
         self._check_budget_alone()
         self._check_window()
+        self._check_lottery_ticket()
         self._check_weights()
         self._check_effects()
         self._check_rules()
@@ -169,7 +180,7 @@ class PruningConfig(Budgets):
                 raise self._error(f"rules[{number}].{field}", changed[field], f"only limits with {target[0]}")
 
     def _check_window(self) -> None:
-        for name in ("begin", "end"):
+        for name in ("begin", "end", "rewind_to"):
             self._check_moment(name)
         if type(self.begin) is type(self.end) and not isinstance(self.begin, str) and self.begin > self.end:  # type: ignore[operator]
             raise self._error("end", self.end, f"at least begin = {self.begin}")
@@ -192,6 +203,25 @@ class PruningConfig(Budgets):
         if pairs and (self.begin, self.end) != (PruningConfig.begin, PruningConfig.end):
             raise self._error("begin/end", (self.begin, self.end), 'the defaults with schedule="steps"')
         object.__setattr__(self, "milestones", tuple((when, float(share)) for when, share in pairs))
+
+    def _check_lottery_ticket(self) -> None:
+        """What only the lottery ticket's rounds read is for them; what they do not read is not."""
+        if self.schedule != LOTTERY_TICKET:
+            for name in ("rounds", "rewind_to"):
+                if getattr(self, name) != getattr(PruningConfig, name):
+                    allowed = f'{getattr(PruningConfig, name)} unless schedule is "{LOTTERY_TICKET}"'
+                    raise self._error(name, getattr(self, name), allowed)
+            return
+        for name in ("update_every", "initial_sparsity"):
+            if getattr(self, name) != getattr(PruningConfig, name):
+                raise self._error(name, getattr(self, name), f'{getattr(PruningConfig, name)} with "{LOTTERY_TICKET}"')
+        target = self.target()
+        if target is not None:
+            raise self._error(target[0], target[1], f'None with schedule="{LOTTERY_TICKET}", which needs sparsities')
+        if criteria.get(self.criterion).defers or self.method_options().decides:
+            why = "This one removes nothing before the end, or finds out itself how much goes."
+            allowed = f'a criterion that changes masks in every round of "{LOTTERY_TICKET}", such as "l2" or "taylor"'
+            raise self._error("criterion", self.criterion, allowed, why)
 
     def _check_weights(self) -> None:
         pattern = _N_OF_M.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
@@ -234,6 +264,10 @@ class PruningConfig(Budgets):
             raise self._error("rules", given, "a list of PruningRule or of mappings of its fields")
         rules = tuple(PruningRule.from_dict(rule) if isinstance(rule, Mapping) else rule for rule in given)
         object.__setattr__(self, "rules", rules)
+        for number, rule in enumerate(rules):
+            for name in {"begin", "end"} & rule.changes().keys() if self.schedule == LOTTERY_TICKET else ():
+                allowed = f'none with "{LOTTERY_TICKET}": all weights go back at the same moments'
+                raise self._error(f"rules[{number}].{name}", getattr(rule, name), allowed)
         self.parts()
 
     def parts(self) -> "list[tuple[PruningRule | None, PruningConfig]]":
@@ -302,4 +336,30 @@ class PruningConfig(Budgets):
                 f"PruningConfig.{name}: {given[0][0]!r}..{given[-1][0]!r} is the window of steps {begin}..{end}, but "
                 f"the run has {total_steps} optimizer steps; allowed: 0 <= begin <= end <= {total_steps} and end >= 1."
             )
+        if self.schedule == LOTTERY_TICKET and not (end - begin >= self.rounds and end < total_steps):
+            raise ConfigError(
+                f"PruningConfig.begin/end: {begin}..{end} for {self.rounds} rounds in a run of {total_steps} "
+                f'optimizer steps; allowed with schedule="{LOTTERY_TICKET}": a step at least for each round, and steps '
+                "left after end, where the ticket is trained."
+            )
         return [(step, share) for step, (_, share) in zip(steps, given, strict=True)]
+
+    def rewind_step(self, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> int:
+        """Return the optimizer step after which the weights are kept that every round goes back to.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            steps_per_epoch: Says how many of them an epoch has; asked only if epochs are given.
+
+        Raises:
+            ConfigError: If the first round is over by then.
+        """
+        begin, end = self.window(total_steps, steps_per_epoch)
+        first, _ = ticket_rounds(begin, end, self.rounds, 0.0)[0]
+        step = to_steps(self.rewind_to, total_steps, steps_per_epoch)
+        if step >= first:
+            raise ConfigError(
+                f"PruningConfig.rewind_to: {self.rewind_to!r} is step {step}, but the first of {self.rounds} rounds of "
+                f"the window {begin}..{end} ends at step {first}; allowed: an earlier moment."
+            )
+        return step

@@ -99,7 +99,7 @@ class Pruner:
             config=config,
             method=method,
             layers=layers,
-            timetable=Timetable.of(config, moments(config)),
+            timetable=Timetable.of(config, moments(config), sparsity),
             runs={each: run for each in layers if (run := self._run(each, config, method)) > 1},
             budget=budget,
         )

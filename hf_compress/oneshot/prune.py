@@ -124,7 +124,7 @@ def prune_oneshot(
     _check_config(config)
     if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 1):
         raise ConfigError(f"prune_oneshot: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
-    _check_model(model, example_inputs)
+    check_prunable("prune_oneshot", model, example_inputs)
     graph = ModelGraph(model, example_inputs)
     single = WEIGHTS in config.structures
     find = CRITERIA[config.criterion].weights if single else CRITERIA[config.criterion].units
@@ -142,17 +142,28 @@ def prune_oneshot(
     )
 
 
-def _check_model(model: Any, example_inputs: Any) -> None:
+def check_prunable(caller: str, model: Any, example_inputs: Any) -> None:
+    """Check that a model has weights of its own that can be pruned.
+
+    Args:
+        caller: The function that was called, for messages.
+        model: What it was given as the model.
+        example_inputs: What it was given to run it on.
+
+    Raises:
+        TargetError: If it is no transformers model, or has no weights.
+        ShrinkError: If it is quantized.
+    """
     if not isinstance(model, PreTrainedModel):
         remedy = remedy_for(model)
         raise TargetError(
-            f"prune_oneshot: got {type(model).__name__}; allowed: a transformers PreTrainedModel."
+            f"{caller}: got {type(model).__name__}; allowed: a transformers PreTrainedModel."
             + (f" {remedy[0].upper()}{remedy[1:]}" if remedy is not None else "")
         )
     check_model(model, example_inputs)
     refuse_compressed(model)
     if has_no_weights(model):
-        raise TargetError("prune_oneshot: the model is on the meta device. Load it with from_pretrained.")
+        raise TargetError(f"{caller}: the model is on the meta device. Load it with from_pretrained.")
 
 
 def _check_config(config: Any) -> None:

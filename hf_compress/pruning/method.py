@@ -101,6 +101,9 @@ class Method:
     trains: ClassVar[bool] = True
     """Whether it works while the model trains; if not, ``prune_oneshot`` carries it out."""
 
+    defers: ClassVar[bool] = False
+    """Whether masks change at the end of the schedule only, see ``DeferringMethod``."""
+
     run_length: ClassVar[Literal["row"] | None] = None
     """``"row"``: single weights compete within their output row only."""
 
@@ -146,6 +149,8 @@ class DeferringMethod(Method):
 
     The schedule's share is a target that the method may use on the way.
     """
+
+    defers = True
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return what units are multiplied by in training and in evaluation, [num_units] each; None: their mask."""

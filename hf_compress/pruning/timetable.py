@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from hf_compress.config import PruningConfig
-from hf_compress.schedule import STEPS, curve, progress_at
+from hf_compress.schedule import LOTTERY_TICKET, STEPS, curve, progress_at, ticket_rounds
+
+LISTED = (STEPS, LOTTERY_TICKET)
+"""Schedules that are lists of moments; the others are curves."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,17 @@ class Timetable:
     """Milestones: a step and the share of the final sparsity that is due from there on; of a curve, its window."""
 
     @classmethod
-    def of(cls, config: PruningConfig, moments: list[tuple[int, float]]) -> Self:
-        """Return the timetable of a config, see ``PruningConfig.moments``."""
+    def of(cls, config: PruningConfig, moments: list[tuple[int, float]], final: float | None) -> Self:
+        """Return the timetable of a config.
+
+        Args:
+            config: The config.
+            moments: See ``PruningConfig.moments``.
+            final: The sparsity in the end, if it is known; ``lottery_ticket`` needs it.
+        """
+        if config.schedule == LOTTERY_TICKET:
+            assert final is not None
+            moments = ticket_rounds(moments[0][0], moments[-1][0], config.rounds, final)
         return cls(config, tuple(moments))
 
     @property
@@ -33,7 +45,7 @@ class Timetable:
 
     def share(self, step: int) -> float:
         """Return how far the sparsity has come at ``step``: 0 at first, 1 at the end of the window."""
-        if self.config.schedule == STEPS:
+        if self.config.schedule in LISTED:
             return max((share for moment, share in self.moments if moment <= step), default=0.0)
         if step < self.begin:
             return 0.0
@@ -55,7 +67,7 @@ class Timetable:
         """Return whether the masks change after ``step`` optimizer steps."""
         if step < 1:
             return False
-        if self.config.schedule == STEPS:
+        if self.config.schedule in LISTED:
             return any(step == moment for moment, _ in self.moments)
         if step == self.end or not self.begin <= step <= self.end:
             return step == self.end

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", rank_runs.SETTINGS)
+@pytest.mark.parametrize("name", rank_fsdp.SETTINGS)
 def test_sharded_training_is_that_of_one_process(folder: Path, tmp_path: Path, name: str) -> None:
     rank_runs.assert_ranks_agree(folder, name)
     trainer = rank_runs.assert_same_as_one_process(folder, name, tmp_path)

@@ -36,8 +36,13 @@ LAST = f"checkpoint-{NUM_STEPS}"
 MID_EPOCH = 3
 """In the middle of an epoch, after the first change of the masks, when quantization is about to begin."""
 
-QUICK = [*((method, MID_EPOCH) for method in METHODS), ("all", STEPS_PER_EPOCH), ("all", 7)]
-"""All together also at the end of an epoch, and just before the last change of the masks."""
+QUICK = [
+    *((method, MID_EPOCH) for method in METHODS),
+    *(("all", step) for step in (STEPS_PER_EPOCH, 7)),
+    *(("lottery_ticket", step) for step in (1, 2, 4, 7)),
+]
+"""All together also at the end of an epoch, and just before the last change of the masks; a lottery ticket before and
+after it keeps weights, and when and after it went back to them."""
 
 OTHERS = [(method, step) for method in METHODS for step in range(1, NUM_STEPS) if (method, step) not in QUICK]
 

@@ -4,13 +4,14 @@ import pytest
 
 from hf_compress import ConfigError, PruningConfig
 from hf_compress.pruning.timetable import Timetable
+from hf_compress.schedule import ticket_rounds
 
 STRUCTURES = {"heads": 0.5}
 
 
 def timetable(total=100, epoch=None, **settings) -> Timetable:
     config = PruningConfig(**{"structures": STRUCTURES, "update_every": 10, **settings})
-    return Timetable.of(config, config.moments(total, epoch))
+    return Timetable.of(config, config.moments(total, epoch), STRUCTURES["heads"])
 
 
 def test_a_curve_changes_masks_every_few_steps_and_at_its_end() -> None:
@@ -36,6 +37,14 @@ def test_milestones_are_steps_up() -> None:
     times = timetable(schedule="steps", milestones=((0.2, 0.5), (60, 1.0)))
     assert (times.begin, times.end, times.updates()) == (20, 60, [20, 60])
     assert [times.sparsity(step, 0.4) for step in (19, 20, 59, 60, 99)] == [0, 0.2, 0.2, 0.4, 0.4]
+
+
+def test_a_lottery_ticket_loses_the_same_fraction_of_what_is_left_in_every_round() -> None:
+    times = timetable(begin=20, end=50, schedule="lottery_ticket", rounds=3)
+    assert times.updates() == [30, 40, 50]
+    left = [1 - times.sparsity(step, 0.5) for step in (29, 30, 39, 40, 50, 100)]
+    assert left == pytest.approx([1, 0.5 ** (1 / 3), 0.5 ** (1 / 3), 0.5 ** (2 / 3), 0.5, 0.5])
+    assert ticket_rounds(0, 4, 2, 0.0) == [(2, 0.5), (4, 1.0)]
 
 
 def test_epochs_are_counted_in_steps() -> None:
