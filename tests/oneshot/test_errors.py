@@ -225,8 +225,9 @@ def test_patterns_need_inputs_that_are_a_multiple() -> None:
 def test_other_models() -> None:
     with pytest.raises(TargetError, match="got Linear"):
         prune(nn.Linear(2, 2), GOOD, HEADS)  # type: ignore[arg-type]
+    model = trained("bert")
     with torch.device("meta"):
-        empty = type(trained("bert"))(trained("bert").config)
+        empty = type(model)(model.config)
     with pytest.raises(TargetError, match="meta device"):
         prune(empty, GOOD, HEADS)
     compressed = copy.deepcopy(trained("bert"))
