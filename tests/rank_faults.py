@@ -193,7 +193,7 @@ def check_a_gate_that_one_rank_did_not_reach(folder: Path) -> None:
     zeros = changed_gradients(folder / "zeros", torch.zeros_like, (1,))
     scores, expected = scores_of(callback._pruner), scores_of(zeros._pruner)
     assert all(torch.equal(scores[name], score) for name, score in expected.items())
-    with raises(TrainingError, "got no gradient in step 1"):
+    with raises(TrainingError, "got no gradient so far"):
         changed_gradients(folder / "both", lambda gradient: None, (0, 1))
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hf_compress.graph.costs import Costs
 from hf_compress.instruments.pruner import Pruner
-from hf_compress.pruning.allocate import achieved_sparsity
 from hf_compress.pruning.pools import Pool
 
 MOMENTS_SHOWN = 12
@@ -19,7 +18,7 @@ def metrics_of(pruner: Pruner) -> dict[str, float]:
     found: dict[str, float] = {}
     for pool in pruner.pools:
         for name, layers in parts_of(pool).items():
-            found[f"{name}_sparsity"] = round(achieved_sparsity({each: pruner.masks[each] for each in layers}), 4)
+            found[f"{name}_sparsity"] = round(pool.achieved({each: pruner.masks[each] for each in layers}), 4)
         if pool.name in pruner.thresholds:
             found[f"{pool.name}_threshold"] = pruner.thresholds[pool.name]
     return found

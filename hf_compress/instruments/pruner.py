@@ -71,6 +71,10 @@ class Pruner:
             for selections in together:
                 self._add(selections, lambda part: part.moments(total_steps, steps_per_epoch), seed, budget)
             units = self.units.items()
+            self.unread = {name for name, each in units if each.blank()}
+            """Layers of which nothing was read so far."""
+
+            self._skipped: set[str] = set()
             self._blank = {_key((name, key)): zeros for name, each in units for key, zeros in each.blank().items()}
         except BaseException:
             self.remove()
@@ -92,7 +96,7 @@ class Pruner:
         parts = {each.name: self._cover(each, method) for each in selections}
         layers = {layer: limits for part in parts.values() for layer, limits in part.items()}
         if sparsity is not None:
-            check_reachable(f"structures[{kind!r}]", sparsity, layers)
+            check_reachable(f"structures[{kind!r}]", sparsity, layers, config.allocation)
         pool = Pool(
             name=name if budget is None else "budget",
             kinds={each.kind: tuple(parts[each.name]) for each in selections},
@@ -120,9 +124,10 @@ class Pruner:
             self.units[weight.name] = weight
             layers[weight.name] = Layer(
                 num_units=weight.num_units,
-                min_units=config.min_units,
+                min_units=config.min_units if config.min_units > 1 else 0,
                 max_sparsity=config.max_layer_sparsity,
                 shape=str(weight.evidence.shape),
+                unit_sizes=weight.evidence.unit_sizes(),
             )
         return layers
 
@@ -152,7 +157,8 @@ class Pruner:
         for pool in self.pools:
             self.set_time(pool, step + 1)
             for name in pool.layers:
-                pool.method.step(name, self.units[name].evidence)
+                if name not in self._skipped:
+                    pool.method.step(name, self.units[name].evidence)
             if isinstance(pool.method, DeferringMethod):
                 self._pull(pool.method, pool.layers)
 
@@ -168,29 +174,32 @@ class Pruner:
         pool.method.share, pool.method.over = pool.timetable.share(step), step > pool.timetable.end
 
     def _give(self, step: int, means: Mapping[tuple[str, Reading], Tensor | None], loss_scale: float) -> None:
+        """Hand evidence out; a layer that no rank ran in this step (LayerDrop) is left out of it."""
         given: dict[str, dict[Reading, Tensor]] = {}
+        self._skipped = {name for (name, _), tensor in means.items() if tensor is None}
         for (name, key), tensor in means.items():
-            if tensor is None:
-                pool = next(pool for pool in self.pools if name in pool.layers)
-                raise TrainingError(
-                    f"PruningCallback: {MISSING[key].format(name=name)} in step {step + 1}, so criterion "
-                    f"{pool.config.criterion!r} has nothing to go by. Is that part of the model frozen or skipped in "
-                    "training?"
-                )
-            given.setdefault(name, {})[key] = tensor / loss_scale if key == "gate_gradients" else tensor
+            if tensor is not None:
+                given.setdefault(name, {})[key] = tensor / loss_scale if key == "gate_gradients" else tensor
+                self.unread.discard(name)
         for name, readings in given.items():
             self.units[name].evidence.give(readings)
+        for pool in self.pools:
+            if all(name in self._skipped for name in pool.layers):
+                raise _nothing_read(pool, next(iter(pool.layers)), f"in step {step + 1}")
 
     def update(self, step: int) -> bool:
         """Move masks and factors after an optimizer step; return whether masks were due.
 
         Raises:
-            TrainingError: If scores do not say what goes.
+            TrainingError: If scores do not say what goes, or a layer's evidence never came.
         """
         due = False
         for pool in self.pools:
             if pool.timetable.is_due(step):
                 due = True
+                silent = next((name for name in pool.layers if name in self.unread), None)
+                if silent is not None:
+                    raise _nothing_read(pool, silent, "so far")
                 now = {name: self.masks[name] for name in pool.layers}
                 evidence = {name: self.units[name].evidence for name in pool.layers}
                 masks, threshold = pool.masks(step, evidence, now)
@@ -241,6 +250,14 @@ class Pruner:
         """Take everything off the model."""
         for units in self.units.values():
             units.remove()
+
+
+def _nothing_read(pool: Pool, name: str, when: str) -> TrainingError:
+    key = next(key for key in MISSING if key in pool.method.reads)
+    return TrainingError(
+        f"PruningCallback: {MISSING[key].format(name=name)} {when}, so criterion {pool.config.criterion!r} has nothing "
+        "to go by. Is that part of the model frozen or skipped in training?"
+    )
 
 
 def _factors(method: Method, name: str) -> tuple[Tensor, Tensor] | None:

@@ -40,6 +40,7 @@ def restore(pruner: Pruner, tensors: Mapping[str, Tensor], thresholds: Mapping[s
             "resume with the model that the checkpoint was written for."
         )
     pruner.thresholds = dict(thresholds)
+    pruner.unread.clear()
     device = next(pruner.model.parameters()).device
     for pool in pruner.pools:
         mine = {name: each for name, each in scores.items() if name.partition("/")[0] in pool.layers}

@@ -75,7 +75,8 @@ class _RemadeLinear(torch.autograd.Function):
         # As in F.linear: each gradient needs the other operand.
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *guards)
         ctx.changes, ctx.transposed = changes, weight_in_dim == 0
-        return compute(made_x, made_weight, bias)
+        # A view, which a product of batches is, could not be changed in place by what comes next; its data can.
+        return compute(made_x, made_weight, bias).data
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

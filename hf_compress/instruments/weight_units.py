@@ -70,6 +70,12 @@ class WeightEvidence(Readings):
         """Return the magnitude of each weight, [num_units, weights per unit]."""
         return self.weights().abs()
 
+    def unit_sizes(self) -> Tensor | None:
+        """Return the number of weights of each unit, [num_units]; None for single ones."""
+        if self.shape[0] * self.shape[1] == self.num_units:
+            return None
+        return self._by_unit(torch.ones(self.shape)).sum(dim=1)
+
     def add_to_gradients(self, change: Tensor) -> None:
         """Add to the gradients of the weights, [num_units, weights per unit]."""
         if self._parameter.grad is not None:

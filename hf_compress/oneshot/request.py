@@ -122,5 +122,5 @@ def find_targets(model: PreTrainedModel, graph: ModelGraph, config: PruningConfi
             groups[each.kind] = each.groups
             if isinstance(config.structures, Mapping):
                 limits = {group.name: limits_of(group, config) for group in each.groups}
-                check_reachable(f"structures[{each.kind!r}]", config.structures[each.kind], limits)
+                check_reachable(f"structures[{each.kind!r}]", config.structures[each.kind], limits, config.allocation)
     return Targets(groups, modules)

@@ -36,6 +36,9 @@ class Layer:
     shape: str = ""
     """Layers with the same text have the same form."""
 
+    unit_sizes: Tensor | None = None
+    """What each unit counts, [num_units]; None where units count alike. Such layers have no ties and no multiples."""
+
     def floor(self) -> int:
         """Return the smallest number of units that may be kept."""
         wanted = math.ceil(self.num_units * (1 - self.max_sparsity) - 1e-9)
@@ -59,10 +62,15 @@ class Bundle:
     """Steps that stay at least."""
 
     def sizes(self, layers: Mapping[str, Layer]) -> Tensor:
-        """Return the number of units that each step brings, [num_steps]."""
-        sizes = torch.full((self.num_steps,), sum(self.strides), dtype=torch.long)
+        """Return what each step brings, [num_steps]: a number of units, or what they count."""
+        counted = layers[self.names[0]].unit_sizes
+        if counted is not None:
+            return counted
+        if self.strides == (1,):
+            return torch.ones(()).expand(self.num_steps)  # there may be millions
+        sizes = torch.full((self.num_steps,), float(sum(self.strides)))
         whole = sum(layers[name].num_units for name in self.names)
-        sizes[-1] -= int(sizes.sum()) - whole
+        sizes[-1] -= sizes.sum() - whole
         return sizes
 
 
@@ -109,14 +117,19 @@ def allocate(
         Layer name -> bool mask [num_units] on the CPU, True = keep.
     """
     scores = {name: _with_fixed(score.detach().cpu(), layers[name].fixed_units) for name, score in scores.items()}
-    classes: dict[str, list[Bundle]] = {}
-    for bundle in bundles(layers):
-        classes.setdefault(allocators.get(allocation)(bundle, layers), []).append(bundle)
     masks: dict[str, Tensor] = {}
-    for members in classes.values():
+    for members in classes_of(layers, allocation):
         for name, count in _counts(scores, sparsity, layers, members).items():
             masks[name] = keep_best(scores[name], count)
     return {name: masks[name] for name in scores}
+
+
+def classes_of(layers: Mapping[str, Layer], allocation: str) -> list[list[Bundle]]:
+    """Return the bundles of each class that competes within itself."""
+    classes: dict[str, list[Bundle]] = {}
+    for bundle in bundles(layers):
+        classes.setdefault(allocators.get(allocation)(bundle, layers), []).append(bundle)
+    return list(classes.values())
 
 
 def bundles(layers: Mapping[str, Layer]) -> list[Bundle]:
@@ -145,42 +158,51 @@ def _bundle(names: Iterable[str], layers: list[Layer]) -> Bundle:
 def _counts(
     scores: Mapping[str, Tensor], sparsity: float, layers: Mapping[str, Layer], members: list[Bundle]
 ) -> dict[str, int]:
-    sizes = [bundle.sizes(layers) for bundle in members]
-    total = sum(int(each.sum()) for each in sizes)
-    certain = sum(int(each[: bundle.floor].sum()) for bundle, each in zip(members, sizes, strict=True))
-    values = [_step_values(bundle, scores)[bundle.floor :] for bundle in members]
-    open_sizes = [each[bundle.floor :] for bundle, each in zip(members, sizes, strict=True)]
-    taken = _best(torch.cat(values), torch.cat(open_sizes), (1 - sparsity) * total - certain)
+    steps = [_steps(bundle, scores, layers) for bundle in members]
+    total = sum(float(sizes.sum()) for _, sizes in steps)
+    certain = sum(float(sizes[: bundle.floor].sum()) for bundle, (_, sizes) in zip(members, steps, strict=True))
+    values = [found[bundle.floor :] for bundle, (found, _) in zip(members, steps, strict=True)]
+    alike = all(bundle.strides == (1,) and layers[bundle.names[0]].unit_sizes is None for bundle in members)
+    open_sizes = [sizes[bundle.floor :] for bundle, (_, sizes) in zip(members, steps, strict=True)]
+    taken = _best(torch.cat(values), None if alike else torch.cat(open_sizes), (1 - sparsity) * total - certain)
     counts: dict[str, int] = {}
     for bundle, mine in zip(members, taken.split([len(each) for each in values]), strict=True):  # type: ignore[no-untyped-call]
-        steps = bundle.floor + int(mine.sum())
+        kept = bundle.floor + int(mine.sum())
         for name, stride in zip(bundle.names, bundle.strides, strict=True):
-            counts[name] = min(steps * stride, layers[name].num_units)
+            counts[name] = min(kept * stride, layers[name].num_units)
     return counts
 
 
-def _step_values(bundle: Bundle, scores: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean score of the units that each step brings, [num_steps], the highest first."""
-    if len(bundle.names) == 1 and bundle.strides == (1,) and bundle.floor == 0:
-        return scores[bundle.names[0]]  # there may be millions, and the order does not matter
+def _steps(bundle: Bundle, scores: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> tuple[Tensor, Tensor]:
+    """Return the mean score of the units that each step brings and its size, [num_steps], the highest score first."""
+    sizes = bundle.sizes(layers)
+    if len(bundle.names) == 1 and bundle.strides == (1,):
+        score = scores[bundle.names[0]]
+        if bundle.floor == 0:
+            return score, sizes  # there may be millions, and the order does not matter
+        order = score.argsort(descending=True, stable=True)
+        return score[order], sizes[order]
     total, count = torch.zeros(bundle.num_steps), torch.zeros(bundle.num_steps)
     for name, stride in zip(bundle.names, bundle.strides, strict=True):
         ranked = scores[name].float().sort(descending=True).values
         step = torch.arange(len(ranked)) // stride
         total.index_add_(0, step, ranked)
         count.index_add_(0, step, torch.ones(len(ranked)))
-    return total / count
+    return total / count, sizes
 
 
-def _best(values: Tensor, sizes: Tensor, budget: float) -> Tensor:
-    """Return which steps fit, best first, until the next would overshoot by more than it fills; bool [steps]."""
+def _best(values: Tensor, sizes: Tensor | None, budget: float) -> Tensor:
+    """Return which steps fit, best first, until the next would overshoot by more than it fills; bool [steps].
+
+    Without sizes, each step brings one unit.
+    """
     if len(values) == 0:
         return torch.zeros(0, dtype=torch.bool)
-    if bool((sizes == 1).all()):
+    if sizes is None:
         return keep_best(values, min(max(math.floor(budget + 0.5), 0), len(values)))
     order = values.argsort(descending=True, stable=True)
-    before = sizes[order].cumsum(0) - sizes[order]
-    fits = budget - before >= sizes[order] / 2
+    ordered = sizes[order].double()
+    fits = budget - (ordered.cumsum(0) - ordered) >= ordered / 2
     taken = torch.zeros(len(values), dtype=torch.bool)
     taken[order] = fits.cumprod(0).bool()
     return taken
@@ -213,30 +235,57 @@ def protected(score: Tensor, run: int, keep: int) -> Tensor:
     return runs.scatter(1, runs.topk(keep, dim=1).indices, math.inf).flatten()
 
 
-def check_reachable(where: str, sparsity: float, layers: Mapping[str, Layer]) -> None:
-    """Check before training that the limits leave room for the sparsity.
+def check_reachable(where: str, sparsity: float, layers: Mapping[str, Layer], allocation: str) -> None:
+    """Check before training that the limits leave room for the sparsity, and that it is more than rounding.
 
     Raises:
-        TargetError: If they do not.
+        TargetError: If they do not, or if so little would remove nothing.
     """
-    total = sum(layer.num_units for layer in layers.values())
-    together = bundles(layers)
-    floor = sum(int(bundle.sizes(layers)[: bundle.floor].sum()) for bundle in together)
-    if (1 - sparsity) * total < floor - tolerance(layers) * total:
-        limits = {(each.min_units, each.max_sparsity, each.multiple_of) for each in layers.values()}
-        told = "; ".join(f"min_units={a}, max_layer_sparsity={b}, multiple_of={c}" for a, b, c in sorted(limits))
+    if sparsity == 0:
+        return
+    removes = False
+    for members in classes_of(layers, allocation):
+        sizes = [bundle.sizes(layers) for bundle in members]
+        total = sum(float(each.sum()) for each in sizes)
+        floor = sum(float(each[: bundle.floor].sum()) for bundle, each in zip(members, sizes, strict=True))
+        if (1 - sparsity) * total < floor - _half_step(sizes):
+            names = [name for bundle in members for name in bundle.names]
+            limits = {(layers[n].min_units, layers[n].max_sparsity, layers[n].multiple_of) for n in names}
+            told = "; ".join(f"min_units={a}, max_layer_sparsity={b}, multiple_of={c}" for a, b, c in sorted(limits))
+            raise TargetError(
+                f"{where}: sparsity {sparsity} of {total:g} units leaves {(1 - sparsity) * total:.1f}, but {told} keep "
+                f"at least {floor:g}; the highest sparsity allowed here is {1 - floor / total:.4f}."
+            )
+        removes = removes or sparsity * total > min(float(each.min()) for each in sizes) / 2
+    if not removes:
         raise TargetError(
-            f"{where}: sparsity {sparsity} of {total} units leaves {(1 - sparsity) * total:.1f}, but {told} keep at "
-            f"least {floor}; the highest sparsity allowed here is {1 - floor / total:.4f}."
+            f"{where}: sparsity {sparsity} is less than half of what goes at once (a unit, multiple_of units, or a "
+            "share of all tied layers), so nothing would be removed. Ask for more, for smaller multiples, or leave the "
+            "structure out."
         )
 
 
-def tolerance(layers: Mapping[str, Layer]) -> float:
-    """Return how far the achieved sparsity may lie from the one asked for: half a step in each bundle."""
-    return sum(sum(bundle.strides) for bundle in bundles(layers)) / 2 / sum(each.num_units for each in layers.values())
+def tolerance(layers: Mapping[str, Layer], allocation: str) -> float:
+    """Return how far the achieved sparsity may lie from the one asked for: half a step in each class."""
+    classes = classes_of(layers, allocation)
+    sizes = [[bundle.sizes(layers) for bundle in members] for members in classes]
+    return sum(map(_half_step, sizes)) / sum(float(each.sum()) for members in sizes for each in members)
 
 
-def achieved_sparsity(masks: Mapping[str, Tensor]) -> float:
-    """Return the fraction of all units that the masks remove."""
-    total = sum(mask.numel() for mask in masks.values())
-    return 1 - sum(int(mask.sum()) for mask in masks.values()) / total
+def _half_step(sizes: list[Tensor]) -> float:
+    return max(float(each.max()) for each in sizes) / 2
+
+
+def achieved_sparsity(masks: Mapping[str, Tensor], layers: Mapping[str, Layer] | None = None) -> float:
+    """Return the fraction that masks remove.
+
+    Args:
+        masks: By layer.
+        layers: Say what units count; alike without.
+    """
+    kept = total = 0.0
+    for name, mask in masks.items():
+        counted = layers[name].unit_sizes if layers is not None else None
+        kept += float(mask.sum()) if counted is None else float(counted[mask].sum())
+        total += mask.numel() if counted is None else float(counted.sum())
+    return 1 - kept / total

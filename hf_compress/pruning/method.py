@@ -21,6 +21,8 @@ Reading = Literal["gate_gradients", "weight_gradients", "activations", "changes"
 
 EVERYWHERE = frozenset(TRAINABLE_STRUCTURES)
 LAYERS = frozenset({"layers"})
+GATED = EVERYWHERE - {"experts"}
+"""The structures whose gates get gradients: experts are chosen by a router, whose choice has none."""
 
 
 class Evidence(Protocol):

@@ -181,14 +181,20 @@ class Pool:
             raise TargetError(f"{missed} {after}")
         if self.sparsity is None:
             return
-        got, allowed = achieved_sparsity(masks), self.tolerance()
-        if abs(got - self.sparsity) > allowed + 1e-9:
+        got, allowed = self.achieved(masks), self.tolerance()
+        nothing = self.sparsity > 0 and got == 0
+        if nothing or abs(got - self.sparsity) > allowed + 1e-9:
             raise TargetError(
                 f"PruningConfig.structures[{self.kind!r}]: asked for sparsity {self.sparsity}, reached {got:.4f} "
                 f"(tolerance {allowed:.4f}) {after}"
             )
 
+    def achieved(self, masks: Mapping[str, Tensor]) -> float:
+        """Return the fraction of units, or of single weights, that masks remove."""
+        return achieved_sparsity(masks, self.layers)
+
     def tolerance(self) -> float:
         """Return how far the achieved sparsity may lie from the one asked for."""
         rounding = sum(self.layers[name].num_units / run for name, run in self.runs.items()) / 2
-        return tolerance(self.layers) + rounding / sum(layer.num_units for layer in self.layers.values())
+        total = sum(layer.num_units for layer in self.layers.values())
+        return tolerance(self.layers, self.config.allocation) + rounding / total

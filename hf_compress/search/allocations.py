@@ -57,7 +57,7 @@ class Allocations:
             self._prices = {name: self._price(group) for name, group in self.groups.items()}
         if self._sparsities is not None:
             for kind, layers in self._limits.items():
-                check_reachable(f"structures[{kind!r}]", self._sparsities[kind], layers)
+                check_reachable(f"structures[{kind!r}]", self._sparsities[kind], layers, "global")
         self._ranks = _ranks(self.groups, _scores(model, self.groups, config.criterion, scores))
 
     def _price(self, group: DimensionGroup) -> float:

@@ -179,7 +179,7 @@ class _Ledger:
         sparsities = self._sparsities()
         for each in select(model, graph.groups, self._config):
             limits = {group.name: limits_of(group, self._config) for group in each.groups}
-            check_reachable(f"structures[{each.kind!r}]", sparsities[each.kind], limits)
+            check_reachable(f"structures[{each.kind!r}]", sparsities[each.kind], limits, "global")
         self._first = self._in_groups(graph)
         self._left = dict(self._first)
 

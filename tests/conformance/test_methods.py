@@ -10,7 +10,6 @@ from evidence import random_evidence
 from transformers import TrainerCallback
 
 from hf_compress import PruningCallback, PruningConfig, shrink
-from hf_compress.pruning.allocate import achieved_sparsity
 from hf_compress.pruning.method import DeferringMethod, Setting
 from hf_compress.registry import criteria
 
@@ -109,7 +108,7 @@ class Watch(TrainerCallback):
         self.callback, self.seen = callback, []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen.append(achieved_sparsity(self.callback._pruner.masks))
+        self.seen.append(self.callback._pruner.pools[0].achieved(self.callback._pruner.masks))
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,14 @@ def test_weights_are_zero_where_they_are_pruned_in_every_granularity(granularity
     pruner = pruner_of(model, **settings)
     train(model, pruner)
     masked = logits(model)
-    assert abs(achieved_sparsity(pruner.masks) - 0.5) <= pruner.pools[0].tolerance() + 1e-9
+    (pool,) = pruner.pools
+    assert abs(pool.achieved(pruner.masks) - 0.5) <= pool.tolerance() + 1e-9
     assert pruner.fold() == []
     assert all(attachment_of(module) is None for module in model.modules())
     torch.testing.assert_close(logits(model), masked)
     zero = {name: model.get_parameter(name) == 0 for name in pruner.masks}
+    share = sum(int(where.sum()) for where in zero.values()) / sum(where.numel() for where in zero.values())
+    assert share == pytest.approx(pool.achieved(pruner.masks), abs=1e-6)  # of weights, whatever goes as one
     for name, where in zero.items():
         rows = where.t() if model.get_submodule(name.rpartition(".")[0]).__class__.__name__ == "Conv1D" else where
         rows = rows.reshape(len(rows), -1)
@@ -159,7 +162,7 @@ def test_rules_are_for_parts_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"structures": {"experts": 0.5}}, "the model has no 'experts' to prune"),
+        ({"structures": {"experts": 0.5}, "criterion": "l2"}, "the model has no 'experts' to prune"),
         ({"structures": {"ffn": 0.5}, "rules": ({"match": ["nowhere"], "min_units": 2},)}, "rules.0..match: 'nowhere'"),
         ({"structures": {"ffn": 0.5}, "rules": ({"match": ["layer"], "min_units": 2},)}, "the model has no 'ffn' to"),
         ({"structures": {"weights": 0.25}, "granularity": "3:4", "criterion": "l2"}, "no multiple of 4"),

@@ -176,3 +176,24 @@ def test_a_compiled_layer_computes_the_same() -> None:
     # The copy has a gate of its own, so its gradient is elsewhere.
     found = results(compiled, gate.detach().clone().requires_grad_(), (3, 5, IN))
     check_same(expected[:2] + expected[3:], found[:2] + found[3:])
+
+
+@pytest.mark.parametrize("instruments", [(each,) for each in INSTRUMENTS])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_it_returns_may_be_changed_in_place(layer, instruments) -> None:
+    """As speech models do, which overwrite masked frames."""
+    outcomes = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        module = LAYERS[layer]()
+        instrument(module, *instruments)
+        x = torch.randn(3, 5, IN, requires_grad=True)
+        output = module(x * 1.0)
+        where = torch.arange(5) % 2 == 0
+        if changed:
+            output[:, where] = 0.5
+        else:
+            output = torch.where(where[:, None], 0.5, output)
+        output.square().sum().backward()
+        outcomes.append((output.detach(), x.grad, module.weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

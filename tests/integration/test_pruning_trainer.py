@@ -6,7 +6,7 @@ import itertools
 import pytest
 import tiny_models
 import torch
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from hf_compress import (
     PruningCallback,
@@ -261,3 +261,53 @@ def test_gates_of_heads_inside_a_norm_stay_after_training(make_trainer) -> None:
     with torch.no_grad():
         torch.testing.assert_close(small(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
     assert small.num_parameters() < model.num_parameters()
+
+
+def speech(**config):
+    """A wav2vec2 that drops layers and overwrites frames in place while it trains, as its default config says."""
+    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    more = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    shape = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+    torch.manual_seed(0)
+    return Wav2Vec2ForSequenceClassification(
+        Wav2Vec2Config(**settings, **more, **shape, num_labels=2, mask_time_length=2, **config)
+    )
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement", "mean_activation"])
+def test_layers_that_are_dropped_at_random_say_nothing_in_that_step(make_trainer, criterion) -> None:
+    """LayerDrop: no rank runs a dropped layer."""
+    rows = [{"input_values": torch.randn(400), "labels": i % 2} for i in range(8)]
+    callback = PruningCallback(config(structures={"ffn": 0.5}, criterion=criterion, begin=4, end=10))
+    trainer = make_trainer(speech(layerdrop=0.4), rows, [callback], max_steps=12)
+    trainer.train()
+    assert sum(int(mask.sum()) for mask in callback.masks().values()) == 36
+    assert shrink(trainer).num_parameters() < trainer.model.num_parameters()
+
+
+def test_a_layer_that_never_runs_is_an_error(make_trainer, monkeypatch) -> None:
+    rows = [{"input_values": torch.randn(400), "labels": i % 2} for i in range(8)]
+    model = speech(layerdrop=0.0)
+    layer = model.wav2vec2.encoder.layers[1]
+    monkeypatch.setattr(type(layer), "forward", skipping(type(layer).forward, layer))
+    trainer = make_trainer(model, rows, [PruningCallback(config(structures={"ffn": 0.5}))], max_steps=8)
+    with pytest.raises(TrainingError, match=r"gates of 'wav2vec2\.encoder\.layers\.1\..*' got no gradient so far"):
+        trainer.train()
+
+
+def skipping(forward, layer):
+    def replaced(self, hidden_states, *args, **kwargs):
+        if self is layer and self.training:
+            return hidden_states
+        return forward(self, hidden_states, *args, **kwargs)
+
+    return replaced
+
+
+def test_a_model_that_changes_activations_in_place_trains_with_weight_masks(make_trainer) -> None:
+    """SpecAugment overwrites frames of a projection's output."""
+    rows = [{"input_values": torch.randn(400), "labels": i % 2} for i in range(8)]
+    settings = config(structures={"weights": 0.5}, criterion="level", exclude=("conv",))
+    trainer = make_trainer(speech(layerdrop=0.0), rows, [PruningCallback(settings)], max_steps=8)
+    trainer.train()
+    assert (trainer.model.wav2vec2.feature_projection.projection.weight == 0).any()

@@ -72,7 +72,7 @@ def test_tied_layers_keep_the_same_share() -> None:
     for sparsity in (0.0, 0.25, 0.5, 0.6, 0.75):
         masks = allocate(scores, sparsity, sizes, "global")
         assert 2 * int(masks["a"].sum()) == int(masks["b"].sum())
-        assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(sizes)
+        assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(sizes, "global")
         for name, mask in masks.items():
             if 0 < int(mask.sum()) < len(mask):
                 assert scores[name][mask].min() >= scores[name][~mask].max()
@@ -96,11 +96,11 @@ def test_every_allocation_reaches_the_sparsity_within_its_limits(name, sizes, sp
         for key, score in scores.items()
     }
     try:
-        check_reachable("structures['ffn']", sparsity, limits)
+        check_reachable("structures['ffn']", sparsity, limits, name)
     except TargetError:
         return
     masks = allocate(scores, sparsity, limits, name)
-    assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(limits) + 1e-9
+    assert abs(achieved_sparsity(masks) - sparsity) <= tolerance(limits, name) + 1e-9
     shares = {int(mask.sum()) / len(mask) for mask in masks.values()}
     assert not tied or max(shares) - min(shares) < 1e-9
     for key, mask in masks.items():
@@ -133,4 +133,22 @@ def test_the_best_of_each_run_is_protected() -> None:
 
 def test_unreachable_sparsity_says_what_is_reachable() -> None:
     with pytest.raises(TargetError, match=r"structures\['heads'\].*highest sparsity allowed here is 0\.5000"):
-        check_reachable("structures['heads']", 0.9, layers(FOURS, min_units=2))
+        check_reachable("structures['heads']", 0.9, layers(FOURS, min_units=2), "global")
+
+
+def test_units_may_count_differently() -> None:
+    """Half of what they count goes, not half of them."""
+    sizes = torch.tensor([1.0, 1.0, 10.0, 8.0])
+    limits = {"a": Layer(num_units=4, min_units=0, unit_sizes=sizes)}
+    masks = allocate({"a": torch.tensor([1.0, 2.0, 3.0, 4.0])}, 0.6, limits, "global")
+    assert masks["a"].tolist() == [False, False, False, True]
+    assert achieved_sparsity(masks, limits) == pytest.approx(0.6)
+    assert achieved_sparsity(masks) == 0.75
+
+
+@pytest.mark.parametrize(("sizes", "sparsity", "multiple"), [({"a": 48}, 0.5, 64), ({"a": 4, "b": 4}, 0.1, 1)])
+def test_a_sparsity_that_rounds_to_nothing_is_refused(sizes, sparsity, multiple) -> None:
+    allocation = "per_layer" if multiple == 1 else "global"
+    with pytest.raises(TargetError, match=r"nothing would be removed|highest sparsity allowed here"):
+        check_reachable("structures['ffn']", sparsity, layers(sizes, multiple_of=multiple), allocation)
+    check_reachable("structures['ffn']", 0.0, layers(sizes, multiple_of=multiple), allocation)

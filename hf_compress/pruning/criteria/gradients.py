@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_compress.pruning.method import AveragedMethod, Evidence, MethodOptions, averaged
+from hf_compress.pruning.method import GATED, AveragedMethod, Evidence, MethodOptions, averaged
 from hf_compress.registry import criteria
 
 
-@averaged("taylor", reads="gate_gradients")
+@averaged("taylor", reads="gate_gradients", structures=GATED)
 def taylor(evidence: Evidence) -> Tensor:
     """First-order change of the loss when a unit goes: ``|d loss / d gate|``, that is ``|sum of w * g|``.
 
@@ -23,7 +23,7 @@ def taylor(evidence: Evidence) -> Tensor:
     return evidence.gate_gradients().abs()
 
 
-@averaged("taylor2", reads="gate_gradients")
+@averaged("taylor2", reads="gate_gradients", structures=GATED)
 def taylor2(evidence: Evidence) -> Tensor:
     """The square of the first-order change: ``(d loss / d gate)^2``.
 
@@ -32,7 +32,7 @@ def taylor2(evidence: Evidence) -> Tensor:
     return evidence.gate_gradients().square()
 
 
-@averaged("fisher", reads="gate_gradients")
+@averaged("fisher", reads="gate_gradients", structures=GATED)
 def fisher(evidence: Evidence) -> Tensor:
     """Second-order change of the loss: ``(d loss / d gate)^2 / 2``, the diagonal of the empirical Fisher information.
 
@@ -81,6 +81,7 @@ class Grain(AveragedMethod):
 
     options = GrainOptions
     reads = frozenset({"gate_gradients"})
+    structures = GATED
 
     def measure(self, evidence: Evidence) -> Tensor:
         """Return the magnitude of the gate gradients."""

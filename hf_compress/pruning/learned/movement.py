@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.pruning.learned.adam import adam_step
-from hf_compress.pruning.method import Evidence, Method, MethodOptions
+from hf_compress.pruning.method import GATED, Evidence, Method, MethodOptions
 from hf_compress.registry import criteria
 
 
@@ -60,6 +60,7 @@ class Movement(Method):
 
     options = MovementOptions
     reads = frozenset({"gate_gradients"})
+    structures = GATED
 
     def start(self, name: str, evidence: Evidence) -> None:
         """Begin at 0."""
