@@ -62,7 +62,6 @@ def test_single_weights_go_and_others_make_up_for_them(name: str) -> None:
         criterion="obs",
         structures={"weights": 0.5},
         granularity="2:4",
-        allocation="per_layer",
         exclude=[
             f"^{re.escape(each)}[.]weight$"
             for each, module in prunable_modules(model, dimension_groups(model, example).called)
