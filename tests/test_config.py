@@ -14,6 +14,7 @@ from hf_compress import (
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
+PATTERN = {"structures": {"weights": 0.5}, "granularity": "2:4"}
 TICKET = {"schedule": "lottery_ticket"}
 CONFIGS = [
     PruningConfig(**PRUNING, criterion="l2", allocation="per_layer", begin=10, end=200, exclude=("a", "b")),
@@ -205,6 +206,12 @@ def test_bad_budgets_are_refused(changes, message) -> None:
         ({"schedule": "steps", "milestones": ((0.5, 1.0),), "begin": 3}, "begin/end"),
         ({"power": 2.0}, 'unless schedule is "polynomial"'),
         ({"score_decay": 0.5, "criterion": "l2"}, "score_decay: got 0.5; allowed: 0.95 with 'l2'"),
+        ({"criterion": "admm", "regrow": True}, "regrow: got True; allowed: False with 'admm', which removes"),
+        ({"criterion": "l0", "initial_sparsity": 0.1}, "initial_sparsity: got 0.1; allowed: 0.0 with 'l0'"),
+        ({"criterion": "random", "regrow": True}, "regrow: got True; allowed: False with 'random'"),
+        ({**PATTERN, "allocation": "per_layer"}, "got 'per_layer'; allowed: 'global' with granularity '2:4'"),
+        ({**PATTERN, "max_layer_sparsity": 0.9}, "max_layer_sparsity: got 0.9; allowed: 1.0 with granularity '2:4'"),
+        ({"structures": {"weights": 0.5}, "criterion": "fpgm"}, "structures: got 'weights'; .* with criterion 'fpgm'"),
         ({"begin": "1.5 epoch s"}, "a text such as '1.5 epochs'"),
         ({"granularity": "row"}, '"element" unless'),
         ({"structures": {"weights": 0.5}, "granularity": "4:2"}, "or N:M such as 2:4"),
@@ -220,6 +227,23 @@ def test_bad_budgets_are_refused(changes, message) -> None:
 def test_settings_that_do_not_go_together_are_refused(changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
         PruningConfig(**{**PRUNING, **changes})
+
+
+def test_what_other_structures_or_parts_need_is_not_refused() -> None:
+    mixed = {**PATTERN, "structures": {"weights": 0.5, "ffn": 0.5}, "allocation": "per_layer"}
+    rules = [{"match": ["a"], "structures": {"weights": 0.5}}, {"match": ["b"], "structures": {"ffn": 0.2}}]
+    (_, one), (_, two), (_, rest) = PruningConfig(**mixed, rules=rules).parts()
+    assert (one.allocation, one.granularity) == ("global", "2:4")
+    assert (two.allocation, two.granularity) == ("per_layer", "element")
+    assert (rest.allocation, rest.granularity) == ("per_layer", "2:4")
+
+
+def test_a_rule_inherits_nothing_that_its_criterion_does_not_read() -> None:
+    rules = [{"match": ["a"], "criterion": "admm"}, {"match": ["b"], "criterion": "random"}]
+    (_, one), (_, two), (_, rest) = PruningConfig(**PRUNING, regrow=True, initial_sparsity=0.1, rules=rules).parts()
+    assert (one.regrow, one.initial_sparsity) == (False, 0.0)
+    assert (two.regrow, two.initial_sparsity) == (False, 0.1)
+    assert (rest.regrow, rest.initial_sparsity) == (True, 0.1)
 
 
 def test_rules_round_trip_and_change_only_what_they_say() -> None:

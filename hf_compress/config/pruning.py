@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,9 +248,9 @@ class PruningConfig(Budgets):
             raise self._error("power", self.power, f'{PruningConfig.power} unless schedule is "polynomial"')
         if self.multiple_of != 1 and not set(WIDTHS) & set(self.structures):
             raise self._error("multiple_of", self.multiple_of, f"only 1 unless one of {', '.join(WIDTHS)} is pruned")
-        decay_read = criteria.get(self.criterion).averages
-        if self.score_decay != PruningConfig.score_decay and not decay_read:
-            raise self._error("score_decay", self.score_decay, f"{PruningConfig.score_decay} with {self.criterion!r}")
+        for field, why in _without_effect(self.criterion, self.structures, self.granularity).items():
+            if getattr(self, field) != getattr(PruningConfig, field):
+                raise self._error(field, getattr(self, field), f"{getattr(PruningConfig, field)!r} with {why}")
         if not isinstance(self.structures, Mapping):
             return
         if self.allocation == "per_layer" and self.max_layer_sparsity != 1.0:
@@ -297,6 +297,10 @@ class PruningConfig(Budgets):
             neutral |= {"granularity": "element", "block_size": PruningConfig.block_size}
         if changes.get("allocation") == "per_layer":
             neutral["max_layer_sparsity"] = 1.0
+        criterion, granularity = changes.get("criterion", self.criterion), neutral.get("granularity", self.granularity)
+        if criterion in criteria:
+            useless = _without_effect(criterion, structures, granularity)
+            neutral |= {field: getattr(PruningConfig, field) for field in useless}
         return dataclasses.replace(self, **(neutral | changes))
 
     def pattern(self) -> tuple[int, int] | None:
@@ -363,3 +367,17 @@ class PruningConfig(Budgets):
                 f"the window {begin}..{end} ends at step {first}; allowed: an earlier moment."
             )
         return step
+
+
+def _without_effect(criterion: str, structures: Collection[str], granularity: str) -> dict[str, str]:
+    """Return the fields that cannot change anything, each with what it is that leaves them without effect."""
+    method = criteria.get(criterion)
+    found = {} if method.averages else {"score_decay": repr(criterion)}
+    if method.defers:
+        found |= dict.fromkeys(("regrow", "initial_sparsity"), f"{criterion!r}, which removes everything at the end")
+    if criterion == "random":
+        found["regrow"] = "'random', whose scores never change"
+    if set(structures) == {WEIGHTS} and _N_OF_M.fullmatch(granularity):
+        fixed = f"granularity {granularity!r}, which says how much goes in every layer"
+        found |= dict.fromkeys(("allocation", "max_layer_sparsity"), fixed)
+    return found

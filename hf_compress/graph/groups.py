@@ -1,5 +1,6 @@
 """Dimension groups: every set of parameter slices that must be removed together, and which of them may be."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,26 @@ class DimensionGroup:
 
 
 class DimensionGroups(list[DimensionGroup]):
-    """A list of groups that prints as a table."""
+    """A list of groups that prints as a table.
+
+    Args:
+        groups: The groups.
+        called: See the attribute.
+        matrices: See the attribute.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[DimensionGroup] = (),
+        called: Iterable[str] = (),
+        matrices: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(groups)
+        self.called = frozenset(called)
+        """Names of the modules that the recorded forward pass called; the weights of others may be read directly."""
+
+        self.matrices = dict(matrices or {})
+        """Number of weights of every parameter of two dimensions or more that enters a product, by name."""
 
     def __str__(self) -> str:
         rows = [("kind", "name", "units", "weights/unit", "prunable")]

@@ -20,6 +20,7 @@ from hf_compress.graph.initialization import with_multiples
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.integers import Attribute, NumericUse, Relation, Size, read
 from hf_compress.graph.layers import layer_groups
+from hf_compress.graph.matrices import matrices
 from hf_compress.graph.solve import Equations
 from hf_compress.graph.subsets import CountSite, SubsetSite
 from hf_compress.graph.unread import with_unread
@@ -64,7 +65,11 @@ class ModelGraph:
         self._check_sizes()
         groups = with_unread(model, self.analysis.parameters, list(self._by_atom.values()))
         groups = with_multiples(model, groups) + layer_groups(model, recorded[0])
-        self.groups = DimensionGroups(sorted(groups, key=lambda group: KINDS.index(group.kind)))
+        self.groups = DimensionGroups(
+            sorted(groups, key=lambda group: KINDS.index(group.kind)),
+            called=(call.module for each in recorded for call in each.calls),
+            matrices=matrices(model, recorded),
+        )
         self.costs = Costs(model, self.analysis, recorded[0], self._atoms)
 
     def attributes_after(self, kept: Mapping[str, int]) -> dict[Attribute, int]:

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_compress.config import WEIGHTS, WIDTHS, PruningConfig, PruningRule
 from hf_compress.errors import TargetError, choices
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups
-from hf_compress.instruments.adapters import named_plain_modules
+from hf_compress.instruments.adapters import base_layer, named_plain_modules
 from hf_compress.instruments.attach import find_leaf_kind
 from hf_compress.pruning.allocate import Layer
 
@@ -36,15 +37,18 @@ class Selection:
 
 
 def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfig) -> list[Selection]:
-    """Return what the config covers.
+    """Return what the config covers; warn of matrices that masks on single weights do not reach.
 
     Raises:
         TargetError: If the model lacks a structure, a group that was asked for is frozen, or a pattern matches
             nothing.
     """
     parts = config.parts()
-    weights = dict(prunable_modules(model)) if any(WEIGHTS in part.structures for _, part in parts) else {}
-    _check_patterns(config, groups, weights)
+    single = any(WEIGHTS in part.structures for _, part in parts)
+    weights = dict(prunable_modules(model, groups.called)) if single else {}
+    beyond = _beyond_masks(model, groups, weights) if single else {}
+    _check_patterns(config, groups, weights, beyond)
+    _warn_of(beyond, weights, config)
     candidates = [(group.kind, group.name) for group in groups] + [(WEIGHTS, name) for name in weights]
     left = [(kind, name) for kind, name in candidates if not _matches(config.exclude, kind, name)]
     by_name = {group.name: group for group in groups}
@@ -72,18 +76,65 @@ def _covered(kind: str, left: list[tuple[str, str]], rule: PruningRule | None) -
     return [name for each, name in left if each == kind and (rule is None or _matches(rule.match, kind, name))]
 
 
-def prunable_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def prunable_modules(model: PreTrainedModel, called: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers of the base model whose weights can be masked: not the task head, not embeddings.
 
-    Nor the output projection inside PyTorch's attention, which takes its weight and never calls it.
+    Nor layers that are never called, because other modules read their weights directly, and layers whose weight is
+    computed from other parameters (weight norm): a mask there would do nothing. Nor the output projection inside
+    PyTorch's attention, which takes its weight; only the recorded forward pass calls it.
+
+    Args:
+        model: The model.
+        called: Names of the modules that its forward pass calls.
     """
+    for name, module in _inner_modules(model):
+        has_weight = base_layer(module)._parameters.get("weight") is not None
+        taken = isinstance(module, NonDynamicallyQuantizableLinear)
+        if name in called and has_weight and not taken and find_leaf_kind(module) is not None:
+            yield name, module
+
+
+def _inner_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the base model, but not the task head."""
     inside = {id(module) for module in model.base_model.modules()}
     source: Any = model
     head = source.get_output_embeddings()
-    for name, module in named_plain_modules(model):
-        taken = isinstance(module, NonDynamicallyQuantizableLinear)
-        if id(module) in inside and module is not head and not taken and find_leaf_kind(module) is not None:
+    for name, module in (("", model), *named_plain_modules(model)):
+        if id(module) in inside and module is not head:
             yield name, module
+
+
+def _beyond_masks(model: PreTrainedModel, groups: DimensionGroups, weights: Collection[str]) -> dict[str, int]:
+    """Return the sizes of the base model's matrices that are not in ``weights``, embeddings apart, by name."""
+    inner = dict(_inner_modules(model))
+    found = {}
+    for name, size in groups.matrices.items():
+        owner = inner.get(name.rpartition(".")[0])
+        if owner is not None and not isinstance(base_layer(owner), nn.Embedding):
+            found[name] = size
+    for name, module in inner.items():
+        if find_leaf_kind(module) is not None:
+            parameters = base_layer(module).parameters()
+            found[f"{name}.weight"] = sum(each.numel() for each in parameters if each.dim() > 1)
+    return {name: size for name, size in found.items() if name.removesuffix(".weight") not in weights}
+
+
+def _warn_of(beyond: Mapping[str, int], weights: Mapping[str, nn.Module], config: PruningConfig) -> None:
+    """Say which matrices keep all their weights, except for those that ``exclude`` names."""
+    left = {name: size for name, size in beyond.items() if not _matches(config.exclude, "", name)}
+    if not left:
+        return
+    covered = sum(max(each.numel() for each in base_layer(module).parameters()) for module in weights.values())
+    missing, total = sum(left.values()), covered + sum(beyond.values())
+    first = ", ".join(repr(name) for name in list(left)[:3])
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    warnings.warn(
+        f"PruningConfig.structures: {WEIGHTS!r} does not reach {missing:,} of the {total:,} weights in matrices of the "
+        f"base model ({missing / total:.1%}): {first}{more}. Only layers (Linear, Conv1D, Conv1d, Conv2d) that are "
+        "called themselves and own their weight are masked. The rest stays dense and does not count in the sparsity; "
+        "prune its dimension groups, such as experts or ffn, or name it in exclude=(...) if that is intended.",
+        stacklevel=2,
+    )
 
 
 def limits_of(group: DimensionGroup, config: PruningConfig) -> Layer:
@@ -106,9 +157,11 @@ def _matches(patterns: Sequence[str], kind: str, name: str) -> bool:
     return any(re.search(pattern, text) for pattern in patterns)
 
 
-def _check_patterns(config: PruningConfig, groups: DimensionGroups, weights: Mapping[str, nn.Module]) -> None:
+def _check_patterns(
+    config: PruningConfig, groups: DimensionGroups, weights: Mapping[str, nn.Module], beyond: Collection[str]
+) -> None:
     candidates = [(group.kind, group.name) for group in groups] + [(WEIGHTS, name) for name in weights]
-    patterns = [("exclude", pattern) for pattern in config.exclude]
+    patterns = [("exclude", pattern) for pattern in config.exclude if not any(re.search(pattern, n) for n in beyond)]
     patterns += [(f"rules[{n}].match", pattern) for n, rule in enumerate(config.rules) for pattern in rule.match]
     for where, pattern in patterns:
         if not any(_matches((pattern,), kind, name) for kind, name in candidates):

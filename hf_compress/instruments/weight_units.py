@@ -26,13 +26,17 @@ class WeightEvidence(Readings):
         parameter: The weight.
         kind: How the layer uses it.
         config: Says what a unit is: ``granularity`` and ``block_size``.
+        groups: Number of groups of channels that a convolution keeps apart.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, kind: LeafKind, config: PruningConfig) -> None:
+    def __init__(
+        self, name: str, parameter: nn.Parameter, kind: LeafKind, config: PruningConfig, groups: int = 1
+    ) -> None:
         super().__init__()
         self._name = name
         self._parameter = parameter
         self._kind = kind
+        self._groups = groups
         self._granularity, self._block = config.granularity, config.block_size
         rows = self._rows(torch.empty(parameter.shape, device="meta"))
         self.shape = (rows.shape[0], rows.shape[1])
@@ -60,10 +64,17 @@ class WeightEvidence(Readings):
         return (self.weights() * self.weight_gradients()).sum(dim=1)
 
     def by_unit(self, channels: Tensor) -> Tensor:
-        """Return the number of each weight's input channel, [num_units, weights per unit]."""
-        shape = [1] * self._parameter.dim()
-        shape[self._kind.weight_in_dim] = -1
-        spread = channels.view(shape).expand(self._parameter.shape)
+        """Return the number of each weight's input channel, [num_units, weights per unit].
+
+        Args:
+            channels: One number per input channel of the layer, all groups of a convolution one after the other.
+        """
+        in_dim, shape = self._kind.weight_in_dim, self._parameter.shape
+        outputs = shape[1 - in_dim]
+        by_group = channels.view(self._groups, 1, -1)
+        rows = by_group.expand(-1, outputs // self._groups, -1).reshape(outputs, -1)
+        matrix = rows.t() if in_dim == 0 else rows
+        spread = matrix.view(*matrix.shape, *[1] * (len(shape) - 2)).expand(shape)
         return self._by_unit(self._rows(spread))
 
     def columns(self) -> Tensor:
@@ -135,8 +146,9 @@ class WeightUnits:
             raise TargetError(f"{self.name!r} has an adapter; single weights of adapted layers cannot be pruned.")
         parameter: Any = module.weight
         self._parameter: nn.Parameter = parameter
-        self._channels = parameter.shape[kind.weight_in_dim]
-        self.evidence = WeightEvidence(self.name, parameter, kind, config)
+        groups: Any = getattr(module, "groups", 1)
+        self._channels = parameter.shape[kind.weight_in_dim] * groups
+        self.evidence = WeightEvidence(self.name, parameter, kind, config, groups)
         self.num_units = self.evidence.num_units
         self._pattern = config.pattern()
         inputs = self.evidence.shape[1]

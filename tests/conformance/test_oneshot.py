@@ -55,14 +55,18 @@ def test_units_go_and_others_make_up_for_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [slow_unless(name in FAST, name, name=name) for name in ZOO])
+@pytest.mark.filterwarnings("ignore:PruningConfig.structures. 'weights' does not reach:UserWarning")
 def test_single_weights_go_and_others_make_up_for_them(name: str) -> None:
     model, example, data = prepared(name)
     config = PruningConfig(
         criterion="obs",
         structures={"weights": 0.5},
         granularity="2:4",
-        allocation="per_layer",
-        exclude=[f"^{re.escape(each)}[.]weight$" for each, module in prunable_modules(model) if is_convolution(module)],
+        exclude=[
+            f"^{re.escape(each)}[.]weight$"
+            for each, module in prunable_modules(model, dimension_groups(model, example).called)
+            if is_convolution(module)
+        ],
     )
     result = prune_oneshot(model, data, config, example_inputs=example)
     assert result.weight_masks

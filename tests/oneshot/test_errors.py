@@ -217,7 +217,7 @@ def test_experts_have_no_inputs_to_update() -> None:
 
 
 def test_patterns_need_inputs_that_are_a_multiple() -> None:
-    config = PruningConfig(structures={"heads": 0.5}, allocation="per_layer")
+    config = PruningConfig(structures={"heads": 0.5})
     with pytest.raises(TargetError, match="no multiple of 5"):
         prune(trained("bert"), GOOD, config, structures={"weights": 0.8}, criterion="obs", granularity="1:5")
 

@@ -83,13 +83,18 @@ def test_removal_with_compensation_is_closer_than_magnitude(kind: str) -> None:
     assert errors["obs"] < 0.7 * min(errors["l2"], errors["wanda"])
 
 
+def by_layer(granularity: str) -> dict[str, str]:
+    """Settings that leave every layer the same share, which a pattern does by itself."""
+    return {"granularity": granularity} if granularity != "element" else {"allocation": "per_layer"}
+
+
 @pytest.mark.parametrize("granularity", ["element", "2:4"])
 def test_single_weights_with_compensation_are_closer_than_magnitude(granularity: str) -> None:
     data = for_language(batches(8))
     errors = {}
     for criterion in WEIGHT_CRITERIA:
         model = trained("llama")
-        prune(model, criterion, {"weights": 0.5}, data, allocation="per_layer", granularity=granularity)
+        prune(model, criterion, {"weights": 0.5}, data, **by_layer(granularity))
         errors[criterion] = logit_error(model, trained("llama"), data)
     assert errors["obs"] < 0.8 * min(errors[name] for name in errors if name != "obs")
     assert errors["wanda"] < errors["level"] == errors["l1"] == errors["l2"]
@@ -100,7 +105,7 @@ def test_single_weights_with_compensation_are_closer_than_magnitude(granularity:
 def test_single_weights_are_zero_where_masked(criterion: str, granularity: str, sparsity: float) -> None:
     model = trained("bert")
     before = trained("bert").state_dict()
-    result = prune(model, criterion, {"weights": sparsity}, allocation="per_layer", granularity=granularity)
+    result = prune(model, criterion, {"weights": sparsity}, **by_layer(granularity))
     assert result.masks == {}
     assert set(result.changed) == set(result.weight_masks)
     assert "classifier.weight" not in result.weight_masks
@@ -128,7 +133,7 @@ def test_magnitudes_of_all_layers_compete() -> None:
 
 def test_conv1d_weights_are_pruned_along_their_inputs(gpt2: PreTrainedModel) -> None:
     ids = torch.arange(24).view(2, 12) % gpt2.config.vocab_size
-    result = prune(gpt2, "obs", {"weights": 0.5}, [{"input_ids": ids}], allocation="per_layer", granularity="2:4")
+    result = prune(gpt2, "obs", {"weights": 0.5}, [{"input_ids": ids}], granularity="2:4")
     for name, mask in result.weight_masks.items():
         assert torch.equal(gpt2.get_parameter(name) != 0, mask)
         assert bool((mask.T.reshape(mask.shape[1], -1, 4).sum(-1) == 2).all())

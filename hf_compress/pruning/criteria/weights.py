@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_compress.pruning.method import current
+from hf_compress.pruning.method import EVERYWHERE, current
 
 
 @current("l1")
@@ -31,11 +31,12 @@ def level(weights: Tensor) -> Tensor:
     return weights.abs().mean(dim=1)
 
 
-@current("fpgm")
+@current("fpgm", structures=EVERYWHERE - {"weights"})
 def fpgm(weights: Tensor) -> Tensor:
     """Sum of the distances from a unit's weights to those of all other units of the layer.
 
-    Units near the geometric median are redundant: the others can stand in for them.
+    Units near the geometric median are redundant: the others can stand in for them. Single weights are numbers whose
+    median says nothing of the kind.
 
     Source: He et al. 2019, arXiv:1811.00250, eq. 4.
     """

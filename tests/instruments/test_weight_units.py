@@ -1,0 +1,32 @@
+"""Single weights as units of one layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_compress import PruningConfig
+from hf_compress.instruments.weight_units import WeightUnits
+from hf_compress.pruning.method import Setting
+from hf_compress.registry import criteria
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=["one", "groups", "depthwise"])
+def test_wanda_multiplies_each_weight_by_the_norm_of_its_own_channel(groups, granularity) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 8, 3, groups=groups), torch.randn(2, 4, 5, 5)
+    method = criteria.get("wanda")(criteria.get("wanda").options(), Setting(score_decay=0.0))
+    config = PruningConfig(structures={"weights": 0.5}, criterion="wanda", granularity=granularity)
+    units = WeightUnits("layer", layer, config, method)
+    assert units.blank()["activations"].shape == (5,)
+    layer.train()(x)
+    units.evidence.give(units.take())
+    method.step("layer", units.evidence)
+    norms = x.square().mean(dim=(0, 2, 3)).sqrt()
+    expected = layer.weight.detach().abs().clone()
+    for output in range(8):
+        first = output // (8 // groups) * (4 // groups)
+        expected[output] *= norms[first : first + 4 // groups, None, None]
+    rows = expected.reshape(8, -1)
+    wanted = {"element": rows.reshape(-1), "row": rows.sum(1), "column": rows.sum(0)}[granularity]
+    torch.testing.assert_close(method.score("layer", units.evidence), wanted)
