@@ -118,12 +118,11 @@ def prune_oneshot(
 
     Raises:
         ConfigError: For settings that do not go together or have no effect, and batches that are none.
-        TargetError: If the model lacks what is asked for, or batches give no finite numbers; the message says which.
+        TargetError: If the model lacks what is asked for, or weights, scores or what batches give are not finite; the
+            message says which.
         GraphError: If the model cannot be analyzed.
     """
     _check_config(config)
-    if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 1):
-        raise ConfigError(f"prune_oneshot: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
     check_prunable("prune_oneshot", model, example_inputs)
     graph = ModelGraph(model, example_inputs)
     single = WEIGHTS in config.structures

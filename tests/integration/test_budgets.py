@@ -17,6 +17,7 @@ from hf_compress import (
     profile,
     shrink,
 )
+from hf_compress.graph.model import ModelGraph
 from hf_compress.latency import budget
 from hf_compress.latency.budget import LatencyBudget
 
@@ -57,6 +58,20 @@ def test_a_number_of_parameters(train, tiny_bert) -> None:
     wanted = tiny_bert().num_parameters() - 5_000
     trainer, _ = train(config(target_params=wanted))
     assert wanted - 150 <= shrink(trainer).num_parameters() <= wanted
+
+
+@pytest.mark.parametrize("beyond", [0, 10**9])
+@pytest.mark.parametrize("target", ["target_params", "target_flops"])
+def test_a_budget_that_the_dense_model_meets_is_refused(
+    tiny_bert, classification_data, make_trainer, target, beyond
+) -> None:
+    costs = ModelGraph(tiny_bert()).costs
+    dense = costs.parameters({}) if target == "target_params" else costs.flops({})
+    message = f"{target}: {dense + beyond:,} is no less than the {dense:,} of the dense model"
+    for go in (preview, lambda trainer: trainer.train()):
+        callback = PruningCallback(config(**{target: dense + beyond}))
+        with pytest.raises(ConfigError, match=message):
+            go(make_trainer(tiny_bert(), classification_data(32), [callback], max_steps=7))
 
 
 def test_operations(train) -> None:
