@@ -37,8 +37,8 @@ class Calibration:
             raise ConfigError(f"prune_oneshot: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
         if not isinstance(dataloader, Iterable) and not hasattr(type(dataloader), "__getitem__"):
             raise ConfigError(
-                f"prune_oneshot: the dataloader is a {type(dataloader).__name__}; allowed: an iterable of batches, such "
-                "as a DataLoader or a list."
+                f"prune_oneshot: the dataloader is a {type(dataloader).__name__}; allowed: an iterable of batches, "
+                "such as a DataLoader or a list."
             )
         self.model = model
         self.batches = [_checked(n, batch) for n, batch in enumerate(itertools.islice(dataloader, num_batches))]
