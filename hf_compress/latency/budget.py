@@ -91,7 +91,7 @@ class LatencyBudget:
         """
         seconds = self._dense - share * (self._dense - self._seconds)
         if not last:
-            return masks_within_latency(self._table, scores, limits, seconds)
+            return masks_within_latency(self._table, scores, limits, seconds, self._seconds)
         tries = tried_masks(
             self._table,
             self._dense,

@@ -1,5 +1,6 @@
 """From scores and a time to masks, and to a model that was measured to be so fast."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,9 @@ Scores = Mapping[str, Tensor]
 Masks = dict[str, Tensor]
 
 
-def masks_within_latency(table: LatencyTable, scores: Scores, limits: Limits, seconds: float) -> Masks:
+def masks_within_latency(
+    table: LatencyTable, scores: Scores, limits: Limits, seconds: float, final: float = math.inf
+) -> Masks:
     """Keep as much score as possible in a model that is expected to take at most so long.
 
     Args:
@@ -40,6 +43,7 @@ def masks_within_latency(table: LatencyTable, scores: Scores, limits: Limits, se
         scores: By group name, [num_units], higher = keep; comparable between groups. Groups without scores stay whole.
         limits: What each group must respect, such as ``group_limits(groups)``.
         seconds: Time of one forward pass.
+        final: Less time, if that is to be asked for later: it has to be in reach, too.
 
     Returns:
         Bool masks by group name, True = keep.
@@ -52,9 +56,10 @@ def masks_within_latency(table: LatencyTable, scores: Scores, limits: Limits, se
     choices = {choice.names[0]: choice for choice in choices_of(ranked.sizes(), limits)}
     lowest = {name: count for choice in choices.values() for name, count in choice.kept(0).items()}
     dense, fastest = table.predict({}), table.predict(lowest)
-    if fastest > seconds:
+    least = min(seconds, final)
+    if fastest > least:
         raise TargetError(
-            f"latency: {seconds * 1000:.4g} ms ({dense / seconds:.2f} times as fast as whole) cannot be reached with "
+            f"latency: {least * 1000:.4g} ms ({dense / least:.2f} times as fast as whole) cannot be reached with "
             f"these structures and limits: with the fewest units, the model takes {fastest * 1000:.4g} ms "
             f"({dense / fastest:.2f} times). Ask for less, prune more structures, or loosen the limits."
         )

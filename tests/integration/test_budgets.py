@@ -122,6 +122,15 @@ def test_a_speed_up_is_reached_as_measured(train, device) -> None:
     assert seconds_of(trainer.model) / seconds_of(small) == pytest.approx(callback.measured.ratio, rel=1e-3)
 
 
+def test_a_speed_up_out_of_reach_is_an_error_at_once(device, tiny_bert, classification_data, make_trainer) -> None:
+    """The message names what the config asks for in the end, not what the schedule asks for in its middle."""
+    callback = PruningCallback(config(target_speedup=1000.0))
+    trainer = make_trainer(tiny_bert(), classification_data(32), [callback], max_steps=7)
+    with pytest.raises(TargetError, match=r"\(1000\.00 times as fast as whole\) cannot be reached"):
+        trainer.train()
+    assert trainer.state.global_step <= 2  # where the cubic schedule, which begins at 1, first asks for something
+
+
 def test_a_latency_is_reached_as_measured(train, device, tiny_bert) -> None:
     wanted = 0.7 * seconds_of(tiny_bert())
     _, callback = train(config(target_latency_ms=1000 * wanted))
