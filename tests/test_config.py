@@ -185,6 +185,8 @@ def test_registries_name_what_they_know() -> None:
         ({"target_params": 0.5, "latency_shape": (1, 64)}, "latency_shape: got"),
         ({"target_speedup": 2, "latency_shape": (0, 64)}, "latency_shape: got"),
         ({"target_params": 0.5, "criterion": "movement", "options": {"mode": "soft"}}, "which find out"),
+        ({"target_params": 0.5, "criterion": "l0"}, "target_params: got 0.5; allowed: None with criterion 'l0'"),
+        ({"target_speedup": 2, "criterion": "l0"}, "target_speedup: got 2; allowed: None with criterion 'l0'"),
         ({"target_params": 0.5, "rules": [{"match": ["a"], "criterion": "l2"}]}, r"rules\[0\]\.criterion: got 'l2'"),
     ],
 )

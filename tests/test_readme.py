@@ -1,5 +1,6 @@
 """The README says what is true: its example runs, its lists are complete, its numbers come from a run."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -14,7 +15,13 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_compress
 from hf_compress import PruningCallback, PruningConfig, cli, shrink
@@ -99,6 +106,19 @@ def test_the_example_without_training_runs(tiny_bert, classification_data) -> No
     names = {"model": tiny_bert(), "dataloader": data}
     exec(compile(example, "README.md", "exec"), names)
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
+
+
+def test_the_example_that_keeps_zeros_runs(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in blocks("python") if 'schedule="one_shot"' in block)
+    data = classification_data(16)
+    names = {"model": tiny_bert(), "data": data, "PruningConfig": PruningConfig, "PruningCallback": PruningCallback}
+    arguments = functools.partial(TrainingArguments, use_cpu=True, report_to="none", save_strategy="no", max_steps=3)
+    names |= {"Trainer": Trainer, "TrainingArguments": arguments}
+    exec(compile(example, "README.md", "exec"), names)
+    names["trainer"].train()
+    weight = names["model"].bert.encoder.layer[0].output.dense.weight
+    assert int((weight == 0).sum()) == weight.numel() // 2
 
 
 def test_the_example_of_a_search_runs(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:

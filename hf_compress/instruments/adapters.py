@@ -132,8 +132,8 @@ def base_layer(module: nn.Module) -> nn.Module:
     return base
 
 
-def adapter_slices(module: nn.Module, part: ParameterSlice, weight_in_dim: int) -> Iterator[tuple[Tensor, int]]:
-    """Yield the LoRA factors, each with the dimension along which the units of a weight's slice lie.
+def adapter_slices(module: nn.Module, part: ParameterSlice, weight_in_dim: int) -> Iterator[tuple[nn.Module, int]]:
+    """Yield the LoRA factors, each with the dimension of its weight along which the units of a weight's slice lie.
 
     Args:
         module: The layer that owns ``part``.
@@ -145,7 +145,7 @@ def adapter_slices(module: nn.Module, part: ParameterSlice, weight_in_dim: int) 
     # A reads the layer's inputs, [r, in]; B makes its outputs, [out, r].
     factors, dim = (module.lora_A, 1) if part.dim == weight_in_dim else (module.lora_B, 0)
     for factor in factors.values():
-        yield factor.get_parameter("weight"), dim
+        yield factor, dim
 
 
 def _unwrap(module: nn.Module) -> None:

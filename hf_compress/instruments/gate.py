@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_compress.errors import TargetError, TrainingError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
-from hf_compress.instruments.adapters import adapter_slices, check_lora, effective_weight, is_lora
+from hf_compress.instruments.adapters import adapter_slices, base_layer, check_lora, effective_weight, is_lora
 from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
 from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.sharded import add_in_place, reshard, scale, whole, zero
@@ -52,9 +52,10 @@ class Gate:
             attachment.input_gates.append(factors)
             self._installed.append((site.module, attachment.input_gates, factors))
         else:
-            gate = _ParameterFactors(site.owner, site.part.parameter.rpartition(".")[2], site.part.dim, factors)
-            attachment.parameter_gates.append(gate)
-            self._installed.append((site.module, attachment.parameter_gates, gate))
+            for owner, name, dim in _places(site.owner, site.part):
+                gate = _ParameterFactors(owner, name, dim, factors)
+                attachment.parameter_gates.append(gate)
+                self._installed.append((site.module, attachment.parameter_gates, gate))
 
     def set_mask(self, mask: Tensor) -> None:
         """Open the gates where ``mask`` [num_units] is True and close the others, in place."""
@@ -225,13 +226,20 @@ def _layer_tensors(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _tensors(model: nn.Module, part: ParameterSlice) -> Iterator[tuple[Tensor, int]]:
-    """Yield what holds a slice of a weight, each tensor with the dimension of the units: LoRA has two more."""
-    yield model.get_parameter(part.parameter), part.dim
-    owner = model.get_submodule(part.parameter.rpartition(".")[0])
+def _places(owner: nn.Module, part: ParameterSlice) -> Iterator[tuple[nn.Module, str, int]]:
+    """Yield what holds a slice of a parameter: module, parameter and dimension of the units. LoRA has one more."""
+    yield base_layer(owner), part.parameter.rpartition(".")[2], part.dim
     kind = find_leaf_kind(owner)
     if kind is not None:
-        yield from adapter_slices(owner, part, kind.weight_in_dim)
+        for factor, dim in adapter_slices(owner, part, kind.weight_in_dim):
+            yield factor, "weight", dim
+
+
+def _tensors(model: nn.Module, part: ParameterSlice) -> Iterator[tuple[Tensor, int]]:
+    """Yield what holds a slice of a weight, each tensor with the dimension of the units."""
+    owner = model.get_submodule(part.parameter.rpartition(".")[0])
+    for module, name, dim in _places(owner, part):
+        yield module.get_parameter(name), dim
 
 
 def check_gateable(model: nn.Module, groups: Sequence[DimensionGroup]) -> None:

@@ -13,12 +13,12 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.masks import (
-    CLOSE_ENOUGH,
     MAX_CORRECTIONS,
     TOLERANCE,
     MeasuredSpeedup,
     masks_within_latency,
     measure_speedup,
+    tried_masks,
 )
 from hf_compress.latency.measure import Timer, shrunk_copy, time_in_turns
 from hf_compress.latency.table import LatencyTable
@@ -86,23 +86,21 @@ class LatencyBudget:
     def masks(self, scores: Mapping[str, Tensor], limits: Limits, share: float, *, last: bool) -> dict[str, Tensor]:
         """Return the masks that keep most score in a model that is expected to be so fast.
 
-        The last ones are cut out of a copy and timed; if they are not as fast as expected, the table is corrected by
-        the ratio, and so on, a few times at most. Those that came closest are returned.
+        The last ones are cut out of a copy and timed, and the table is corrected, see ``tried_masks``. Those that came
+        closest are returned.
         """
         seconds = self._dense - share * (self._dense - self._seconds)
         if not last:
-            return masks_within_latency(self._table, scores, limits, seconds)
-        tried: list[tuple[float, int, dict[str, Tensor]]] = []
-        for number in range(MAX_CORRECTIONS):
-            masks = masks_within_latency(self._table, scores, limits, seconds)
-            kept = {name: int(mask.sum()) for name, mask in masks.items()}
-            expected = self._dense / self._table.predict(kept)
-            found = self._exchange(partial(self._ratio, kept))
-            tried.append((abs(found / self.speedup - 1), number, masks))
-            if tried[-1][0] <= CLOSE_ENOUGH:
-                break
-            self._table = self._table.scaled(expected / found)
-        return min(tried)[2]
+            return masks_within_latency(self._table, scores, limits, seconds, self._seconds)
+        tries = tried_masks(
+            self._table,
+            self._dense,
+            self.speedup,
+            lambda table: masks_within_latency(table, scores, limits, seconds),
+            lambda kept: self._exchange(partial(self._ratio, kept)),
+        )
+        self._table = tries.table
+        return tries.closest
 
     def _ratio(self, kept: Mapping[str, int]) -> float:
         return self._timed(shrunk_copy(self._model, self._graph, kept)).ratio

@@ -1,6 +1,7 @@
 """From scores and a time to masks, and to a model that was measured to be so fast."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,9 @@ Scores = Mapping[str, Tensor]
 Masks = dict[str, Tensor]
 
 
-def masks_within_latency(table: LatencyTable, scores: Scores, limits: Limits, seconds: float) -> Masks:
+def masks_within_latency(
+    table: LatencyTable, scores: Scores, limits: Limits, seconds: float, final: float = math.inf
+) -> Masks:
     """Keep as much score as possible in a model that is expected to take at most so long.
 
     Args:
@@ -40,6 +43,7 @@ def masks_within_latency(table: LatencyTable, scores: Scores, limits: Limits, se
         scores: By group name, [num_units], higher = keep; comparable between groups. Groups without scores stay whole.
         limits: What each group must respect, such as ``group_limits(groups)``.
         seconds: Time of one forward pass.
+        final: Less time, if that is to be asked for later: it has to be in reach, too.
 
     Returns:
         Bool masks by group name, True = keep.
@@ -51,12 +55,13 @@ def masks_within_latency(table: LatencyTable, scores: Scores, limits: Limits, se
     ranked = RankedScores(scores, limits)
     choices = {choice.names[0]: choice for choice in choices_of(ranked.sizes(), limits)}
     lowest = {name: count for choice in choices.values() for name, count in choice.kept(0).items()}
-    fastest = table.predict(lowest)
-    if fastest > seconds:
+    dense, fastest = table.predict({}), table.predict(lowest)
+    least = min(seconds, final)
+    if fastest > least:
         raise TargetError(
-            f"latency: {seconds * 1000:.4g} ms cannot be reached with these structures and limits: with the fewest "
-            f"units, the model takes {fastest * 1000:.4g} ms, {table.predict({}) / fastest:.2f} times as fast as "
-            "whole. Ask for less, prune more structures, or loosen the limits."
+            f"latency: {least * 1000:.4g} ms ({dense / least:.2f} times as fast as whole) cannot be reached with "
+            f"these structures and limits: with the fewest units, the model takes {fastest * 1000:.4g} ms "
+            f"({dense / fastest:.2f} times). Ask for less, prune more structures, or loosen the limits."
         )
     positions = {name: _thinned(choice) for name, choice in choices.items()}
     timed = {name: _timed(table, choice, positions[name], ranked) for name, choice in choices.items()}
@@ -81,6 +86,62 @@ def _timed(table: LatencyTable, choice: Choice, positions: Sequence[int], ranked
     gains = ranked.kept(choice)
     best, start = float(gains.max()), curve.at(counts[0])
     return [TimedLevel(curve.at(counts[i]) - start, best - float(gains[i])) for i in positions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tries:
+    """Masks that were measured, one after the other."""
+
+    tried: tuple[tuple[float, float], ...]
+    """(expected, measured) speed-up of each."""
+
+    closest: Masks
+    """Those whose measured speed-up came closest to the one asked for."""
+
+    table: LatencyTable
+    """As it was corrected."""
+
+
+def tried_masks(
+    table: LatencyTable,
+    dense: float,
+    target: float,
+    choose: Callable[[LatencyTable], Masks],
+    measure: Callable[[dict[str, int]], float],
+) -> Tries:
+    """Choose masks, measure them, correct the table by what was found, and so on, a few times at most.
+
+    The n-th correction goes 1/n of the way (Robbins and Monro 1951, doi:10.1214/aoms/1177729586): the table is off by
+    the geometric mean of all that was measured, so that a single disturbed measurement counts less and less. A
+    corrected table may say that the target is out of reach; what was tried counts then.
+
+    Args:
+        table: Measured latencies.
+        dense: Seconds of the dense model, as measured before any correction.
+        target: The speed-up that is asked for.
+        choose: Table -> masks by group name.
+        measure: Kept units by group name -> measured speed-up.
+
+    Raises:
+        TargetError: If ``choose`` raises it for the table as it was given.
+    """
+    tried: list[tuple[float, float]] = []
+    found: list[tuple[float, int, Masks]] = []
+    for number in range(1, MAX_CORRECTIONS + 1):
+        try:
+            masks = choose(table)
+        except TargetError:
+            if not tried:
+                raise
+            break
+        kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        tried.append((dense / table.predict(kept), measure(kept)))
+        expected, measured = tried[-1]
+        found.append((abs(measured / target - 1), number, masks))
+        if found[-1][0] <= CLOSE_ENOUGH:
+            break
+        table = table.scaled((expected / measured) ** (1 / number))
+    return Tries(tried=tuple(tried), closest=min(found)[2], table=table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +240,8 @@ def fit_speedup(
 ) -> Fit:
     """Shrink a model until it is measured to be so many times as fast, to within 10 %.
 
-    Masks from the table are cut out of a copy and measured beside the dense model. If the speed-up is not the expected
-    one, the table is corrected by the ratio of both, and so on, a few times at most. The masks whose speed-up came
-    closest are shrunk, verified and measured again.
+    Masks from the table are cut out of a copy and measured beside the dense model, and the table is corrected, see
+    ``tried_masks``. The masks whose speed-up came closest are shrunk, verified and measured again.
 
     Args:
         model: See ``latency_masks``.
@@ -200,31 +260,24 @@ def fit_speedup(
         ShrinkError: See ``shrink``.
     """
     problem = _Problem(model, scores, example_inputs, limits, table, timer)
-    corrected, dense = problem.table, problem.table.predict({})
     seconds = problem.seconds(target_speedup, None)
-    tried: list[tuple[float, float]] = []
-    candidates: list[tuple[float, int, Masks]] = []
-    for _ in range(MAX_CORRECTIONS):
-        masks = problem.masks(corrected, seconds)
-        kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        expected = dense / corrected.predict(kept)
-        found = problem.speedup(shrunk_copy(model, problem.graph, kept), rounds).ratio
-        tried.append((expected, found))
-        candidates.append((abs(found / target_speedup - 1), len(candidates), masks))
-        if candidates[-1][0] <= CLOSE_ENOUGH:
-            break
-        corrected = corrected.scaled(expected / found)
-    masks = min(candidates)[2]
-    small = shrink(model, masks, example_inputs=problem.inputs)
+    tries = tried_masks(
+        problem.table,
+        problem.table.predict({}),
+        target_speedup,
+        lambda table: problem.masks(table, seconds),
+        lambda kept: problem.speedup(shrunk_copy(model, problem.graph, kept), rounds).ratio,
+    )
+    small = shrink(model, tries.closest, example_inputs=problem.inputs)
     measured = problem.speedup(small, rounds)
     if abs(measured.ratio / target_speedup - 1) > TOLERANCE:
-        told = ", ".join(f"{ratio:.2f}" for _, ratio in tried)
+        told = ", ".join(f"{ratio:.2f}" for _, ratio in tries.tried)
         raise TargetError(
             f"fit_speedup: asked for {target_speedup:g} times as fast, measured {measured.ratio:.2f} (allowed: within "
             f"{TOLERANCE:.0%}); measured on the way: {told}. If these scatter, other work disturbs the machine: stop "
             "it, or raise rounds. If not, the units are too coarse for this target."
         )
-    return Fit(model=small, masks=masks, measured=measured, tried=tuple(tried))
+    return Fit(model=small, masks=tries.closest, measured=measured, tried=tries.tried)
 
 
 class _Problem:

@@ -29,10 +29,17 @@ class Calibration:
         num_batches: Take no more than so many.
 
     Raises:
-        ConfigError: If there are no batches, or one is no mapping with tensors.
+        ConfigError: If the data cannot be read, there are no batches, or one is no mapping with tensors.
     """
 
     def __init__(self, model: nn.Module, dataloader: Iterable[Any], num_batches: int | None = None) -> None:
+        if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
+            raise ConfigError(f"prune_oneshot: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
+        if not isinstance(dataloader, Iterable) and not hasattr(type(dataloader), "__getitem__"):
+            raise ConfigError(
+                f"prune_oneshot: the dataloader is a {type(dataloader).__name__}; allowed: an iterable of batches, "
+                "such as a DataLoader or a list."
+            )
         self.model = model
         self.batches = [_checked(n, batch) for n, batch in enumerate(itertools.islice(dataloader, num_batches))]
         if not self.batches:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.oneshot.linear import LinearLayer, UnitReader, unit_readers
-from hf_compress.oneshot.request import Found, Job
+from hf_compress.oneshot.request import Found, Job, require_finite
 from hf_compress.pruning.criteria.oneshot import ObsOptions
 from hf_compress.pruning.obs import Consumer, Removal, inverse_hessian, removal_order, without_units
 
@@ -23,6 +23,9 @@ def remove_units(job: Job) -> Found:
     """
     groups = job.all_groups()
     readers = {name: unit_readers(job.model, group) for name, group in groups.items()}
+    for name, found in readers.items():
+        for each in found:
+            require_finite(f"weights of {each.layer.name!r}, which read units", name, each.layer.weight())
     layers = {each.layer.name: each.layer for found in readers.values() for each in found}
     order = [name for stage in job.calibration.stages(layers) for name in stage]
     stages = _stages(readers, order)

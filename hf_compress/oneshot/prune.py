@@ -67,6 +67,13 @@ WHILE_TRAINING = (
 """Settings that have no effect without training."""
 
 
+ZEROS = (
+    "Training and merged adapters overwrite these zeros. To keep them, train with a PruningCallback of the same "
+    'sparsity with criterion="level", schedule="one_shot", begin=0, end=1, and a step of warm-up.'
+)
+"""What must be known of single weights that are zero."""
+
+
 @dataclass(frozen=True, eq=False)
 class OneShotResult:
     """What is to go, and what was done."""
@@ -84,10 +91,11 @@ class OneShotResult:
     """Names of the parameters that were changed in place."""
 
     def summary(self) -> str:
-        """Say how much goes, one line a group or weight."""
+        """Say how much goes, one line a group or weight; and of single weights, what becomes of the zeros."""
         masks = {**self.masks, **self.weight_masks}
         kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        return "\n".join(f"{name}: keeps {kept[name]:,} of {mask.numel():,}" for name, mask in masks.items())
+        lines = [f"{name}: keeps {kept[name]:,} of {mask.numel():,}" for name, mask in masks.items()]
+        return "\n".join([*lines, ZEROS] if self.weight_masks else lines)
 
 
 def prune_oneshot(
@@ -104,6 +112,12 @@ def prune_oneshot(
     single weights (``structures={"weights": ...}``) become zero. Everything else leaves the model as it was, and so
     does every criterion if an error comes up on the way.
 
+    Nothing keeps the zeros among single weights: training and merged adapters overwrite them without a word. Merge
+    adapters first. To train on, use ``PruningCallback`` with the same structures, granularity, allocation and exclude,
+    and ``criterion="level", schedule="one_shot", begin=0, end=1``: the zeros, which are the smallest weights, are what
+    it removes after the first step. ``TrainingArguments(warmup_steps=1)`` makes the learning rate of that step 0;
+    without, zeros may change places with other small weights.
+
     Args:
         model: The model; wherever it is, in whatever mode.
         dataloader: Gives mappings of forward arguments, padding marked by ``attention_mask``; a few hundred examples
@@ -118,12 +132,11 @@ def prune_oneshot(
 
     Raises:
         ConfigError: For settings that do not go together or have no effect, and batches that are none.
-        TargetError: If the model lacks what is asked for, or batches give no finite numbers; the message says which.
+        TargetError: If the model lacks what is asked for, or weights, scores or what batches give are not finite; the
+            message says which.
         GraphError: If the model cannot be analyzed.
     """
     _check_config(config)
-    if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 1):
-        raise ConfigError(f"prune_oneshot: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
     check_prunable("prune_oneshot", model, example_inputs)
     graph = ModelGraph(model, example_inputs)
     single = WEIGHTS in config.structures

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.config import WEIGHTS, PruningConfig
+from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.select import limits_of, select
@@ -52,10 +54,13 @@ class Job:
         """Return the layers whose single weights are to go, by name.
 
         Raises:
-            TargetError: If one is no linear layer, or shares its weight.
+            TargetError: If one is no linear layer, shares its weight, or has weights that are not finite.
         """
         names = self.targets.modules
-        return {name: linear_layer(self.model, name, "PruningConfig.structures['weights']") for name in names}
+        found = {name: linear_layer(self.model, name, "PruningConfig.structures['weights']") for name in names}
+        for name, layer in found.items():
+            require_finite("weights", name, layer.weight())
+        return found
 
     def sparsity(self, kind: str) -> float:
         """Return the fraction of a structure to remove."""
@@ -63,12 +68,23 @@ class Job:
         return self.config.structures[kind]
 
     def change(self, layer: LinearLayer, weight: Tensor) -> None:
-        """Overwrite a layer's weight [outputs, inputs]; undone if anything fails later."""
+        """Overwrite a layer's weight [outputs, inputs]; undone if anything fails later.
+
+        Raises:
+            TargetError: If the weight is not finite.
+        """
+        require_finite("new weights", layer.name, weight)
         self.undo.remember(layer.parameter)
         layer.set_weight(weight)
 
     def allocate(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Choose masks by scores of all groups, higher = keep."""
+        """Choose masks by scores of all groups, higher = keep.
+
+        Raises:
+            TargetError: If scores are not finite, or limits forbid what is asked for.
+        """
+        for name, values in scores.items():
+            require_finite("scores", name, values)
         budget = budget_for(self.config, self.model, self.graph, None, lambda measure: measure())
         if budget is not None:
             every = {name: limits_of(group, self.config) for name, group in self.all_groups().items()}
@@ -93,6 +109,25 @@ class Job:
     def floor(self, group: DimensionGroup) -> int:
         """Return how many units of a group stay at least."""
         return limits_of(group, self.config).floor()
+
+
+def require_finite(what: str, name: str, values: Tensor) -> None:
+    """Check numbers that decide what goes.
+
+    Args:
+        what: What they are, for the message.
+        name: Of the group or the layer.
+        values: The numbers.
+
+    Raises:
+        TargetError: If any is not finite.
+    """
+    count = int((~torch.isfinite(values)).sum())
+    if count:
+        raise TargetError(
+            f"prune_oneshot: {count:,} of the {values.numel():,} {what} of {name!r} are not finite, so nothing says "
+            "what may go. Check the model's weights (half precision may be too narrow), or exclude it."
+        )
 
 
 @dataclass(frozen=True, eq=False)

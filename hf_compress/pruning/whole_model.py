@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hf_compress.errors import ConfigError
 from hf_compress.pruning.allocate import Layer
 from hf_compress.pruning.budget import Cost, GroupLimits, Limits, within_cost
 
@@ -64,6 +65,9 @@ class CostBudget:
         name: The setting, for messages.
         cost: Kept units by layer -> cost.
         target: The highest cost in the end; a float is a share of the dense model's.
+
+    Raises:
+        ConfigError: If the dense model costs no more than that.
     """
 
     def __init__(self, name: str, cost: Cost, target: int | float) -> None:
@@ -71,6 +75,11 @@ class CostBudget:
         self._cost = cost
         self._dense = cost({})
         self._target = target if isinstance(target, int) else int(target * self._dense)
+        if self._target >= self._dense:
+            raise ConfigError(
+                f"PruningConfig.{name}: {target:,} is no less than the {self._dense:,} of the dense model, so nothing "
+                "would be removed. Ask for less."
+            )
 
     def masks(self, scores: Mapping[str, Tensor], limits: Limits, share: float, *, last: bool) -> dict[str, Tensor]:
         """Return the masks that keep most score; see ``within_cost``."""

@@ -25,6 +25,7 @@ from hf_compress import (
     shrink,
 )
 from hf_compress.instruments.fake_quantize import fake_quantized_modules, install_fake_quantizers, quantizable_linears
+from hf_compress.instruments.gate import Gate
 from hf_compress.quantization.quantizers import Int8Dynamic
 from hf_compress.shrinking.verify import relative_error
 
@@ -64,6 +65,49 @@ def logits(model: Any, data: list[Any]) -> Tensor:
     with torch.no_grad():
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in data[:4]]) for name in data[0]}
         return model(**batch).logits
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "l2"])
+@pytest.mark.parametrize(("kind", "targets"), [("bert", ["query", "key", "value"]), ("llama", ["q_proj", "k_proj"])])
+def test_units_that_act_through_adapted_queries_and_keys(
+    build: Any, make_trainer: Any, kind: str, targets: list[str], criterion: str
+) -> None:
+    """Between query and key there is no layer whose input could be gated: rows of both weights are."""
+    model, data = build(kind)
+    adapted = get_peft_model(model, lora(kind, target_modules=targets, init_lora_weights=False))
+    callback = pruning(structures={"head_dim": 0.5}, criterion=criterion)
+    trainer = make_trainer(adapted, data, [callback], max_steps=6, learning_rate=1e-2)
+    with pytest.warns(UserWarning, match=r"Save shrink\(trainer\), or the merged model"):
+        trainer.train()
+    masks = callback.masks()
+    assert masks and all(0 < int(mask.sum()) < mask.numel() for mask in masks.values())
+    trained = logits(adapted, data)
+    small = shrink(trainer)
+    assert relative_error(logits(small, data), trained) < 1e-4
+
+
+def test_the_gate_of_adapted_queries_is_the_one_of_merged_ones() -> None:
+    """Closed, halved and open gates, and their gradients."""
+    found = []
+    for merged in (False, True):
+        torch.manual_seed(0)
+        dense = tiny_models.bert()
+        group = next(g for g in dimension_groups(dense) if g.kind == "head_dim" and g.sources)
+        adapted = get_peft_model(dense, lora("bert", target_modules=["query"], init_lora_weights=False))
+        model = adapted.merge_and_unload() if merged else adapted.get_base_model()
+        model.eval()
+        gate = Gate(group, model, needs_gradient=True)
+        factors = torch.tensor([0.0, 0.5, 1.0]).repeat(group.num_units)[: group.num_units]
+        gate.set_values(factors, factors)
+        outputs = model(input_ids=torch.arange(5, 13)[None]).logits
+        gate.set_mask(torch.arange(group.num_units) % 2 == 0)  # now the gates themselves act, with their gradients
+        model(input_ids=torch.arange(5, 13)[None]).logits.square().sum().backward()
+        found.append((outputs.detach(), gate.take_gradient()))
+        gate.remove()
+    (outputs, gradient), (merged_outputs, merged_gradient) = found
+    assert torch.allclose(outputs, merged_outputs, atol=1e-5)
+    assert gradient.abs().max() > 0
+    assert torch.allclose(gradient, merged_gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "l2"])

@@ -17,6 +17,7 @@ from hf_compress import (
     profile,
     shrink,
 )
+from hf_compress.graph.model import ModelGraph
 from hf_compress.latency import budget
 from hf_compress.latency.budget import LatencyBudget
 
@@ -57,6 +58,20 @@ def test_a_number_of_parameters(train, tiny_bert) -> None:
     wanted = tiny_bert().num_parameters() - 5_000
     trainer, _ = train(config(target_params=wanted))
     assert wanted - 150 <= shrink(trainer).num_parameters() <= wanted
+
+
+@pytest.mark.parametrize("beyond", [0, 10**9])
+@pytest.mark.parametrize("target", ["target_params", "target_flops"])
+def test_a_budget_that_the_dense_model_meets_is_refused(
+    tiny_bert, classification_data, make_trainer, target, beyond
+) -> None:
+    costs = ModelGraph(tiny_bert()).costs
+    dense = costs.parameters({}) if target == "target_params" else costs.flops({})
+    message = f"{target}: {dense + beyond:,} is no less than the {dense:,} of the dense model"
+    for go in (preview, lambda trainer: trainer.train()):
+        callback = PruningCallback(config(**{target: dense + beyond}))
+        with pytest.raises(ConfigError, match=message):
+            go(make_trainer(tiny_bert(), classification_data(32), [callback], max_steps=7))
 
 
 def test_operations(train) -> None:
@@ -105,6 +120,15 @@ def test_a_speed_up_is_reached_as_measured(train, device) -> None:
     assert callback.measured.ratio == pytest.approx(1.5, rel=0.05)
     small = shrink(trainer)
     assert seconds_of(trainer.model) / seconds_of(small) == pytest.approx(callback.measured.ratio, rel=1e-3)
+
+
+def test_a_speed_up_out_of_reach_is_an_error_at_once(device, tiny_bert, classification_data, make_trainer) -> None:
+    """The message names what the config asks for in the end, not what the schedule asks for in its middle."""
+    callback = PruningCallback(config(target_speedup=1000.0))
+    trainer = make_trainer(tiny_bert(), classification_data(32), [callback], max_steps=7)
+    with pytest.raises(TargetError, match=r"\(1000\.00 times as fast as whole\) cannot be reached"):
+        trainer.train()
+    assert trainer.state.global_step <= 2  # where the cubic schedule, which begins at 1, first asks for something
 
 
 def test_a_latency_is_reached_as_measured(train, device, tiny_bert) -> None:

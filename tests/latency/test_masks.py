@@ -7,7 +7,13 @@ from masked_models import prunable
 from hf_compress import ConfigError, GraphError, TargetError, make_example_inputs, shrink
 from hf_compress.graph.model import ModelGraph
 from hf_compress.latency import masks as latency
-from hf_compress.latency.masks import fit_speedup, latency_masks, masks_within_latency, measure_speedup
+from hf_compress.latency.masks import (
+    fit_speedup,
+    latency_masks,
+    masks_within_latency,
+    measure_speedup,
+    tried_masks,
+)
 from hf_compress.latency.measure import group_limits, measure_latency, shrunk_copy
 from hf_compress.pruning.budget import GroupLimits
 
@@ -104,7 +110,7 @@ def test_many_levels_are_thinned_to_the_ends_and_evenly(monkeypatch, bert, table
 def test_a_target_out_of_reach_says_what_is_in_reach(bert, table, scores) -> None:
     lowest = dict.fromkeys(scores, 0)
     fastest = table.predict({}) / table.predict(lowest)
-    with pytest.raises(TargetError, match=f"{fastest:.2f} times as fast"):
+    with pytest.raises(TargetError, match=rf"{fastest * 1.01:.2f} times as fast.*\({fastest:.2f} times\)"):
         latency_masks(bert, scores, target_speedup=fastest * 1.01, table=table)
     masks = latency_masks(bert, scores, target_speedup=fastest * 0.999, table=table)
     assert sum(int(mask.sum()) for mask in masks.values()) < 5
@@ -183,3 +189,37 @@ def test_a_speedup_that_is_missed_is_an_error(bert, table, scores, slow) -> None
     timer = FakeTimer(lambda w: 10.0 if w == dense else 10.0 / (1.7 if slow else 2.3))
     with pytest.raises(TargetError, match=r"asked for 2 times as fast, measured (1\.70|2\.30)"):
         fit_speedup(bert, scores, 2.0, table=table, timer=timer, rounds=3)
+
+
+def chooser(graph, scores, table, target):
+    seconds, limits = table.predict({}) / target, group_limits([g for g in graph.groups if g.name in scores])
+    return lambda corrected: masks_within_latency(corrected, scores, limits, seconds)
+
+
+def test_a_try_counts_though_the_corrected_table_says_that_the_target_is_out_of_reach(graph, table, scores) -> None:
+    dense = table.predict({})
+    target = dense / table.predict(dict.fromkeys(scores, 0)) * 0.98
+    tries = tried_masks(
+        table, dense, target, chooser(graph, scores, table, target), lambda kept: dense / table.predict(kept) / 1.06
+    )
+    assert len(tries.tried) == 1
+    assert abs(tries.tried[0][1] / target - 1) < latency.TOLERANCE
+    assert {name: int(mask.sum()) for name, mask in tries.closest.items()}.keys() == scores.keys()
+    with pytest.raises(TargetError, match="cannot be reached"):
+        tried_masks(tries.table, dense, target, chooser(graph, scores, table, target), lambda kept: target)
+
+
+def test_a_disturbed_measurement_counts_less_and_less(graph, table, scores) -> None:
+    """The table is right; the second measurement is off by 2.5, the others by a little in turns."""
+    dense, noise = table.predict({}), iter([1.05, 2.5, 0.95, 1.05])
+    tries = tried_masks(
+        table,
+        dense,
+        2.0,
+        chooser(graph, scores, table, 2.0),
+        lambda kept: dense / table.predict(kept) / next(noise),
+    )
+    errors = [abs(measured / 2.0 - 1) for _, measured in tries.tried]
+    assert len(errors) == latency.MAX_CORRECTIONS
+    off = tries.table.predict({}) / dense
+    assert off == pytest.approx((1.05 * 2.5 * 0.95 * 1.05) ** 0.25, rel=1e-6)

@@ -61,6 +61,43 @@ def test_a_loader_that_fails(criterion: str) -> None:
     before.check()
 
 
+@pytest.mark.parametrize(("loader", "kind"), [(None, "NoneType"), (3, "int")])
+def test_a_loader_that_is_none(loader: Any, kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"the dataloader is a {kind}; allowed: an iterable of batches"):
+        prune(trained("bert"), loader, HEADS)
+
+
+FC = "bert.encoder.layer.1.output.dense"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"allocation": "per_layer"}])
+@pytest.mark.parametrize(
+    ("structure", "criterion", "message"),
+    [
+        ("ffn", "l2", r"1 of the 64 scores of 'bert\.encoder\.layer\.1\.ffn'"),
+        ("ffn", "wanda", r"1 of the 64 scores of 'bert\.encoder\.layer\.1\.ffn'"),
+        ("ffn", "obs", rf"weights of '{FC}', which read units of 'bert\.encoder\.layer\.1\.ffn'"),
+        ("weights", "level", f"1 of the 2,048 weights of '{FC}'"),
+        ("weights", "wanda", f"1 of the 2,048 weights of '{FC}'"),
+        ("weights", "obs", f"1 of the 2,048 weights of '{FC}'"),
+    ],
+)
+def test_weights_that_are_not_finite(
+    structure: str, criterion: str, message: str, settings: Any, value: float
+) -> None:
+    model = trained("bert")
+    with torch.no_grad():
+        model.get_submodule(FC).weight[0, 3] = value
+    before = copy.deepcopy(model.state_dict())
+    if structure == "weights":
+        settings = {"allocation": "per_layer"} if not settings else {**settings, "granularity": "2:4"}
+    with pytest.raises(TargetError, match=f"{message} are not finite"):
+        prune(model, GOOD, HEADS, structures={structure: 0.5}, criterion=criterion, **settings)
+    after = model.state_dict()
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
 @pytest.mark.parametrize("criterion", NEED_BATCHES)
 def test_activations_that_are_not_finite(criterion: str) -> None:
     model = trained("bert").train()
@@ -155,6 +192,9 @@ def test_first_sizes_that_differ_cannot_be_taken_apart() -> None:
         ({"structures": {"weights": 0.5}, "criterion": "obs"}, "allowed: 'per_layer'"),
         ({"structures": {"weights": 0.5}, "criterion": "l2", "granularity": "row"}, "'element', or N:M"),
         ({"num_batches": 0}, "num_batches=0"),
+        ({"num_batches": "2"}, "num_batches='2'; allowed: an int >= 1"),
+        ({"num_batches": 1.5}, "num_batches=1.5"),
+        ({"num_batches": True}, "num_batches=True"),
         ({"criterion": "l2", "options": {"damping": 0.1}}, "unknown key 'damping'"),
         ({"criterion": "obs", "options": {"damping": -1}}, "damping"),
     ],

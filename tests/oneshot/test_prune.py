@@ -1,6 +1,7 @@
 """Pruning without training: what comes out is right, whatever the criterion."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import oneshot_models
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress import (
+    PruningCallback,
     PruningConfig,
     dimension_groups,
     make_example_inputs,
@@ -254,7 +256,28 @@ def test_generators_and_a_number_of_batches() -> None:
 
 def test_the_summary_counts_what_stays() -> None:
     result = prune(trained("bert"), "l2", {"ffn": 0.75}, allocation="per_layer")
-    assert result.summary().splitlines()[0] == "bert.encoder.layer.0.ffn: keeps 16 of 64"
+    assert result.summary().splitlines() == [f"bert.encoder.layer.{i}.ffn: keeps 16 of 64" for i in range(2)]
+
+
+KEEP = {"criterion": "level", "schedule": "one_shot", "begin": 0, "end": 1}
+
+
+@pytest.mark.parametrize("settings", [{"allocation": "per_layer"}, {"granularity": "2:4"}])
+@pytest.mark.parametrize("criterion", ["level", "wanda", "obs"])
+def test_training_keeps_zeros_only_with_a_callback(make_trainer: Any, criterion: str, settings: Any) -> None:
+    config = PruningConfig(structures={"weights": 0.5}, criterion=criterion, **settings)
+    data = [{name: values[i] for name, values in batch.items()} for batch in batches(2) for i in range(8)]
+    left = {}
+    for kept in (True, False):
+        model = trained("bert")
+        result = prune_oneshot(model, batches(2), config)
+        callbacks = [PruningCallback(dataclasses.replace(config, **KEEP))] if kept else []
+        make_trainer(model, data, callbacks, max_steps=4, warmup_steps=1, learning_rate=1e-2).train()
+        weights = dict(model.named_parameters())
+        left[kept] = [int((weights[name][~mask] == 0).sum()) for name, mask in result.weight_masks.items()]
+        assert all(str(value) in result.summary() for value in KEEP.values())
+    assert left[True] == [int((~mask).sum()) for mask in result.weight_masks.values()]
+    assert sum(left[False]) < 0.1 * sum(left[True])
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "l2", "obs", "kwon"])
