@@ -173,7 +173,7 @@ class PruningConfig(Budgets):
                 raise self._error(field, getattr(self, field), f"{default!r} with {target[0]}")
         if self.method_options().decides:
             raise self._error(target[0], target[1], f"None with these options of {self.criterion!r}, which find out")
-        if getattr(criteria.get(self.criterion), "needs_sparsity", False):
+        if criteria.get(self.criterion).needs_sparsity:
             why = "A budget is met by different sparsities; this one learns towards one. Give each structure its own."
             raise self._error(target[0], target[1], f"None with criterion {self.criterion!r}", why)
         limits = {"min_units", "max_layer_sparsity", "multiple_of"}

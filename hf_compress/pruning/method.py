@@ -106,6 +106,9 @@ class Method:
     defers: ClassVar[bool] = False
     """Whether masks change at the end of the schedule only, see ``DeferringMethod``."""
 
+    needs_sparsity: ClassVar[bool] = False
+    """Whether it must know the final sparsity of its structure, which no budget of the whole model says."""
+
     run_length: ClassVar[Literal["row"] | None] = None
     """``"row"``: single weights compete within their output row only."""
 

@@ -3,7 +3,7 @@
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class L0(DeferringMethod):
     options = L0Options
     reads = frozenset({"gate_gradients"})
     structures = UNITS
-    needs_sparsity: ClassVar[bool] = True
-    """Whether it learns towards a sparsity, which a budget of the whole model does not give."""
+    needs_sparsity = True
 
     def __init__(self, settings: Any, setting: Setting) -> None:
         super().__init__(settings, setting)
