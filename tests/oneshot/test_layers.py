@@ -35,7 +35,7 @@ def gram(model: PreTrainedModel, name: str, data: list[Any]) -> Tensor:
 @pytest.mark.parametrize("allocation", ["global", "per_layer"])
 def test_units(kind: str, allocation: str) -> None:
     model, dense, data = trained(kind), trained(kind), data_for(kind)
-    config = PruningConfig(structures={"heads": 0.25, "ffn": 0.5}, allocation=allocation)
+    config = PruningConfig(structures={"heads": 0.5, "ffn": 0.5}, allocation=allocation)
     result = prune(model, data, config, criterion="obs", options={"damping": 0.02})
     for group in dimension_groups(dense):
         if group.name not in result.masks:
