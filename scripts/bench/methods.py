@@ -62,13 +62,13 @@ def table(data: dict[str, Any], task: str) -> str:
     runs: Runs = [run for run in data["runs"] if run["task"] == task]
     sparsities = sorted({run["sparsity"] for run in runs})
     names = sorted({run["method"] for run in runs}, key=lambda name: -_score(runs, task, name, sparsities))
-    head = ["accuracy (%)", *(f"{s:.0%} sparse" for s in sparsities), "encoder left (%)", "seconds a run"]
+    head = ["accuracy (%)", *(f"{s:.0%} sparse" for s in sparsities), "encoder left (%)"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name in names:
         mine = [run for run in runs if run["method"] == name]
         left = [mean(run["encoder_left"] for run in mine if run["sparsity"] == s) for s in _have(mine, sparsities)]
         row = [f"`{name}`", *(cell(found(runs, task, name, s)) for s in sparsities)]
-        row += [", ".join(f"{100 * each:.0f}" for each in left), f"{mean(run['seconds'] for run in mine):.0f}"]
+        row.append(", ".join(f"{100 * each:.0f}" for each in left))
         lines.append(row)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
