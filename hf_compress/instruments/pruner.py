@@ -99,7 +99,7 @@ class Pruner:
             check_reachable(f"structures[{kind!r}]", sparsity, layers, config.allocation)
         pool = Pool(
             name=name if budget is None else "budget",
-            kinds={each.kind: tuple(parts[each.name]) for each in selections},
+            kinds={kind: _layers_of(kind, selections, parts) for kind in dict.fromkeys(s.kind for s in selections)},
             config=config,
             method=method,
             layers=layers,
@@ -258,6 +258,11 @@ def _nothing_read(pool: Pool, name: str, when: str) -> TrainingError:
         f"PruningCallback: {MISSING[key].format(name=name)} {when}, so criterion {pool.config.criterion!r} has nothing "
         "to go by. Is that part of the model frozen or skipped in training?"
     )
+
+
+def _layers_of(kind: str, selections: Sequence[Selection], parts: Mapping[str, Mapping[str, Layer]]) -> tuple[str, ...]:
+    """Return the layers of a structure, under whatever rule."""
+    return tuple(layer for each in selections if each.kind == kind for layer in parts[each.name])
 
 
 def _factors(method: Method, name: str) -> tuple[Tensor, Tensor] | None:

@@ -4,7 +4,6 @@ import functools
 import re
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -180,12 +179,10 @@ def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: in
         update_every=max(settings.steps // 50, 1),
     )
     trainer = trainer_of(model, task, settings, settings.steps, seed, callbacks=[PruningCallback(config)])
-    begun = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         trainer.train()
-    seconds = time.perf_counter() - begun
     small = shrink(trainer)
     left = profile(small, latency=False).encoder_parameters / encoder
     share, _ = accuracy(small, task, settings)
-    return {"accuracy": share, "encoder_left": round(left, 4), "seconds": round(seconds, 1)}
+    return {"accuracy": share, "encoder_left": round(left, 4)}

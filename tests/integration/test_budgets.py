@@ -84,6 +84,7 @@ def test_operations(train) -> None:
 def test_limits_hold_under_a_budget_and_rules_may_change_them(train) -> None:
     rules = (PruningRule(match=(r"layer\.0\.ffn",), max_layer_sparsity=0.25),)
     _, callback = train(config(target_params=0.86, multiple_of=8, rules=rules, structures=["ffn"]))
+    assert sorted(callback._pruner.pools[0].kinds["ffn"]) == FFN  # logs count the layers of all rules
     first, second = (int(callback.masks()[name].sum()) for name in FFN)
     assert first >= 36 and first % 8 == 0 and second % 8 == 0 and second < 48
 
