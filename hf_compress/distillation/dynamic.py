@@ -84,7 +84,7 @@ class DynamicPairing:
         """Return which pairs are candidates, bool, [num_student, num_teacher], on the CPU.
 
         Raises:
-            ConfigError: If a layer does not exist, if none is left for a student layer, or if no choice keeps the order.
+            ConfigError: If a layer does not exist, a student layer has no candidate, or no choice keeps the order.
         """
         mask = self._named(num_student, num_teacher)
         without = [layer for layer, allowed in enumerate(mask.any(1).tolist()) if not allowed]
