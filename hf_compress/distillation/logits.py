@@ -27,8 +27,9 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.1.
     """
-    log_student, target = log_softmax(student, temperature), log_softmax(teacher, temperature).exp()
-    return temperature**2 * F.kl_div(log_student.masked_fill(target == 0, 0.0), target, reduction="none").sum(-1)
+    log_student, target = log_softmax(student, temperature), _softmax(teacher, temperature)
+    terms = F.kl_div(log_student, target, reduction="none")
+    return temperature**2 * _without_impossible(terms, target).sum(-1)
 
 
 @logits_loss("soft_cross_entropy")
@@ -39,8 +40,8 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
-    log_student, target = log_softmax(student, temperature), log_softmax(teacher, temperature).exp()
-    return -(temperature**2) * expectation(target, log_student)
+    log_student, target = log_softmax(student, temperature), _softmax(teacher, temperature)
+    return -(temperature**2) * _without_impossible(log_student * target, target).sum(-1)
 
 
 @logits_loss("reverse_kl")
@@ -98,9 +99,26 @@ def mse(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Return log softmax(logits / temperature) over the last dimension, in float32 or better."""
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    return F.log_softmax(_scaled(logits, temperature), dim=-1)
 
 
 def expectation(probabilities: Tensor, values: Tensor) -> Tensor:
     """Return the sum of probabilities * values over the last dimension; what has probability 0 adds 0, be it inf."""
     return (probabilities * values.masked_fill(probabilities == 0, 0.0)).sum(-1)
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    return F.softmax(_scaled(logits, temperature), dim=-1)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def _without_impossible(terms: Tensor, target: Tensor) -> Tensor:
+    """Zero the terms of classes with probability 0, which are 0 * inf where the student excludes the class too.
+
+    Filling log probabilities beforehand would keep another tensor of the size of the logits for the backward pass; here
+    their gradients are 0 anyhow, the probability itself.
+    """
+    return terms.masked_fill_(target == 0, 0.0)

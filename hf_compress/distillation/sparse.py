@@ -33,9 +33,7 @@ def sparse_kl(
     """
     _check(student, indices, teacher_logits, log_rest)
     log_student = log_softmax(student, temperature)
-    # Not -inf: where k is the number of classes, the gradient of logsumexp would be NaN.
-    lowest = torch.finfo(log_student.dtype).min
-    own_rest = log_student.scatter(-1, indices, lowest).logsumexp(-1, keepdim=True)
+    own_rest = log_student.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
     own = torch.cat([log_student.gather(-1, indices), own_rest], dim=-1)
     known = teacher_logits.to(own.dtype) / temperature
     rest = torch.full_like(known[..., :1], -torch.inf) if log_rest is None else log_rest.to(own.dtype).unsqueeze(-1)
