@@ -47,9 +47,14 @@ class DistillationConfig(Config):
     """Softens both distributions; the loss is multiplied by its square (Hinton et al. 2015, arXiv:1503.02531)."""
 
     loss: str = "kl"
-    """``"kl"``: T^2 * KL(softmax(teacher / T) || softmax(student / T)) over valid positions."""
+    """``"kl"``: T^2 * KL(softmax(teacher / T) || softmax(student / T)) over valid positions; or another loss of logits,
+    see ``hf_compress.distillation.logits``."""
 
     def _validate(self) -> None:
         self._check_number("alpha", 0, 1, open_low=True)
         self._check_number("temperature", 0, 1000, open_low=True)
-        self._check_choice("loss", distillation_losses)
+        losses = {name: distillation_losses.get(name) for name in distillation_losses}
+        # Users may register plain functions, which are given logits.
+        self._check_choice(
+            "loss", [name for name, loss in losses.items() if getattr(loss, "reads", "logits") == "logits"]
+        )
