@@ -122,3 +122,29 @@ def _without_impossible(terms: Tensor, target: Tensor) -> Tensor:
     their gradients are 0 anyhow, the probability itself.
     """
     return terms.masked_fill_(target == 0, 0.0)
+
+
+@logits_loss("binary_kl")
+def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 * the mean over classes of KL(sigmoid(teacher / T) || sigmoid(student / T)), for yes-or-no labels.
+
+    Each class is a distribution over yes and no, as in multi-label classification with binary cross entropy, which
+    Transformers averages over classes, too.
+
+    Args:
+        student: Logits, [positions, classes].
+        teacher: Logits, [positions, classes].
+        temperature: T > 0; higher is softer.
+
+    Returns:
+        The divergence in nats, [positions].
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2.1, for Bernoulli distributions.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    own, theirs = student.to(dtype) / temperature, teacher.to(dtype) / temperature
+    yes = torch.sigmoid(theirs)
+    per_class = yes * (F.logsigmoid(theirs) - F.logsigmoid(own)) + (1 - yes) * (
+        F.logsigmoid(-theirs) - F.logsigmoid(-own)
+    )
+    return temperature**2 * per_class.mean(-1)
