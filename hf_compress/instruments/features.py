@@ -168,26 +168,30 @@ class FeatureTap:
         seen: SelfAttention | None = None
         own_layer = place.count == getattr(self._plain.config, "num_hidden_layers", None)
         if not own_layer or self._chosen(place.stack, place.index):  # else the layer is known only afterwards
-            seen = self_attention(module, name, implementation, args, kwargs, self.wants)
+            try:
+                seen = self_attention(module, name, implementation, args, kwargs, self.wants)
+            except TrainingError:
+                self.close()
+                raise
         self._calls[place.stack].append((id(module), seen))
 
     def _attention(self, stack: str, calls: list[tuple[int, SelfAttention | None]]) -> list[SelfAttention | None]:
         if not calls:
             return []
         modules = [module for module, _ in calls]
-        lists = {self._places[module][1].layers: self._places[module][1].count for module in modules}
-        taken: list[SelfAttention | None]
+        lists = {place.layers: place.count for place in (self._places[module][1] for module in modules)}
+        lists.update(self._runs.lists(stack))
+        if len(lists) > 1:
+            raise self._ambiguous(stack, f"may be in several lists of layers: {', '.join(map(repr, sorted(lists)))}")
+        taken: list[SelfAttention | None] = [None] * next(iter(lists.values()))
+        seen_at = [self._places[module][1].index for module in modules]
         if len(set(modules)) < len(modules):  # ALBERT's layers share one module
             taken = [seen for _, seen in calls]
             if len(taken) != getattr(self._plain.config, "num_hidden_layers", None):
                 raise self._ambiguous(stack, f"ran {len(taken)} times for {len(set(modules))} modules")
-        elif len(lists) > 1:
-            raise self._ambiguous(stack, f"is in several lists of layers: {', '.join(map(repr, sorted(lists)))}")
+        elif len(set(seen_at)) < len(seen_at):
+            raise self._ambiguous(stack, "ran several times in one layer")
         else:
-            taken = [None] * next(iter(lists.values()))
-            seen_at = [self._places[module][1].index for module in modules]
-            if len(set(seen_at)) < len(seen_at):
-                raise self._ambiguous(stack, "ran several times in one layer")
             for index, (_, seen) in zip(seen_at, calls, strict=True):
                 taken[index] = seen
         taken = [each if self._chosen(stack, index) else None for index, each in enumerate(taken)]
@@ -249,6 +253,10 @@ class LayerRuns:
             handle.remove()
         self._handles.clear()
         self.ran = defaultdict(list)
+
+    def lists(self, stack: str) -> dict[str, int]:
+        """Return the lists of layers that give hidden states, and how many layers each has."""
+        return {place.layers: place.count for place in self._layers if place.stack == stack}
 
     def num_initial(self, stack: str) -> int:
         """Return how many hidden states a model returns before those of layers."""
