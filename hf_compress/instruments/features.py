@@ -57,9 +57,12 @@ class FeatureTap:
     """Takes features from forward passes of a model; works the same for students and teachers.
 
     For each pass: call the model with what ``prepare`` returns, then ``read`` its outputs; ``close`` where a pass
-    may fail between the two, as in a hook registered with ``always_call=True``. Nothing is kept after that, the model
-    is not changed, and its outputs are the same bits, with hidden states added. Tensors are those of the pass itself:
-    not copied, in its precision, and part of its graph. Passes that checkpointing repeats in backward are not taken.
+    may fail between the two, as in a hook registered with ``always_call=True``. Nothing is kept after that, and outputs
+    are the same bits, with hidden states added. Tensors are those of the pass itself: not copied, in its precision,
+    and part of its graph. What checkpointing repeats in backward is not taken.
+
+    Hidden states are those of ``output_hidden_states=True``, attention comes from ``AttentionInterface``: eager or
+    sdpa, of every model that uses it. Windows (Swin) and models with attention code of their own are errors.
 
     Under torch.compile hidden states come out of the graphs; attention is taken between graphs, which breaks them at
     each layer. Wrap the hooks that call ``prepare`` and ``read`` in ``torch.compiler.disable``.
@@ -213,13 +216,18 @@ class FeatureTap:
         if found is None:
             return []
         states: list[Tensor | None] = list(found[self._runs.num_initial(stack) :])
-        if self._with_gradient and _is_reentrant(self._plain) and not any(_has_gradient(each) for each in states[:-1]):
+        untied = states[:-1]  # the last may come from a norm after all layers
+        if self._with_gradient and untied and not any(_has_gradient(each) for each in untied) and self._is_reentrant():
             raise TrainingError(f"distillation: a hidden state of the {stack} has no gradient: {_REENTRANT}")
         states = self._runs.spread(stack, states, ran)
         return [
             _positions(each) if each is not None and self._chosen(stack, index) else None
             for index, each in enumerate(states)
         ]
+
+    def _is_reentrant(self) -> bool:
+        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in self._plain.modules()]
+        return any(getattr(each, "keywords", {}).get("use_reentrant") for each in functions)
 
 
 class LayerRuns:
@@ -293,11 +301,6 @@ def _check_accepts_request(plain: PreTrainedModel) -> None:
         f"distillation: {type(plain).__name__} cannot return hidden states: its forward takes no "
         "output_hidden_states. Match attention instead, or distill logits only."
     )
-
-
-def _is_reentrant(plain: nn.Module) -> bool:
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in plain.modules())
-    return any(getattr(each, "keywords", {}).get("use_reentrant") for each in functions if each is not None)
 
 
 def _has_gradient(state: Any) -> bool:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.positions import IGNORED_LABEL
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import attachment_of
-
-IGNORED_LABEL = -100
-"""The label that every task loss of Transformers leaves out."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from zoo import ALL, ZOO
@@ -96,7 +97,7 @@ def test_attention_maps_are_those_of_an_eager_copy(name) -> None:
     model = ALL[name]()
     inputs = inputs_of(name, model)
     if name in OWN_ATTENTION | NO_LAYERS:
-        with pytest.raises(TrainingError, match="code of its own|which layer it belongs to"):
+        with pytest.raises(TrainingError, match=r"code of its own|which layer it belongs to"):
             pass_through(model, inputs, MAPS)
         return
     eager = ALL[name](attn_implementation="eager")
@@ -109,6 +110,22 @@ def test_attention_maps_are_those_of_an_eager_copy(name) -> None:
                 assert found.num_layers == len(maps) >= 2
                 for seen, reference in zip(found.attention, maps, strict=True):
                     torch.testing.assert_close(seen.probabilities(), reference, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "paligemma"])
+def test_maps_are_what_the_fused_kernel_computed(name) -> None:
+    """PaliGemma's fused attention sees later positions, its eager attention does not."""
+    model = ALL[name]()
+    inputs = inputs_of(name, model)
+    language = model.get_decoder()
+    computed = []
+    for layer in language.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: computed.append(args[0]))
+    seen = pass_through(model, inputs, MAPS | {"values"}).stacks["decoder"].attention
+    for each, mixed in zip(seen, computed, strict=True):
+        value = each.value.repeat_interleave(each.query.shape[1] // each.value.shape[1], dim=1)
+        found = (each.probabilities() @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(found, mixed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "gemma2", "whisper"])
@@ -200,7 +217,7 @@ def test_hidden_states_taken_inside_of_reentrant_checkpoints_are_refused() -> No
     tap = FeatureTap(model, {"hidden_states"})
     outputs = model(**tap.prepare(text()))
     outputs["hidden_states"] = tuple(x.detach() for x in outputs.hidden_states)
-    with pytest.raises(TrainingError, match="no gradient.*use_reentrant"):
+    with pytest.raises(TrainingError, match=r"no gradient.*use_reentrant"):
         tap.read(outputs)
 
 
@@ -219,6 +236,7 @@ def test_autocast_features_come_in_its_precision() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same_features_and_gradients() -> None:
     torch._dynamo.reset()
     counts, expected = feature_gradients(tiny_models.bert(**NO_DROPOUT).train(), text())
@@ -339,6 +357,49 @@ def test_peft_models_give_features_with_gradients() -> None:
     assert len(gradients) == 4 and all(g.abs().max() > 0 for g in gradients)
 
 
+def test_ddp_models_give_features_with_gradients() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_models.bert()
+        expected = feature_gradients(tiny_models.bert(), text())
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        assert feature_gradients(model, text(), wrapped)[0] == expected[0]
+        tap = FeatureTap(wrapped, WANTS)
+        stack = only_stack(tap.read(wrapped(**tap.prepare(text()))))
+        assert stack.attention[0].query.requires_grad and stack.hidden[1].requires_grad
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hooks_in_a_trainer_see_every_training_pass_once(tmp_path, checkpointing) -> None:
+    model = tiny_models.bert(**NO_DROPOUT)
+    tap = FeatureTap(model, WANTS)
+    seen = []
+
+    def before(module, args, kwargs):
+        return (args, tap.prepare(kwargs)) if module.training else None
+
+    def after(module, args, kwargs, outputs):
+        if module.training and outputs is not None:
+            features = tap.read(outputs)
+            seen.append(only_stack(features).num_layers)
+            outputs["loss"] = outputs["loss"] + feature_loss(features)
+        tap.close()
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    data = [{"input_ids": list(range(5, 14)), "labels": i % 3} for i in range(8)]
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, report_to=[], use_cpu=True,
+        bf16=True, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=data, eval_dataset=data).train()
+    assert seen == [2] * 4
+    assert not tap._calls
+
+
 def test_gated_models_give_the_features_of_what_they_compute() -> None:
     plain, gated = tiny_models.bert(), tiny_models.bert()
     for group in dimension_groups(gated):
@@ -439,7 +500,7 @@ def test_other_attention_implementations_are_refused() -> None:
     AttentionInterface.register("a_test", own)
     try:
         model = tiny_models.bert(attn_implementation="a_test")
-        with pytest.raises(TrainingError, match="'a_test'.*attn_implementation='sdpa'"):
+        with pytest.raises(TrainingError, match=r"'a_test'.*attn_implementation='sdpa'"):
             pass_through(model, text(), MAPS)
         assert AttentionInterface.get_interface is before
     finally:
