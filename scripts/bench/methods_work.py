@@ -25,7 +25,6 @@ from transformers import (
 
 from hf_compress import PruningCallback, PruningConfig, profile, shrink
 
-
 REGROWING = ("movement",)
 """Methods that choose anew at every update among all units, in their publications."""
 

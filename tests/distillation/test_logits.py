@@ -46,7 +46,10 @@ def reference(name: str, student: list[float], teacher: list[float], temperature
     if name == "mse":
         return squared(student, teacher)
     if name == "binary_kl":
-        yes = [(softmax([b, 0.0], temperature), softmax([a, 0.0], temperature)) for a, b in zip(student, teacher, strict=True)]
+        yes = [
+            (softmax([b, 0.0], temperature), softmax([a, 0.0], temperature))
+            for a, b in zip(student, teacher, strict=True)
+        ]
         return temperature**2 * math.fsum(divergence(p, q) for p, q in yes) / len(yes)
     p, q = softmax(teacher, temperature), softmax(student, temperature)
     of_distributions = {
