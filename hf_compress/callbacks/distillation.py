@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.callbacks.access import calling_trainer, replace_attribute
+from hf_compress.callbacks.access import calling_trainer, loss_scale, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import window
@@ -98,18 +99,18 @@ class DistillationCallback(CompressionCallback):
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen_models(teacher))
         self._teacher_digest = teacher.fingerprint()
+        features = FeatureDistillation(self.config.features, run) if self.config.features else None
         names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
-        mixer = self._mixer = Mixer(self.config, teacher, run, names)
+        mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
+        if features is not None:
+            features.prepare(teacher, mixer.head)
         mixer.listeners = self.listeners
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
         model: Any = trainer.model
-        if names:
-            hooks = [model.register_forward_hook(_eager(mixer.capture), with_kwargs=True)]
-        else:
-            hooks = [
-                model.register_forward_pre_hook(_eager(mixer.place_probe), with_kwargs=True),
-                model.register_forward_hook(_eager(mixer.mix_outputs), with_kwargs=True),
-            ]
+        hooks = [
+            model.register_forward_pre_hook(_eager(mixer.begin_pass), with_kwargs=True),
+            model.register_forward_hook(_eager(mixer.end_pass), with_kwargs=True, always_call=True),
+        ]
         for hook in hooks:
             undo.callback(hook.remove)
         for name in names:
@@ -129,12 +130,15 @@ class DistillationCallback(CompressionCallback):
         """
         if self._mixer is not None:
             self._mixer.end_step()
+            if self._mixer.features is not None:
+                self._mixer.features.projections.step(loss_scale(kwargs.get("optimizer")))
 
     def _metrics(self) -> Mapping[str, float]:
         return self._mixer.averages() if self._mixer is not None else {}
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        return {}, {"teacher": self._teacher_digest}
+        features = self._mixer.features if self._mixer is not None else None
+        return features.projections.state() if features is not None else {}, {"teacher": self._teacher_digest}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         if facts.get("teacher") != self._teacher_digest:
@@ -142,6 +146,8 @@ class DistillationCallback(CompressionCallback):
                 "DistillationCallback: the checkpoint's run had another teacher, or the same in another dtype. Resume "
                 "with that teacher, or start a new run from the checkpoint's weights."
             )
+        if self._mixer is not None and self._mixer.features is not None:
+            self._mixer.features.projections.restore(tensors)
 
     def _preview(self, run: Run) -> Mapping[str, Any]:
         mixer = self._mixer
@@ -153,7 +159,8 @@ class DistillationCallback(CompressionCallback):
         model: Any = run.trainer.model
         with torch.no_grad(), torch.random.fork_rng(), run.trainer.accelerator.autocast():
             outputs = model(**inputs)  # no gradients, so the hooks leave it alone
-            losses = mixer.losses(outputs, inputs, inputs.get("labels"), mixer.head.shift, None)
+            taken = mixer.features.of(model, inputs) if mixer.features is not None else None
+            losses = mixer.losses(outputs, inputs, inputs.get("labels"), mixer.head.shift, None, taken)
         for name, loss in losses.items():
             facts[f"{name} loss of the first batch"] = float(loss)
         return facts
@@ -165,10 +172,11 @@ class DistillationCallback(CompressionCallback):
 
     def _ready(self, source: Any, run: Run) -> LiveTeacher:
         trainer: Any = run.trainer
+        wants = FeatureDistillation.wants(self.config.features)
         if source == UNMASKED:
             if trainer.is_fsdp_enabled:
                 raise TrainingError(f"distillation: teacher={UNMASKED!r} does not work under FSDP; use {SELF!r}.")
-            return UnmaskedStudent(trainer.model, run.model, trainer)
+            return UnmaskedStudent(trainer.model, run.model, trainer, wants)
         if source == SELF:
             if self._copy is None:
                 if trainer.state.global_step > 0:
@@ -178,7 +186,7 @@ class DistillationCallback(CompressionCallback):
                     )
                 self._copy = copy_of(trainer.model, self.config)
             source = self._copy
-        return ready_teacher(source, self.config, run.model, trainer)
+        return ready_teacher(source, self.config, run.model, trainer, wants)
 
 
 def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:

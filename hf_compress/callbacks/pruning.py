@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.callbacks.access import refuse_prompts
+from hf_compress.callbacks.access import loss_scale, refuse_prompts
 from hf_compress.callbacks.base import CompressionCallback, Run
 from hf_compress.callbacks.pruning_budget import budget_of
 from hf_compress.callbacks.pruning_facts import left, metrics_of, plan_of, trial_masks
@@ -120,7 +120,7 @@ class PruningCallback(CompressionCallback):
     ) -> None:
         """Read gradients and activations: already summed over accumulation steps, not yet averaged over ranks."""
         if self._pruner is not None and self._run is not None:
-            self._pruner.read(state.global_step, mean_gradients, _loss_scale(kwargs.get("optimizer")))
+            self._pruner.read(state.global_step, mean_gradients, loss_scale(kwargs.get("optimizer")))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tighten the masks when the schedule says so, and let the weights go back where it does."""
@@ -232,9 +232,3 @@ class PruningCallback(CompressionCallback):
         restore(self._pruner, tensors, facts["thresholds"], facts["step"])
         if self._rewinder is not None:
             self._rewinder.restore(tensors, facts["step"])
-
-
-def _loss_scale(optimizer: Any) -> float:
-    """Return the fp16 loss scale: the Trainer unscales its own parameters' gradients only."""
-    scaler = getattr(optimizer, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0

@@ -2,8 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
+from hf_compress.instruments.features import Features, FeatureTap
 
 SELF = "self"
 """Teacher: a frozen copy of the student, made when the Trainer was."""
@@ -41,6 +42,9 @@ class Lesson:
 
     logits: Tensor
     """Of the student's shape."""
+
+    features: tuple[Features, ...] = ()
+    """Of each model that teaches, if features are compared."""
 
 
 class Teacher(Protocol):
@@ -68,13 +72,23 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """A model that computes its answers, in eval mode, without gradients, under the Trainer's autocast."""
+    """A model that computes its answers, in eval mode, without gradients, under the Trainer's autocast.
 
-    def __init__(self, model: nn.Module, student: PreTrainedModel, trainer: Trainer) -> None:
+    Args:
+        model: The model, wrappers included.
+        student: The model that learns, without wrappers.
+        trainer: Its Trainer.
+        wants: What a ``FeatureTap`` takes from it; nothing by default.
+    """
+
+    def __init__(
+        self, model: nn.Module, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+    ) -> None:
         self.model = model
         self.plain = plain_model(model, "the teacher")
         self.student = student
         self.trainer = trainer
+        self._tap = FeatureTap(model, wants) if wants else None
         self._inputs_checked: set[str] = set()
         self._answer_checked = False
 
@@ -85,8 +99,14 @@ class LiveTeacher:
             check_inputs(self.plain, self.student, {name: inputs[name] for name in given})
             self._inputs_checked = given
         taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain.device)
+        features: tuple[Features, ...] = ()
         with torch.no_grad(), self.trainer.accelerator.autocast():
-            outputs = self._run(taken)
+            if self._tap is None:
+                outputs = self._run(taken)
+            else:
+                with closing(self._tap):
+                    outputs = self._run(self._tap.prepare(taken))
+                    features = (self._tap.read(outputs),)
         logits = head.logits(outputs, taken, "teacher")
         if not self._answer_checked:
             self._answer_checked = True
@@ -95,7 +115,7 @@ class LiveTeacher:
                     "distillation: the teacher's logits are not numbers (NaN) on the first batch. Check its weights, "
                     "or load it with dtype=torch.float32."
                 )
-        return Lesson(logits)
+        return Lesson(logits, features)
 
     def fingerprint(self) -> str:
         """Return a digest of the model's parameters."""
@@ -134,12 +154,13 @@ class Ensemble:
 
     def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
         """Ask all of them."""
-        first, *others = (member.teach(inputs, head) for member in self.members)
-        total = first.logits.float()
-        for other in others:
+        lessons = [member.teach(inputs, head) for member in self.members]
+        total = lessons[0].logits.float()
+        for other in lessons[1:]:
             check_same_shape(total, other.logits)
             total = total + other.logits.to(total.device)
-        return Lesson(total / len(self.members))
+        features = tuple(each for lesson in lessons for each in lesson.features)
+        return Lesson(total / len(self.members), features)
 
     def fingerprint(self) -> str:
         """Return those of all, in any order."""
@@ -165,7 +186,9 @@ def copy_of(model: nn.Module, config: DistillationConfig) -> nn.Module:
     return made if config.teacher_dtype is None else made.to(getattr(torch, config.teacher_dtype))
 
 
-def ready_teacher(given: Any, config: DistillationConfig, student: PreTrainedModel, trainer: Trainer) -> LiveTeacher:
+def ready_teacher(
+    given: Any, config: DistillationConfig, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+) -> LiveTeacher:
     """Return a teacher, checked, where it has to compute.
 
     Args:
@@ -173,6 +196,7 @@ def ready_teacher(given: Any, config: DistillationConfig, student: PreTrainedMod
         config: Says where it computes, and in what.
         student: The model to be taught, without wrappers.
         trainer: Its Trainer.
+        wants: What a ``FeatureTap`` takes from it.
 
     Raises:
         TrainingError: If it cannot be loaded, or cannot teach this student.
@@ -190,7 +214,7 @@ def ready_teacher(given: Any, config: DistillationConfig, student: PreTrainedMod
     # Quantized and dispatched models are where they have to be, and refuse to be moved.
     if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
         model.to(config.teacher_device or trainer.args.device)
-    return LiveTeacher(model, student, trainer)
+    return LiveTeacher(model, student, trainer, wants)
 
 
 def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
