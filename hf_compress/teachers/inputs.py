@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import find_labels
 
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.adapters import without_wrapper
@@ -28,8 +29,9 @@ def read_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     """
     known = _arguments(teacher)
     taken = {name: value for name, value in inputs.items() if name in known and value is not None}
-    if not (_has_decoder(teacher) and _is_text(taken.get("labels"))) or taken.get("decoder_input_ids") is not None:
-        taken.pop("labels", None)
+    labels = inputs.get("labels")
+    if _has_decoder(teacher) and _is_text(labels) and taken.get("decoder_input_ids") is None:
+        taken["labels"] = labels
     return taken
 
 
@@ -169,7 +171,7 @@ class InputSpec:
                 f"from {_listed(self.hashed)}. Use the same collator and columns, or make the cache anew."
             )
         tensors = {name for name, value in inputs.items() if isinstance(value, Tensor)}
-        unknown = sorted((tensors & set(self.read)) - set(self.hashed) - {"labels", *_NOT_READ})
+        unknown = sorted((tensors & set(self.read)) - set(self.hashed))
         if unknown:
             raise TrainingError(
                 f"teacher cache: the batch has {_listed(unknown)}, which the teacher would read but did not get when "
@@ -229,9 +231,10 @@ def _has_decoder(teacher: nn.Module) -> bool:
 
 
 def _arguments(teacher: nn.Module) -> set[str]:
+    """Return the names of a teacher's inputs, without labels of any kind."""
     arguments = inspect.signature(type(without_wrapper(teacher)).forward).parameters.values()
     named = {each.name for each in arguments if each.kind is not each.VAR_KEYWORD}
-    return named - {"self", *_NOT_READ}
+    return named - {"self", *_NOT_READ, *find_labels(type(without_wrapper(teacher)))}
 
 
 def _is_zero(number: Any) -> bool:
