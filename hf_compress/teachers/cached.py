@@ -181,10 +181,10 @@ class TeacherCache:
             self._loaded[device] = {name: with_sentinels(tensor.to(device)) for name, tensor in whole.items()}
         rows, starts, found = self._tables[device].find(keys, lengths)
         missing = (~found).sum()
-        if device.type == "cpu":
-            self._require_found(int(missing))
-        else:
+        if _waits(device):
             self._missing = missing if self._missing is None else self._missing + missing
+        else:
+            self._require_found(int(missing))
         return self._loaded[device], rows, starts, found
 
     def _find_mapped(self, keys: Tensor, lengths: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
@@ -242,3 +242,8 @@ class TeacherCache:
                 "another one than when the cache was made, or changes from epoch to epoch, as augmentation and dynamic "
                 "masking do. Make the cache anew, make the changes once in the dataset, or use the live teacher."
             )
+
+
+def _waits(device: torch.device) -> bool:
+    """Return whether reading a number from the device would wait for all work before it."""
+    return device.type != "cpu"

@@ -35,7 +35,7 @@ class Taught(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class Interrupted(Exception):
+class PowerCutError(Exception):
     pass
 
 
@@ -50,7 +50,7 @@ def count_calls(teacher: Any, fail_at: int | None = None) -> list[int]:
 
     def called(*_: Any) -> None:
         if len(calls) == fail_at:
-            raise Interrupted
+            raise PowerCutError
         calls.append(1)
 
     teacher.register_forward_pre_hook(called)
@@ -131,9 +131,9 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, tiny_bert: Any, fail_at: i
     teacher = tiny_bert(seed=5)
     count_calls(teacher, fail_at)
     folder = tmp_path / "cache"
-    with pytest.raises(Interrupted):
+    with pytest.raises(PowerCutError):
         cache_teacher_outputs(teacher, batches, folder, shard_bytes=1)
-    with pytest.raises(TrainingError, match="unfinished one. Call cache_teacher_outputs"):
+    with pytest.raises(TrainingError, match=r"unfinished one\. Call cache_teacher_outputs"):
         TeacherCache.open(folder)
     (folder / "outputs-00007.safetensors.123.tmp").write_bytes(b"half")
     (folder / "outputs-00005.safetensors").write_bytes(b"written, but not in the draft yet")
@@ -149,9 +149,9 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, tiny_bert: Any, fail_at: i
 def test_an_unfinished_cache_of_something_else_is_kept(tmp_path: Path, tiny_bert: Any) -> None:
     teacher = tiny_bert(seed=5)
     count_calls(teacher, 2)
-    with pytest.raises(Interrupted):
+    with pytest.raises(PowerCutError):
         cache_teacher_outputs(teacher, [text_batch(texts(3)), text_batch(texts(3, seed=1))], tmp_path, shard_bytes=1)
-    with pytest.raises(ConfigError, match="cache of something else .teacher_digest"):
+    with pytest.raises(ConfigError, match=r"cache of something else \(teacher_digest"):
         cache_teacher_outputs(tiny_bert(seed=6), [text_batch(texts(3))], tmp_path)
     assert (tmp_path / DRAFT).exists()
 

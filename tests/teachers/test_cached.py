@@ -18,6 +18,7 @@ from hf_compress.teachers.build import cache_teacher_outputs
 from hf_compress.teachers.cached import TeacherCache
 from hf_compress.teachers.live import model_digest
 from hf_compress.teachers.manifest import MANIFEST, _digest
+from hf_compress.teachers.outputs import SparseLogits
 from hf_compress.teachers.rows import KeyTable, padded_rows, with_sentinels
 
 SHARD = "outputs-00000.safetensors"
@@ -230,21 +231,31 @@ def test_examples_that_are_not_there(folder: Path, resident_bytes: int) -> None:
     cache.check()
 
 
-def test_an_accelerator_learns_of_it_at_the_end_of_the_step(folder: Path) -> None:
+def test_an_accelerator_learns_of_it_at_the_end_of_the_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "_waits", lambda device: True)
     cache = TeacherCache.open(folder)
     rows = texts(4)
-    keys = cache.manifest.content.inputs.keys(text_batch(rows))
     cache.logits(text_batch(rows))
-    keys[2, 1] += 1
-    table = cache._tables[keys.device]
-    lengths = torch.tensor([len(row) for row in rows])
-    found = table.find(keys, lengths)[2]
-    assert found.tolist() == [True, True, False, True]
-    assert table.find(keys, lengths + torch.tensor([1, 0, 0, 0]))[2].tolist() == [False, True, False, True]
-    cache._missing = (~found).sum()
-    with pytest.raises(TrainingError, match="1 of the examples"):
+    cache.check()
+    rows[1] = [*rows[1], 3]
+    for _ in range(2):
+        found = cache.logits(text_batch(rows))
+        assert isinstance(found, SparseLogits)
+        assert found.values[1][: len(rows[1])].isnan().all() and found.values[[0, 2, 3]].isfinite().all()
+        assert found.indices[1].eq(0).all() and found.log_rest[1][: len(rows[1])].isnan().all()
+    with pytest.raises(TrainingError, match="2 of the examples"):
         cache.check()
     cache.check()
+
+
+def test_a_hash_of_another_length_is_not_found(folder: Path) -> None:
+    rows = texts(4)
+    keys = TeacherCache.open(folder).manifest.content.inputs.keys(text_batch(rows))
+    lengths = torch.tensor([len(row) for row in rows])
+    table = KeyTable.of(keys, lengths)
+    assert table.find(keys, lengths + torch.tensor([1, 0, 0, 0]))[2].tolist() == [False, True, True, True]
+    keys = keys + torch.tensor([0, 1])
+    assert not table.find(keys, lengths)[2].any()
 
 
 def test_what_is_missing_is_not_a_number() -> None:
