@@ -234,7 +234,8 @@ def _arguments(teacher: nn.Module) -> set[str]:
     """Return the names of a teacher's inputs, without labels of any kind."""
     arguments = inspect.signature(type(without_wrapper(teacher)).forward).parameters.values()
     named = {each.name for each in arguments if each.kind is not each.VAR_KEYWORD}
-    return named - {"self", *_NOT_READ, *find_labels(type(without_wrapper(teacher)))}
+    labels = find_labels(type(without_wrapper(teacher)))  # type: ignore[no-untyped-call]
+    return named - {"self", *_NOT_READ, *labels}
 
 
 def _is_zero(number: Any) -> bool:

@@ -23,6 +23,7 @@ DRAFT = "teacher_outputs.unfinished.json"
 SCHEMA_VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_BYTES = 1 << 26
+_MAX_SIZE = 1 << 50
 _SHARD_NAME = re.compile(r"outputs-\d{5,9}\.safetensors")
 _LEFTOVER = re.compile(rf"({_SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(DRAFT)})\.\d+\.tmp")
 _MASKS = ("", "decoder_attention_mask", "labels", "decoder_input_ids")
@@ -175,7 +176,8 @@ def _check(manifest: Manifest) -> None:
     content, shards = manifest.content, manifest.shards
     for shard in shards:
         _require(_SHARD_NAME.fullmatch(shard.file) is not None, f"{shard.file!r} is no name of a file of outputs")
-        _require(min(shard.num_examples, shard.num_positions, shard.num_bytes) >= 0, f"{shard.file}: negative sizes")
+        sizes = (shard.num_examples, shard.num_positions, shard.num_bytes)
+        _require(all(0 <= size <= _MAX_SIZE for size in sizes), f"{shard.file}: impossible sizes")
     _require(len({shard.file for shard in shards}) == len(shards), "it lists a file twice")
     _require(bool(content.outputs) and bool(content.inputs.hashed), "it has no outputs or no inputs")
     _require(content.dtype in DTYPES, f"dtype is {content.dtype!r}; allowed: {', '.join(DTYPES)}")
