@@ -130,9 +130,9 @@ class _Build:
                     self._add(writer, inputs, keys, torch.tensor(new))
         if writer is None:
             raise TrainingError("cache_teacher_outputs: there are no training examples; give data that has some.")
-        if not complete:
+        if not complete or not num_missing:
             writer.finish()
-        elif num_missing:
+        else:
             raise ConfigError(
                 f"{self.folder}: this cache of the same teacher lacks {num_missing} of the training examples, so it is "
                 "of other data or preprocessing. Use another directory, or delete this one to make it anew."

@@ -83,7 +83,7 @@ class ShardWriter:
             self._write()
 
     def finish(self) -> Manifest:
-        """Write what is left, then the manifest, which makes the cache whole.
+        """Write what is left, then the manifest, which makes the cache whole; one that is there already stays.
 
         Raises:
             TrainingError: If there are no examples.
@@ -91,7 +91,8 @@ class ShardWriter:
         self._write()
         if not self.draft.shards:
             raise TrainingError("teacher cache: there are no training examples. Give a Trainer with a train_dataset.")
-        self.draft.write(self.folder, MANIFEST)
+        if not (self.folder / MANIFEST).exists():
+            self.draft.write(self.folder, MANIFEST)
         (self.folder / DRAFT).unlink(missing_ok=True)
         return self.draft
 

@@ -36,7 +36,8 @@ def test_a_cache_made_on_the_cpu_is_found_on_the_gpu(tmp_path: Path, resident_by
 def test_look_ups_wait_for_nothing(tmp_path: Path) -> None:
     rows = texts(5)
     cache = cache_teacher_outputs(gpt2().cuda(), [text_batch(rows)], tmp_path / "texts")
-    images = torch.randn(4, 3, vit().config.image_size, vit().config.image_size)
+    config = vit().config
+    images = torch.randn(4, config.num_channels, config.image_size, config.image_size)
     seen = cache_teacher_outputs(vit(), [{"pixel_values": images}], tmp_path / "images")
     for each, batch in ((cache, on_gpu(text_batch(rows[:3]))), (seen, {"pixel_values": images.cuda()})):
         each.logits(batch)  # copies the cache and the tables of the hashes to the device

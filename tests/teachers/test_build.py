@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import BertTokenizerFast, DataCollatorForLanguageModeling, Trainer
 
 from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.teachers import manifest
 from hf_compress.teachers.build import cache_teacher_outputs
 from hf_compress.teachers.cached import TeacherCache
 from hf_compress.teachers.live import output_specs
@@ -144,6 +145,37 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, tiny_bert: Any, fail_at: i
     straight = cache_teacher_outputs(again, batches, tmp_path / "straight", shard_bytes=1)
     assert all(torch.equal(cache.logits(batch), straight.logits(batch)) for batch in batches)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in straight.directory.iterdir())
+
+
+@pytest.mark.parametrize("kill_at", range(9))
+def test_killed_between_any_two_writes(
+    tmp_path: Path, teacher: Any, kill_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [text_batch(texts(3, seed=seed)) for seed in range(3)]
+    writes: list[int] = []
+
+    def fsync(_: int) -> None:
+        writes.append(1)
+        if len(writes) > kill_at:
+            raise PowerCutError
+
+    # The draft; a file and the draft with it, three times; the manifest, after which the draft is deleted.
+    last = 1 + 2 * len(batches) + 1
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest.os, "fsync", fsync)
+        if kill_at >= last:
+            patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PowerCutError))
+        with pytest.raises(PowerCutError):
+            cache_teacher_outputs(teacher, batches, tmp_path / "cache", shard_bytes=1)
+    if kill_at < last:
+        with pytest.raises(TrainingError, match=r"teacher_outputs\.json is missing"):
+            TeacherCache.open(tmp_path / "cache")
+    else:
+        assert len(TeacherCache.open(tmp_path / "cache").manifest.shards) == len(batches)
+    cache = cache_teacher_outputs(teacher, batches, tmp_path / "cache", shard_bytes=1)
+    names = {path.name for path in cache.directory.iterdir()}
+    assert names == {MANIFEST, *(f"outputs-0000{number}.safetensors" for number in range(3))}
+    torch.testing.assert_close(cache.logits(batches[1]), logits_of(teacher, batches[1]))
 
 
 def test_an_unfinished_cache_of_something_else_is_kept(tmp_path: Path, tiny_bert: Any) -> None:

@@ -10,10 +10,18 @@ from teacher_batches import padded, text_batch, texts
 from tiny_models import ZOO, bart, gpt2, llama, t5, vit
 from torch import Tensor
 
-from hf_compress.errors import ConfigError
+from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.teachers.build import cache_teacher_outputs
 from hf_compress.teachers.cached import TeacherCache
 from hf_compress.teachers.outputs import SparseLogits
+
+WITHOUT_PLACE = {
+    "wav2vec2": "cannot be told which outputs are padding",
+    "clip": "which has no logits",
+    "siglip": "which has no logits",
+}
+"""Architectures whose outputs cannot be cached, and why."""
 
 RESIDENT = pytest.mark.parametrize("resident_bytes", [0, 1 << 28], ids=["mapped", "resident"])
 
@@ -198,3 +206,19 @@ def test_autocast_is_that_of_the_trainer(tmp_path: Path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         live = said(teacher, text_batch(rows))
     assert torch.equal(cache.logits(text_batch(rows)), live.float())
+
+
+@pytest.mark.parametrize("make", ZOO.values(), ids=list(ZOO))
+def test_architectures(tmp_path: Path, make: Any) -> None:
+    teacher = make().eval()
+    inputs = dict(make.example_inputs(teacher) or make_example_inputs(teacher))
+    if make.name in WITHOUT_PLACE:
+        with pytest.raises(TrainingError, match=WITHOUT_PLACE[make.name]):
+            cache_teacher_outputs(teacher, [inputs], tmp_path)
+        return
+    cache = cache_teacher_outputs(teacher, [inputs], tmp_path)
+    found, live = cache.outputs(inputs), said(teacher, inputs)
+    logits = found.outputs["logits"]
+    assert isinstance(logits, Tensor) and logits.shape == live.shape
+    counts = torch.ones(len(live), dtype=torch.bool) if found.counts is None else found.counts
+    torch.testing.assert_close(logits[counts], live[counts].float(), rtol=1e-4, atol=1e-5)
