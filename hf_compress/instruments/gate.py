@@ -215,9 +215,7 @@ def _by_unit(tensor: Tensor, part: ParameterSlice) -> Tensor:
     return moved[part.index.to(moved.device)].reshape(part.index.shape[0], -1).float()
 
 
-def _layer_tensors(
-    model: nn.Module, group: DimensionGroup, read: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _layer_tensors(model: nn.Module, group: DimensionGroup, read: Callable[[Tensor], Tensor]) -> Tensor:
     rows = []
     for name in group.modules:
         module = model.get_submodule(name)

@@ -73,9 +73,7 @@ class LatencyBudget:
             )
 
     def _measured(self, multiple_of: int) -> str:
-        table = latency_table(
-            self._model, self._inputs, multiple_of=multiple_of, graph=self._graph, timer=self._timer
-        )
+        table = latency_table(self._model, self._inputs, multiple_of=multiple_of, graph=self._graph, timer=self._timer)
         return table.to_json()
 
     @property

@@ -25,6 +25,9 @@ from transformers import (
 
 from hf_compress import PruningCallback, PruningConfig, profile, shrink
 
+REGROWING = ("movement",)
+"""Methods that choose anew at every update among all units, in their publications."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -187,6 +190,7 @@ def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: in
         begin=0.1,
         end=0.5,
         update_every=max(settings.steps // 50, 1),
+        regrow=method in REGROWING,
     )
     trainer = trainer_of(model, task, settings, settings.steps, seed, callbacks=[PruningCallback(config)])
     with warnings.catch_warnings():
