@@ -149,6 +149,17 @@ class TeacherCache:
         if missing is not None:
             self._require_found(int(missing))
 
+    def fingerprint(self) -> str:
+        """Return a text that tells caches apart: by teacher and by what is stored in which form."""
+        content = self.manifest.content
+        kept = f"{content.top_k} {content.temperatures} {content.dtype} {content.computed_in}"
+        return f"{content.teacher_digest} {kept}"
+
+    def describe(self) -> str:
+        """Return what it is, for people."""
+        num_examples = sum(shard.num_examples for shard in self.manifest.shards)
+        return f"{self.manifest.teacher.get('class')}, outputs for {num_examples:,} examples in {self.directory}"
+
     def _column(self, temperature: float | None) -> int:
         stored = self.manifest.content.temperatures
         if not stored:

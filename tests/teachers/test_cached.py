@@ -282,6 +282,14 @@ def test_tables_find_all_and_only_what_is_there() -> None:
     assert not table.find(keys.flip(1), lengths)[2].any()
 
 
+def test_what_it_says_about_itself(folder: Path, tmp_path: Path) -> None:
+    cache = TeacherCache.open(folder)
+    assert cache.describe() == f"GPT2LMHeadModel, outputs for 7 examples in {folder}"
+    same = cache_teacher_outputs(gpt2(), [text_batch(texts(3, seed=2))], tmp_path / "b", top_k=3, temperature=2.0)
+    other = cache_teacher_outputs(gpt2(), [text_batch(texts(3))], tmp_path / "c", top_k=3, temperature=1.0)
+    assert cache.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
 def test_a_batch_without_positions(folder: Path) -> None:
     cache = TeacherCache.open(folder)
     with pytest.raises(TrainingError, match="no 'attention_mask', 'input_ids'"):

@@ -10,6 +10,7 @@ from teacher_batches import padded, text_batch, texts
 from tiny_models import ZOO, bart, gpt2, llama, t5, vit
 from torch import Tensor
 
+from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.teachers.build import cache_teacher_outputs
@@ -128,6 +129,13 @@ def test_the_largest_logits_and_the_rest(tmp_path: Path, resident_bytes: int) ->
         everything = torch.cat([sparse.values / temperature, sparse.log_rest.unsqueeze(-1)], -1).softmax(-1)
         dense = (live / temperature).softmax(-1)
         torch.testing.assert_close(everything[..., :4][mask], dense.gather(-1, sparse.indices)[mask])
+        given = (live[mask] / 3, sparse.indices[mask], sparse.values[mask], sparse.log_rest[mask])
+        student = (live[mask] / 3 / temperature).softmax(-1)
+        theirs = everything[mask]
+        chosen = student.gather(-1, sparse.indices[mask])
+        own = torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)
+        expected = temperature**2 * (theirs * (theirs.log() - own.log())).sum(-1)
+        torch.testing.assert_close(sparse_kl(*given, temperature), expected, rtol=1e-3, atol=1e-5)
     with pytest.raises(ConfigError, match=r"at temperature 1.0, 2.5, not 2.0"):
         cache.logits(mixed, temperature=2.0)
     with pytest.raises(ConfigError, match="not None"):
