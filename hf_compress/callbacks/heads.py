@@ -26,6 +26,9 @@ WHOLE_EXAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForVide
 class Head:
     """Reads logits, [batch, classes] or [batch, length, classes], with labels for the same positions."""
 
+    speaks_of_whole_texts = False
+    """Whether positions of the text are the classes, rather than having them."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.shift = _shifts_labels(model)
@@ -96,6 +99,8 @@ class SpanHead(Head):
 
     Padding can be neither; Transformers' loss is the mean of both.
     """
+
+    speaks_of_whole_texts = True
 
     def logits(self, outputs: Any, inputs: Mapping[str, Any], who: str) -> Tensor:
         """Return [batch, 2, length]."""
