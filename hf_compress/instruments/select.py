@@ -35,6 +35,10 @@ class Selection:
     modules: tuple[tuple[str, nn.Module], ...] = ()
     """Modules whose weights are to be pruned, by name."""
 
+    def layers(self) -> tuple[str, ...]:
+        """Return the names of what is pruned as one layer each: groups, and weights."""
+        return (*(group.name for group in self.groups), *(f"{name}.weight" for name, _ in self.modules))
+
 
 def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfig) -> list[Selection]:
     """Return what the config covers; warn of matrices that masks on single weights do not reach.
@@ -69,6 +73,12 @@ def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfi
                 _check_groups(kind, chosen)
                 found.append(Selection(name, kind, part, groups=chosen))
     return found
+
+
+def kinds_of(selections: Sequence[Selection]) -> dict[str, tuple[str, ...]]:
+    """Return the names of the layers of each structure, under whatever rule."""
+    kinds = dict.fromkeys(each.kind for each in selections)
+    return {kind: tuple(n for each in selections if each.kind == kind for n in each.layers()) for kind in kinds}
 
 
 def _covered(kind: str, left: list[tuple[str, str]], rule: PruningRule | None) -> list[str]:

@@ -15,6 +15,7 @@ from hf_compress.instruments.mask import ElementMask
 from hf_compress.instruments.record import InputWatch
 from hf_compress.instruments.sharded import add_in_place, whole
 from hf_compress.instruments.units import Readings
+from hf_compress.pruning.allocate import Layer
 from hf_compress.pruning.method import Method, Reading
 
 
@@ -27,6 +28,9 @@ class WeightEvidence(Readings):
         kind: How the layer uses it.
         config: Says what a unit is: ``granularity`` and ``block_size``.
         groups: Number of groups of channels that a convolution keeps apart.
+
+    Raises:
+        TargetError: If the layer's sizes do not fit the granularity.
     """
 
     def __init__(
@@ -37,10 +41,15 @@ class WeightEvidence(Readings):
         self._parameter = parameter
         self._kind = kind
         self._groups = groups
-        self._granularity, self._block = config.granularity, config.block_size
+        self._granularity, self._block, self._pattern = config.granularity, config.block_size, config.pattern()
         rows = self._rows(torch.empty(parameter.shape, device="meta"))
         self.shape = (rows.shape[0], rows.shape[1])
         self.num_units = self._by_unit(rows).shape[0]
+        if self._pattern is not None and rows.shape[1] % self._pattern[1]:
+            raise TargetError(
+                f"{name!r} has {rows.shape[1]} inputs, no multiple of {self._pattern[1]}, so granularity "
+                f"{config.granularity!r} does not fit. Leave it out with exclude=(...)."
+            )
 
     def weights(self) -> Tensor:
         """Return the weights by unit, [num_units, weights per unit]."""
@@ -87,6 +96,16 @@ class WeightEvidence(Readings):
             return None
         return self._by_unit(torch.ones(self.shape)).sum(dim=1)
 
+    def run(self, length: Literal["row"] | None) -> int:
+        """Return how many neighbouring units compete with each other only: M of N:M, or an output row; else 1.
+
+        Args:
+            length: See ``Method.run_length``; rows are those of single weights.
+        """
+        if self._pattern is not None:
+            return self._pattern[1]
+        return self.shape[1] if length == "row" and self._granularity == "element" else 1
+
     def add_to_gradients(self, change: Tensor) -> None:
         """Add to the gradients of the weights, [num_units, weights per unit]."""
         if self._parameter.grad is not None:
@@ -126,6 +145,17 @@ class WeightEvidence(Readings):
         return padded.reshape(down, high, across, wide).transpose(1, 2).reshape(-1, high * wide)
 
 
+def limits_of_weight(evidence: WeightEvidence, config: PruningConfig) -> Layer:
+    """Return what an allocation must respect of a weight: its layer may go empty unless ``min_units`` says more."""
+    return Layer(
+        num_units=evidence.num_units,
+        min_units=config.min_units if config.min_units > 1 else 0,
+        max_sparsity=config.max_layer_sparsity,
+        shape=str(evidence.shape),
+        unit_sizes=evidence.unit_sizes(),
+    )
+
+
 class WeightUnits:
     """The units of the weight of one Linear, Conv1D or convolution.
 
@@ -150,13 +180,6 @@ class WeightUnits:
         self._channels = parameter.shape[kind.weight_in_dim] * groups
         self.evidence = WeightEvidence(self.name, parameter, kind, config, groups)
         self.num_units = self.evidence.num_units
-        self._pattern = config.pattern()
-        inputs = self.evidence.shape[1]
-        if self._pattern is not None and inputs % self._pattern[1]:
-            raise TargetError(
-                f"{self.name!r} has {inputs} inputs, no multiple of {self._pattern[1]}, so granularity "
-                f"{config.granularity!r} does not fit. Leave it out with exclude=(...)."
-            )
         self._mask = ElementMask(name, module, straight_through=config.regrow)
         self._watch = InputWatch(name, module, method.statistic) if "activations" in method.reads else None
 
@@ -169,12 +192,6 @@ class WeightUnits:
     def take(self) -> Mapping[Reading, Tensor | None]:
         """Return what this rank gathered in a step; gradients of weights are averaged already."""
         return {} if self._watch is None else {"activations": self._watch.take()}
-
-    def run(self, length: Literal["row"] | None) -> int:
-        """Return how many neighbouring units compete with each other only: M of N:M, or an output row; else 1."""
-        if self._pattern is not None:
-            return self._pattern[1]
-        return self.evidence.shape[1] if length == "row" else 1
 
     def set_mask(self, mask: Tensor) -> None:
         """Keep the units where ``mask`` [num_units] is True."""
