@@ -14,7 +14,7 @@ from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.select import Selection, kinds_of, limits_of, select
 from hf_compress.instruments.units import GroupUnits
-from hf_compress.instruments.weight_units import WeightUnits, limits_of_weight
+from hf_compress.instruments.weight_units import WeightUnits
 from hf_compress.pruning.allocate import Layer
 from hf_compress.pruning.method import DeferringMethod, Method, Reading, Setting
 from hf_compress.pruning.pools import ScheduledPool
@@ -120,13 +120,13 @@ class Pruner:
         for name, module in selection.modules:
             weight = WeightUnits(name, module, config, method)
             self.units[weight.name] = weight
-            layers[weight.name] = limits_of_weight(weight.evidence, config)
+            layers[weight.name] = weight.evidence.cut.limits(config)
         return layers
 
     def _run(self, name: str, method: Method) -> int:
         """Return how many neighbouring units of a layer compete with each other only."""
         units = self.units[name]
-        return units.evidence.run(method.run_length) if isinstance(units, WeightUnits) else 1
+        return units.evidence.cut.run(method.run_length) if isinstance(units, WeightUnits) else 1
 
     def read(self, step: int, mean: Mean, loss_scale: float) -> None:
         """Take in the gradients and activations of an optimizer step, before the optimizer acts.

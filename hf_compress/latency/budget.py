@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.config import PruningConfig
-from hf_compress.errors import ConfigError
+from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
 from hf_compress.latency.cache import latency_table
@@ -73,9 +73,7 @@ class LatencyBudget:
             )
 
     def _measured(self, multiple_of: int) -> str:
-        table = latency_table(
-            self._model, self._inputs, multiple_of=multiple_of, graph=self._graph, timer=self._timer
-        )
+        table = latency_table(self._model, self._inputs, multiple_of=multiple_of, graph=self._graph, timer=self._timer)
         return table.to_json()
 
     @property
@@ -124,15 +122,23 @@ class LatencyBudget:
         ratio, seconds = self._exchange(closest)
         return MeasuredSpeedup(ratio=ratio, seconds=(seconds[0], seconds[1]))
 
-    def misses(self, measured: MeasuredSpeedup) -> str | None:
-        """Return what to say of a shrunk model that is not as fast as it should be, or is faster; None if it is."""
+    def check(self, measured: MeasuredSpeedup, advice: str) -> None:
+        """Check that the shrunk model is as fast as it should be, and not faster.
+
+        Args:
+            measured: What ``measure`` returned.
+            advice: What to say of the model at the end of the message.
+
+        Raises:
+            TargetError: If it is off by more than the tolerance.
+        """
         if abs(measured.ratio / self.speedup - 1) <= TOLERANCE:
-            return None
+            return
         dense, small = (1000 * seconds for seconds in measured.seconds)
-        return (
+        raise TargetError(
             f"PruningConfig.{self._name}: asked for {self._value:g}, which is {self.speedup:.2f} times as fast as the "
             f"dense model; measured {measured.ratio:.2f} ({dense:.4g} ms to {small:.4g} ms), off by more than "
-            f"{TOLERANCE:.0%}. Did other work disturb the measurement? shrink(trainer) returns the model all the same."
+            f"{TOLERANCE:.0%}. Did other work disturb the measurement? {advice}"
         )
 
     def missed(self, masks: Mapping[str, Tensor]) -> str | None:
