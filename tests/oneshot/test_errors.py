@@ -83,9 +83,7 @@ FC = "bert.encoder.layer.1.output.dense"
         ("weights", "obs", f"1 of the 2,048 weights of '{FC}'"),
     ],
 )
-def test_weights_that_are_not_finite(
-    structure: str, criterion: str, message: str, settings: Any, value: float
-) -> None:
+def test_weights_that_are_not_finite(structure: str, criterion: str, message: str, settings: Any, value: float) -> None:
     model = trained("bert")
     with torch.no_grad():
         model.get_submodule(FC).weight[0, 3] = value
