@@ -12,7 +12,8 @@ from hf_compress.errors import TrainingError
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
-from hf_compress.instruments.select import Selection, kinds_of, limits_of, select
+from hf_compress.instruments.limits import limits_of
+from hf_compress.instruments.select import Selection, kinds_of, select
 from hf_compress.instruments.units import GroupUnits
 from hf_compress.instruments.weight_units import WeightUnits
 from hf_compress.pruning.allocate import Layer
@@ -114,7 +115,7 @@ class Pruner:
     def _cover(self, selection: Selection, method: Method) -> dict[str, Layer]:
         """Make units of what a selection covers; return what an allocation must respect of them."""
         config = selection.config
-        layers = {group.name: limits_of(group, config) for group in selection.groups}
+        layers = limits_of(selection.groups, config)
         for group in selection.groups:
             self.units[group.name] = GroupUnits(group, self.model, method)
         for name, module in selection.modules:

@@ -1,6 +1,5 @@
 """Which groups and weights of a model a config asks for."""
 
-import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,12 +10,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from hf_compress.config import WEIGHTS, WIDTHS, PruningConfig, PruningRule
+from hf_compress.config import WEIGHTS, PruningConfig, PruningRule
 from hf_compress.errors import TargetError, choices
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups
 from hf_compress.instruments.adapters import base_layer, named_plain_modules
 from hf_compress.instruments.attach import find_leaf_kind
-from hf_compress.pruning.allocate import Layer
 
 
 @dataclass(frozen=True)
@@ -144,21 +142,6 @@ def _warn_of(beyond: Mapping[str, int], weights: Mapping[str, nn.Module], config
         "called themselves and own their weight are masked. The rest stays dense and does not count in the sparsity; "
         "prune its dimension groups, such as experts or ffn, or name it in exclude=(...) if that is intended.",
         stacklevel=2,
-    )
-
-
-def limits_of(group: DimensionGroup, config: PruningConfig) -> Layer:
-    """Return what an allocation must respect of a group."""
-    multiple = config.multiple_of if group.kind in WIDTHS else 1
-    tied = "|".join(sorted({group.name, *group.tied_to})) if group.tied_to else ""
-    return Layer(
-        num_units=group.num_units,
-        min_units=max(config.min_units, group.min_units) if config.min_units else group.min_units,
-        max_sparsity=config.max_layer_sparsity,
-        multiple_of=math.lcm(multiple, group.multiple_of),
-        fixed_units=group.fixed_units,
-        tied=tied,
-        shape=f"{group.num_units} of {group.parameters_per_unit}",
     )
 
 

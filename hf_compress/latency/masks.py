@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.limits import group_limits
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.key import latency_key
-from hf_compress.latency.measure import Timer, group_limits, shrunk_copy, time_in_turns
+from hf_compress.latency.measure import Timer, shrunk_copy, time_in_turns
 from hf_compress.latency.table import LatencyTable
 from hf_compress.latency.timing import DEFAULT_ROUNDS, median, speedup
 from hf_compress.pruning.budget import Choice, Limits, RankedScores, TimedLevel, choices_of, within_latency
@@ -53,7 +54,7 @@ def masks_within_latency(
         TargetError: If the limits do not allow a time so short; the message says which is the shortest.
     """
     ranked = RankedScores(scores, limits)
-    choices = {choice.names[0]: choice for choice in choices_of(ranked.sizes(), limits)}
+    choices = {choice.names[0]: choice for choice in choices_of(ranked.layers)}
     lowest = {name: count for choice in choices.values() for name, count in choice.kept(0).items()}
     dense, fastest = table.predict({}), table.predict(lowest)
     least = min(seconds, final)

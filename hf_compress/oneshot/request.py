@@ -12,7 +12,8 @@ from hf_compress.config import WEIGHTS, PruningConfig
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.select import Selection, kinds_of, limits_of, select
+from hf_compress.instruments.limits import limits_of
+from hf_compress.instruments.select import Selection, kinds_of, select
 from hf_compress.instruments.units import GroupEvidence
 from hf_compress.instruments.weight_units import WeightEvidence
 from hf_compress.oneshot.calibration import Calibration
@@ -201,7 +202,7 @@ def _pool(selections: Sequence[Selection], weights: Mapping[str, WeightEvidence]
     config = selections[0].config
     layers: dict[str, Layer] = {}
     for each in selections:
-        layers |= {group.name: limits_of(group, each.config) for group in each.groups}
+        layers |= limits_of(each.groups, each.config)
         mine = {name: weights[name] for name in each.layers() if name in weights}
         layers |= {name: evidence.cut.limits(each.config) for name, evidence in mine.items()}
     length = criteria.get(config.criterion).run_length

@@ -21,7 +21,7 @@ from hf_compress.pruning.allocate import (
 )
 from hf_compress.pruning.method import DeferringMethod, Evidence, Method, is_useful
 from hf_compress.pruning.timetable import Timetable
-from hf_compress.pruning.whole_model import Budget, limits_of_layers
+from hf_compress.pruning.whole_model import Budget
 
 LEFTOVER = 1e-6
 """Part of the highest score: what units that are gone may score at most."""
@@ -89,7 +89,7 @@ class Pool:
         if not self.config.regrow:  # steps of large units overshoot: what is left over is filled with what is gone
             least = LEFTOVER * max(float(score.max()) for score in lifted.values())
             lifted = {name: score.where(now[name], score.clamp_max(least)) for name, score in lifted.items()}
-        return self.budget.masks(lifted, limits_of_layers(self.layers), share, last=last)
+        return self.budget.masks(lifted, self.layers, share, last=last)
 
     def allocate(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """Return masks of a sparsity, by scores."""
