@@ -5,7 +5,8 @@ the gate is the unit's first-order importance. The gate of a whole layer mixes w
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,30 @@ class Gate:
                 scale(weight, dim, torch.cat([factors.detach().cpu(), torch.ones(1)])[owner])
 
 
+@contextmanager
+def gated(
+    model: nn.Module, groups: Mapping[str, DimensionGroup], *, needs_gradient: bool
+) -> Iterator[dict[str, Gate]]:
+    """Have gates on groups.
+
+    Args:
+        model: The model.
+        groups: By name.
+        needs_gradient: See ``Gate``.
+
+    Yields:
+        The gates by name of the group.
+    """
+    gates: dict[str, Gate] = {}
+    try:
+        for name, group in groups.items():
+            gates[name] = Gate(group, model, needs_gradient=needs_gradient)
+        yield gates
+    finally:
+        for gate in gates.values():
+            gate.remove()
+
+
 class _ExpandedGate:
     """One factor per input channel of one consumer."""
 
@@ -215,9 +240,7 @@ def _by_unit(tensor: Tensor, part: ParameterSlice) -> Tensor:
     return moved[part.index.to(moved.device)].reshape(part.index.shape[0], -1).float()
 
 
-def _layer_tensors(
-    model: nn.Module, group: DimensionGroup, read: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _layer_tensors(model: nn.Module, group: DimensionGroup, read: Callable[[Tensor], Tensor]) -> Tensor:
     rows = []
     for name in group.modules:
         module = model.get_submodule(name)

@@ -90,7 +90,7 @@ def measure_latency(
     classes = _classes(graph, structures, multiple_of)
     if not classes:
         raise TargetError(f"measure_latency: the model has none of {list(structures)} that can lose units.")
-    bench = _Bench(model, graph, inputs, _at_share(classes, REFERENCE_SHARE), timer)
+    bench = _Bench(Setup(model, graph, inputs, timer), _at_share(classes, REFERENCE_SHARE))
     lowest = _at_share(classes, 0.0)
     curve_points = {
         (position, level): {**lowest, **each.kept(level)}
@@ -181,22 +181,33 @@ def _curve(each: _Class, position: int, base: float, seconds: Mapping[tuple[int,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A dense model, and how it is timed, whole or with fewer units."""
+
+    model: PreTrainedModel
+    """As it will be deployed; its weights do not matter."""
+
+    graph: ModelGraph
+    """What is known about it."""
+
+    inputs: Mapping[str, Any]
+    """What is timed."""
+
+    timer: Timer = time_in_turns
+    """How."""
+
+    def copy(self, kept: Mapping[str, int]) -> PreTrainedModel:
+        """Return a copy with so many units by group name, see ``shrunk_copy``."""
+        return shrunk_copy(self.model, self.graph, kept)
+
+
 class _Bench:
     """Times the model at other sizes, in units of a small model that is timed with each."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        graph: ModelGraph,
-        inputs: Mapping[str, Any],
-        reference: Mapping[str, int],
-        timer: Timer,
-    ) -> None:
-        self.model = model
-        self.graph = graph
-        self.inputs = inputs
-        self.timer = timer
-        self.reference = shrunk_copy(model, graph, reference)
+    def __init__(self, setup: Setup, reference: Mapping[str, int]) -> None:
+        self.setup = setup
+        self.reference = setup.copy(reference)
         self.unit: float | None = None
         """Seconds of the reference."""
 
@@ -211,8 +222,8 @@ class _Bench:
         of_reference: list[float] = []
         for start in range(0, len(wanted), TOGETHER):
             part = wanted[start : start + TOGETHER]
-            models = {str(i): shrunk_copy(self.model, self.graph, kept) for i, kept in enumerate(part)}
-            times = self.timer({"reference": self.reference, **models}, self.inputs, rounds)
+            models = {str(i): self.setup.copy(kept) for i, kept in enumerate(part)}
+            times = self.setup.timer({"reference": self.reference, **models}, self.setup.inputs, rounds)
             ratios += [speedup(times[name], times["reference"]) for name in models]
             of_reference += times["reference"]
             bar.update(len(part))

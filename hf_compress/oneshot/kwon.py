@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
-from hf_compress.instruments.gate import Gate
+from hf_compress.instruments.gate import Gate, gated
 from hf_compress.oneshot.calibration import Calibration, check_finite
 from hf_compress.oneshot.linear import LinearLayer, UnitReader, unit_readers
 from hf_compress.oneshot.request import Found, Job
@@ -68,11 +68,8 @@ def _tune(
     layers = {each.layer.name: each.layer for found in readers.values() for each in found}
     place = {name: i for i, name in enumerate(n for stage in job.calibration.stages(layers) for n in stage)}
     order = sorted(groups, key=lambda name: min(place[each.layer.name] for each in readers[name]))
-    gates: dict[str, Gate] = {}
     scales = {name: mask.double() for name, mask in masks.items()}
-    try:
-        for name, group in groups.items():
-            gates[name] = Gate(group, job.model, needs_gradient=False)
+    with gated(job.model, groups, needs_gradient=False) as gates:
         for number, name in enumerate(order, 1):
             compare = _Comparison(gates, scales, {each.layer.name: each.layer for each in readers[name]})
             compare.run(job.calibration, f"Tuning layer {number} of {len(order)}")
@@ -81,9 +78,6 @@ def _tune(
                 for each in readers[name]
             ]
             scales[name] = tune_scales(masks[name], parts, damping)
-    finally:
-        for gate in gates.values():
-            gate.remove()
     for name, found in readers.items():
         for each in found:
             _fold(job, each, scales[name])

@@ -100,8 +100,7 @@ def prune_oneshot(
         GraphError: If the model cannot be analyzed.
     """
     check_config(config, seed)
-    check_prunable("prune_oneshot", model, example_inputs)
-    graph = ModelGraph(model, example_inputs)
+    graph = prunable_graph("prune_oneshot", model, example_inputs)
     with evaluating(model):
         budget = budget_for(config, model, graph, example_inputs, lambda measure: measure())
     targets = find_targets(model, graph, config, budget)
@@ -128,6 +127,23 @@ def _carry_out(job: Job) -> Found:
     find = criterion.units if job.groups else criterion.weights
     assert find is not None
     return find(job)
+
+
+def prunable_graph(caller: str, model: Any, example_inputs: Any) -> ModelGraph:
+    """Return what there is to know about a model that can be pruned.
+
+    Args:
+        caller: The function that was called, for messages.
+        model: What it was given as the model.
+        example_inputs: What it was given to run it on.
+
+    Raises:
+        TargetError: See ``check_prunable``.
+        ShrinkError: See ``check_prunable``.
+        GraphError: If the model cannot be analyzed.
+    """
+    check_prunable(caller, model, example_inputs)
+    return ModelGraph(model, example_inputs)
 
 
 def check_prunable(caller: str, model: Any, example_inputs: Any) -> None:

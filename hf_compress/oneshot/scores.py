@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.errors import TargetError
-from hf_compress.instruments.gate import Gate, check_gateable
+from hf_compress.instruments.gate import check_gateable, gated
 from hf_compress.oneshot.calibration import check_finite, without_gradients_of
 from hf_compress.oneshot.linear import unit_readers
 from hf_compress.oneshot.request import Found, Job
@@ -84,24 +84,20 @@ def collect_gradients(job: Job, *, per_example: bool) -> dict[str, Tensor]:
     groups = job.groups
     check_gateable(job.model, list(groups.values()))
     parts: dict[str, list[Tensor]] = {name: [] for name in groups}
-    gates: dict[str, Gate] = {}
-    try:
-        for name, group in groups.items():
-            gates[name] = Gate(group, job.model, needs_gradient=True)
-        with without_gradients_of(list(job.model.parameters())):
-            for number, loss in job.calibration.losses("Measuring gradients", per_example=per_example):
-                found = _gradients(loss, [gate.value for gate in gates.values()])
-                for name, gradient in zip(gates, found, strict=True):
-                    if gradient is None:
-                        raise TargetError(
-                            f"prune_oneshot: the loss of batch {number} does not depend on {name!r}. Exclude it, or "
-                            "give batches that reach it."
-                        )
-                    check_finite(number, f"gradients of {name}", gradient)
-                    parts[name].append(gradient.double().cpu())
-    finally:
-        for gate in gates.values():
-            gate.remove()
+    with (
+        gated(job.model, groups, needs_gradient=True) as gates,
+        without_gradients_of(list(job.model.parameters())),
+    ):
+        for number, loss in job.calibration.losses("Measuring gradients", per_example=per_example):
+            found = _gradients(loss, [gate.value for gate in gates.values()])
+            for name, gradient in zip(gates, found, strict=True):
+                if gradient is None:
+                    raise TargetError(
+                        f"prune_oneshot: the loss of batch {number} does not depend on {name!r}. Exclude it, or "
+                        "give batches that reach it."
+                    )
+                check_finite(number, f"gradients of {name}", gradient)
+                parts[name].append(gradient.double().cpu())
     return {name: torch.stack(rows) for name, rows in parts.items()}
 
 
