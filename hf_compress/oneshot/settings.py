@@ -53,7 +53,15 @@ CRITERIA = {
 """The criteria that need no training."""
 
 WHILE_TRAINING = (
-    *("schedule", "power", "milestones", "initial_sparsity", "begin", "end", "update_every", "score_decay", "regrow"),
+    "schedule",
+    "power",
+    "milestones",
+    "initial_sparsity",
+    "begin",
+    "end",
+    "update_every",
+    "score_decay",
+    "regrow",
 )
 """Settings that have no effect without training."""
 

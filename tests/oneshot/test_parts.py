@@ -1,5 +1,6 @@
 """What training can be told, pruning without training can be told, too: rules, limits, rows, columns, blocks."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -151,6 +152,29 @@ def test_each_row_is_the_least_squares_solution_for_what_reaches_it(granularity:
                 solution = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[row])
                 changed = model.get_parameter(name)[row, kept].double().detach()
                 torch.testing.assert_close(changed, solution, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+@pytest.mark.parametrize("criterion", ["level", "wanda", "obs"])
+def test_the_inputs_of_conv1d_come_first(criterion: str, granularity: str) -> None:
+    """GPT-2 stores [inputs, outputs]; the same layers as Linear lose the same weights."""
+    torch.manual_seed(0)
+    model = ZOO["gpt2"]()
+    data = [make_example_inputs(model, batch_size=4, seed=seed) for seed in range(3)]
+    other = copy.deepcopy(model)
+    for name, module in list(other.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            linear = nn.Linear(*module.weight.shape)
+            linear.load_state_dict({"weight": module.weight.detach().T, "bias": module.bias.detach()})
+            other.set_submodule(name, linear)
+    config = PruningConfig(
+        structures={"weights": 0.5}, criterion=criterion, allocation="per_layer", **GRANULARITIES[granularity]
+    )
+    masks, expected = prune(model, data, config).weight_masks, prune(other, data, config).weight_masks
+    assert masks.keys() == expected.keys() and len(masks) >= 8
+    for name, mask in masks.items():
+        assert torch.equal(mask, expected[name].T)
+        torch.testing.assert_close(model.get_parameter(name), other.get_parameter(name).T, rtol=1e-3, atol=1e-4)
 
 
 def test_wanda_sums_the_scores_of_rows_and_columns() -> None:
