@@ -18,7 +18,7 @@ from hf_compress.instruments.units import GroupUnits
 from hf_compress.instruments.weight_units import WeightUnits
 from hf_compress.pruning.allocate import Layer
 from hf_compress.pruning.method import DeferringMethod, Method, Reading, Setting
-from hf_compress.pruning.pools import ScheduledPool
+from hf_compress.pruning.pools import Pool, ScheduledPool
 from hf_compress.pruning.timetable import Timetable
 from hf_compress.pruning.whole_model import Budget
 from hf_compress.registry import criteria
@@ -95,17 +95,16 @@ class Pruner:
         setting = Setting(score_decay=config.score_decay, seed=seed, sparsity=sparsity)
         method: Method = criteria.get(config.criterion)(config.method_options(), setting)
         layers = {name: limits for each in selections for name, limits in self._cover(each, method).items()}
-        pool = ScheduledPool(
+        part = Pool(
             name=name if budget is None else "budget",
             kinds=kinds_of(selections),
             config=config,
-            method=method,
             layers=layers,
-            timetable=Timetable.of(config, moments(config), sparsity),
             runs={each: run for each in layers if (run := self._run(each, method)) > 1},
             budget=budget,
         )
-        pool.check_reachable()
+        part.check_reachable()
+        pool = ScheduledPool(**vars(part), method=method, timetable=Timetable.of(config, moments(config), sparsity))
         self.pools.append(pool)
         for layer in layers:
             self.masks[layer] = torch.ones(self.units[layer].num_units, dtype=torch.bool)

@@ -105,7 +105,8 @@ class Job:
         Raises:
             TargetError: If one is no linear layer.
         """
-        names = [name for name in self.targets.modules if f"{name}.weight" in self.limits()]
+        mine = self.limits()
+        names = [name for name in self.targets.modules if f"{name}.weight" in mine]
         return {name: linear_layer(self.model, name, WHAT) for name in names}
 
     def pool_of(self, layer: str) -> Pool:
