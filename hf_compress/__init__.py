@@ -17,9 +17,11 @@ from hf_compress.config import (
     AnnealingConfig,
     DatasetConfig,
     DistillationConfig,
+    FeatureConfig,
     PruningConfig,
     PruningRule,
     QuantizationConfig,
+    Ramp,
     Recipe,
     ShrinkConfig,
     StageConfig,
@@ -52,6 +54,9 @@ from hf_compress.search.annealing import SearchResult, simulated_annealing
 from hf_compress.search.auto import AutoCompressResult, auto_compress
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
 from hf_compress.shrinking.shrink import shrink
+from hf_compress.teachers.build import cache_teacher_outputs
+from hf_compress.teachers.cached import TeacherCache
+from hf_compress.teachers.outputs import SparseLogits, TeacherOutputs
 from hf_compress.vocabulary.prune import prune_vocabulary
 
 __version__ = "0.1.0"
@@ -74,6 +79,7 @@ __all__ = [
     "DistillationCallback",
     "DistillationConfig",
     "ExportError",
+    "FeatureConfig",
     "GraphError",
     "LatencyTable",
     "ModelProfile",
@@ -85,16 +91,21 @@ __all__ = [
     "PruningRule",
     "QuantizationCallback",
     "QuantizationConfig",
+    "Ramp",
     "Recipe",
     "RunResult",
     "SearchResult",
     "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
+    "SparseLogits",
     "StageConfig",
     "TargetError",
+    "TeacherCache",
+    "TeacherOutputs",
     "TrainingError",
     "auto_compress",
+    "cache_teacher_outputs",
     "compare",
     "dimension_groups",
     "export_quantized",

@@ -58,7 +58,7 @@ schemes: Registry[Any] = Registry("quantization scheme")
 """Number formats of weights and inputs, filled by ``hf_compress.quantization.quantizers``."""
 
 distillation_losses: Registry[Any] = Registry("distillation loss")
-"""Losses between student and teacher, filled by ``hf_compress.distillation.losses``."""
+"""Losses between student and teacher, filled by ``hf_compress.distillation``."""
 
 op_rules: Registry[Any] = Registry("op rule")
 """What an operator ties together, filled by ``hf_compress.graph.op_rules`` and by users."""

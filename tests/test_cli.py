@@ -82,9 +82,7 @@ def test_inspect_shows_the_sizes_of_a_compressed_model(capsys, tmp_path) -> None
 
 
 def test_profile_in_words_and_as_json(folder, capsys) -> None:
-    code, out, _ = run(
-        capsys, "profile", folder, "--batch-size", "3", "--length", "7", "--no-latency", "--json"
-    )
+    code, out, _ = run(capsys, "profile", folder, "--batch-size", "3", "--length", "7", "--no-latency", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["inputs"]["input_ids"] == [3, 7]

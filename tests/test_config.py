@@ -68,7 +68,7 @@ def test_a_newer_schema_is_refused() -> None:
         ({"max_layer_sparsity": 0.0}, "max_layer_sparsity"),
         ({"max_layer_sparsity": 0.6}, "at least the highest sparsity"),
         ({"allocation": "per_layer", "max_layer_sparsity": 0.9}, 'only 1.0 with allocation="per_layer"'),
-        ({"structures": {"heads": 0.5}, "multiple_of": 8}, 'only 1 unless one of ffn, hidden,'),
+        ({"structures": {"heads": 0.5}, "multiple_of": 8}, "only 1 unless one of ffn, hidden,"),
         ({"rounds": 3}, 'rounds: got 3; allowed: 5 unless schedule is "lottery_ticket"'),
         ({"rewind_to": 0.1}, 'rewind_to: got 0.1; allowed: 0 unless schedule is "lottery_ticket"'),
         ({**TICKET, "rounds": 0}, "rounds: got 0; allowed: an int >= 1"),

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"instruments"},
     {"shrinking"},
     {"latency"},
+    {"teachers"},
     {"callbacks", "report", "vocabulary"},
     {"oneshot"},
     {"export", "search"},
@@ -58,11 +59,7 @@ def violations(part: str, source: str) -> list[str]:
 
 def long_functions(source: str) -> list[str]:
     """Names of functions with too many lines; docstrings do not count."""
-    nodes = [
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [node.name for node in nodes if num_lines(node) > MAX_FUNCTION_LINES]
 
 
@@ -80,9 +77,7 @@ def large_classes(source: str) -> list[str]:
 
 def public_methods(node: ast.ClassDef) -> list[str]:
     functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-    return [
-        item.name for item in functions if not item.name.startswith("_") and not item.name.startswith("on_")
-    ]
+    return [item.name for item in functions if not item.name.startswith("_") and not item.name.startswith("on_")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -2,8 +2,10 @@
 
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,32 +13,36 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_compress.callbacks.access import plain_model
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
 
 _DIGEST_VALUES = 64
 
+LABELS = ("labels", "start_positions", "end_positions")
+"""Arguments that only the task loss reads; an encoder-decoder model makes the decoder's input of the first."""
+
 COMPUTED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 """Arguments of a model that are usually made by layers of a model."""
 
 
-def load_teacher(name: str, student: PreTrainedModel) -> PreTrainedModel:
+def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) -> PreTrainedModel:
     """Load a teacher with the same kind of head as the student.
 
     Args:
-        name: Hub name or folder.
+        name: Hub name or folder; that of a PEFT adapter too, whose base model is loaded with it.
         student: The model to be taught.
+        dtype: Name of the dtype of its weights; None: as they are stored.
 
     Raises:
         TrainingError: If it cannot be loaded, has no such head, or its checkpoint lacks weights, which would
             leave it with random ones.
     """
     try:
-        loader = _loader(AutoConfig.from_pretrained(name), student)
-        teacher, report = loader.from_pretrained(name, output_loading_info=True)
+        loader = _loader(_config_of(name), student)
+        teacher, report = loader.from_pretrained(name, output_loading_info=True, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"teacher {name!r} cannot be loaded as {type(student).__name__}'s kind of model: {error} "
@@ -132,43 +138,23 @@ def check_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Map
             )
 
 
-def teacher_logits(teacher: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the teacher's logits for the inputs of the student.
+def taught_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a teacher is called with.
 
     Args:
-        teacher: The teacher, wrappers included.
+        teacher: The teacher, without wrappers.
         student: The student.
         inputs: Keyword arguments that the student was called with; those the teacher does not know are left out.
-
-    Raises:
-        TrainingError: If it returns no logits.
     """
-    plain = plain_model(teacher)
-    known = inspect.signature(type(plain).forward).parameters
-    taken = {name: value for name, value in inputs.items() if name in known or type(plain) is own_class(student)}
+    known = inspect.signature(type(teacher).forward).parameters
+    taken = {name: value for name, value in inputs.items() if name in known or type(teacher) is own_class(student)}
     taken.pop("num_items_in_batch", None)
-    if not plain.config.is_encoder_decoder:
-        taken.pop("labels", None)
+    if not teacher.config.is_encoder_decoder:
+        for name in LABELS:
+            taken.pop(name, None)
     if "use_cache" in known:
         taken["use_cache"] = False
-    with torch.no_grad():
-        return logits_of(teacher(**taken), "teacher")
-
-
-def logits_of(outputs: Any, who: str) -> Tensor:
-    """Return ``outputs["logits"]``.
-
-    Raises:
-        TrainingError: If there are none.
-    """
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if not isinstance(logits, Tensor):
-        raise TrainingError(
-            f"distillation: the {who} returned {_describe(outputs)} instead of a ModelOutput with logits. Do not set "
-            "return_dict=False. Fused losses never have logits: turn use_liger_kernel off, and give TRL's SFTTrainer a "
-            "compute_loss_func, which it calls with them. Heads with other outputs cannot be distilled."
-        )
-    return logits
+    return taken
 
 
 def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
@@ -179,8 +165,11 @@ def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool
     return torch.equal(weights[0].to(weights[1].device), weights[1])
 
 
-def _describe(outputs: Any) -> str:
-    return f"only {list(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+def _config_of(name: str) -> Any:
+    """Return the config of a model, or of the model that an adapter is for."""
+    adapter = find_adapter_config_file(name)
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter else name
+    return AutoConfig.from_pretrained(base)
 
 
 def _loader(teacher_config: Any, student: PreTrainedModel) -> Any:
@@ -226,10 +215,11 @@ def _check_labels(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
             f"the teacher's labels are {names[0]}, the student's {names[1]}; names and order must be equal. Set "
             "config.id2label and config.label2id of the student, and its data, as the teacher has them."
         )
-    if own.num_labels < 2 or own.problem_type in ("regression", "multi_label_classification"):
+    kinds = [config.problem_type for config in (theirs, own)]
+    if None not in kinds and kinds[0] != kinds[1]:
         raise TrainingError(
-            f"the student's task has num_labels={own.num_labels} and problem_type={own.problem_type!r}; distillation "
-            "of probabilities needs one of two or more labels per example."
+            f"the teacher's problem_type is {kinds[0]!r}, the student's {kinds[1]!r}; they must be equal. Use a "
+            "teacher that was fine-tuned for the student's task."
         )
 
 

@@ -3,8 +3,9 @@
 from hf_compress.config.annealing import AnnealingConfig
 from hf_compress.config.base import SCHEMA_VERSION, Config
 from hf_compress.config.data import DatasetConfig
-from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.distillation import DistillationConfig, FeatureConfig, Ramp
 from hf_compress.config.pruning import PruningConfig
+from hf_compress.config.quantization import QuantizationConfig
 from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.stages import StageConfig
@@ -21,9 +22,11 @@ __all__ = [
     "Config",
     "DatasetConfig",
     "DistillationConfig",
+    "FeatureConfig",
     "PruningConfig",
     "PruningRule",
     "QuantizationConfig",
+    "Ramp",
     "Recipe",
     "ShrinkConfig",
     "StageConfig",

@@ -76,6 +76,11 @@ class PruningConfig(Budgets):
     score_decay: float = 0.95
     """Exponential moving average of what is measured per step: s <- decay * s + (1 - decay) * s_step."""
 
+    gradients: str = "training"
+    """Whose gradients gates get, for criteria that read them: ``"training"``, the loss that is trained with; or
+    ``"distillation"``, the part of it that compares logits with the teacher's (Yang et al. 2023, GRAIN,
+    arXiv:2212.00098). The latter needs a ``DistillationCallback`` and a second backward pass through the model."""
+
     regrow: bool = False
     """Whether what was pruned may come back while the schedule runs, if it scores better than what is there."""
 
@@ -111,6 +116,11 @@ class PruningConfig(Budgets):
         for name in ("update_every", "min_units", "multiple_of", "rounds"):
             self._check_count(name)
         self._check_choice("regrow", (True, False))
+        self._check_choice("gradients", ("training", "distillation"))
+        if self.gradients != "training" and "gate_gradients" not in criteria.get(self.criterion).reads:
+            raise self._error("gradients", self.gradients, f"'training' with {self.criterion!r}, which reads no gates")
+        if self.gradients != "training" and WEIGHTS in self.structures:
+            raise self._error("gradients", self.gradients, "'training' for single weights, which have no gates")
         self._check_number("score_decay", 0, 1, open_high=True)
         self._check_number("initial_sparsity", 0, 1, open_high=True)
         self._check_number("max_layer_sparsity", 0, 1, open_low=True)

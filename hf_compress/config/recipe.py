@@ -7,8 +7,9 @@ from typing import Any
 
 from hf_compress.config.base import Config
 from hf_compress.config.data import DatasetConfig
-from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.distillation import DistillationConfig
 from hf_compress.config.pruning import PruningConfig
+from hf_compress.config.quantization import QuantizationConfig
 from hf_compress.config.sections import METHODS, build_sections, check_training
 from hf_compress.config.stages import StageConfig
 from hf_compress.errors import ConfigError

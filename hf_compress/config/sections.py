@@ -7,8 +7,9 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_compress.config.base import Config
-from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.distillation import DistillationConfig
 from hf_compress.config.pruning import PruningConfig
+from hf_compress.config.quantization import QuantizationConfig
 from hf_compress.errors import ConfigError, choices
 
 METHODS: dict[str, type[Config]] = {

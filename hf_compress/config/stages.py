@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_compress.config.base import Config
-from hf_compress.config.methods import DistillationConfig, QuantizationConfig
+from hf_compress.config.distillation import DistillationConfig
 from hf_compress.config.pruning import PruningConfig
+from hf_compress.config.quantization import QuantizationConfig
 from hf_compress.config.sections import METHODS, build_sections
 from hf_compress.config.structures import WEIGHTS
 from hf_compress.errors import ConfigError

@@ -35,6 +35,8 @@ class Gate:
         sites = [find_site(model, group, part) for part in group.gates]  # all are checked before the first is touched
         device = next(model.parameters()).device
         self.value = torch.ones(group.num_units, device=device, requires_grad=needs_gradient)
+        self.separate: Tensor | None = None
+        """Gradient of another loss than the one that is trained with, [num_units]; ``take_gradient`` returns it."""
         self._evaluation: Tensor | None = None
         self._installed: list[tuple[nn.Module, list[Any], Any]] = []
         for site in sites:
@@ -87,7 +89,10 @@ class Gate:
 
     def take_gradient(self) -> Tensor | None:
         """Return the gradient gathered since the last call, [num_units], and forget it."""
-        gradient, self.value.grad = self.value.grad, None
+        gradient = self.value.grad if self.separate is None else self.separate.clone()
+        self.value.grad = None
+        if self.separate is not None:
+            self.separate.zero_()
         return gradient
 
     def remove(self) -> None:

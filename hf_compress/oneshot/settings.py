@@ -61,6 +61,7 @@ WHILE_TRAINING = (
     "end",
     "update_every",
     "score_decay",
+    "gradients",
     "regrow",
 )
 """Settings that have no effect without training."""

@@ -31,4 +31,3 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         if masks is not None and stage is not stages[-1]:
             small: PreTrainedModel = shrink(student.model, masks, **stage.shrink_options())
             student = Loaded(small, ())
-

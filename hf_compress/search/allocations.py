@@ -141,5 +141,3 @@ def _ranks(groups: Mapping[str, DimensionGroup], scores: Mapping[str, Tensor]) -
         found[name] = torch.empty_like(order)
         found[name][order] = torch.arange(len(order))
     return found
-
-

@@ -1,21 +1,29 @@
 """Every pruning method on the same task: the same dense model, steps, seeds and encoder sparsity for all.
 
 usage: .venv/bin/python scripts/bench/methods.py --json FILE [--tasks movies wordnet] [--methods taylor l2 ...]
-           [--sparsities 0.5 0.75 0.9] [--seeds 0] [--steps 150] [--allocation global] [--dense-steps 300]
+           [--sparsities 0.5 0.75 0.9] [--seeds 0] [--steps 600] [--start pretrained] [--allocation global]
+           [--dense-steps 300] [--workers 1]
 
 Tasks: movie-review snippets with MiniLM (``movies``), and three-way relations between WordNet's nouns (``wordnet``).
-The dense model is fine-tuned once for each task. From it each method prunes heads and feed-forward units to the given
-fraction between a tenth and the half of the steps, and trains what is left to their end, with the task loss alone; then
-``shrink`` removes what was pruned, and the small model is evaluated. AdamW, linear decay, learning rates of
-``--learning-rate``. ``encoder left`` is the share of the encoder's weights that the small model has.
+Each method starts from the pretrained model (``--start pretrained``: it prunes while the model is fine-tuned, as
+movement pruning was published) or from the dense fine-tuned model (``--start finetuned``). It prunes heads and
+feed-forward units to the given fraction between a tenth and the half of the steps, and trains what is left to their
+end, with the task loss alone; then ``shrink`` removes what was pruned, and the small model is evaluated. AdamW, linear
+decay, learning rates of ``--learning-rate``. ``encoder left`` is the share of the encoder's weights that the small
+model has. The dense model, fine-tuned for ``--dense-steps`` steps, is what all are compared with.
 
 Results are kept in the JSON file as they come: a run that is stopped goes on where it was, more seeds or methods are
-added to what is there. Settings other than those in the file are refused. A table and a plot go beside it.
+added to what is there. Settings other than those in the file are refused. A table and a plot go beside it. With
+``--workers`` runs go side by side, each in a process of its own.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -115,7 +123,8 @@ def report(data: dict[str, Any]) -> str:
         parts += [
             f"Dense: {100 * dense['accuracy']:.1f} % on {dense['examples']:,} examples (one standard error is "
             f"{100 * (dense['accuracy'] * (1 - dense['accuracy']) / dense['examples']) ** 0.5:.1f} points). "
-            f"{settings['steps']} steps of {settings['batch_size']} examples, seeds {seeds}."
+            f"{settings['steps']} steps of {settings['batch_size']} examples from the {settings['start']} model, seeds "
+            f"{seeds}."
         ]
         parts += [table(data, task), "\n".join(verdicts(data, task))]
     return "\n\n".join(part for part in parts if part)
@@ -129,7 +138,8 @@ def write(path: Path, data: dict[str, Any]) -> None:
     partial.replace(path)
     explained = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     about = data["environment"]
-    title = f"# Pruning methods, side by side\n\nWritten by `scripts/bench/methods.py`; {about['cpu']}, torch"
+    device = about["cpu"] if about["gpu"] == "none" else about["gpu"]
+    title = f"# Pruning methods, side by side\n\nWritten by `scripts/bench/methods.py`; {device}, torch"
     title += f" {about['torch']}, transformers {about['transformers']}."
     picture = f"![Accuracy against encoder sparsity]({path.stem}.png)"
     text = f"{title}\n\n{report(data)}\n\n{picture}\n\n```\n{explained}```\n"
@@ -150,6 +160,25 @@ def loaded(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def results(keys: list[dict[str, Any]], settings: Settings, workers: int) -> Iterator[dict[str, Any]]:
+    """Do runs, and give back each as it ends.
+
+    Raises:
+        RuntimeError: If runs failed, once all others are done.
+    """
+    failed = []
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(run_of, settings=settings, **key): key for key in keys}
+        for done in as_completed(started):
+            if done.exception() is None:
+                yield {**started[done], **done.result()}
+            else:
+                failed.append(f"{started[done]}: {done.exception()!r}")
+                print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed: {'; '.join(failed)}")
+
+
 def main() -> None:
     """Run what is missing, and write after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,29 +187,38 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=usable(), default=usable())
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a pruning run")
+    parser.add_argument("--start", choices=("pretrained", "finetuned"), default="pretrained")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a pruning run")
     parser.add_argument("--dense-steps", type=int, default=300, help="optimizer steps of the dense model")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=48, help="tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--allocation", default="global")
     parser.add_argument("--examples", type=int, help="use so many training and test examples only")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
     given = parser.parse_args()
-    names = ("steps", "dense_steps", "batch_size", "max_length", "learning_rate", "allocation", "examples")
+    if given.workers < 1:
+        parser.error("--workers must be at least 1")
+    names = ("start", "steps", "dense_steps", "batch_size", "max_length", "learning_rate", "allocation", "examples")
     settings = Settings(**{name: getattr(given, name) for name in names})
     data = loaded(given.json, settings.to_dict())
     for task in given.tasks:
         if task not in data["dense"]:
-            data["dense"][task] = dense_of(task, settings, given.json.parent)
-        for seed in given.seeds:
-            for sparsity in given.sparsities:
-                for method in given.methods:
-                    key = {"task": task, "method": method, "sparsity": sparsity, "seed": seed}
-                    if not any(key.items() <= run.items() for run in data["runs"]):
-                        result = run_of(task, settings, method, sparsity, seed)
-                        data["runs"].append({**key, **result})
-                        print(json.dumps(data["runs"][-1]), file=sys.stderr, flush=True)
-                        write(given.json, data)
+            data["dense"][task] = dense_of(task, settings)
+    places = ("task", "seed", "sparsity", "method")
+    keys = [
+        dict(zip(places, place, strict=True))
+        for place in itertools.product(given.tasks, given.seeds, given.sparsities, given.methods)
+    ]
+    missing = [key for key in keys if not any(key.items() <= run.items() for run in data["runs"])]
+    if given.workers == 1:
+        found = ({**key, **run_of(settings=settings, **key)} for key in missing)
+    else:
+        found = results(missing, settings, given.workers)
+    for run in found:
+        data["runs"].append(run)
+        print(json.dumps(run), file=sys.stderr, flush=True)
+        write(given.json, data)
     print(report(data))
 
 

@@ -25,11 +25,15 @@ from transformers import (
 
 from hf_compress import PruningCallback, PruningConfig, profile, shrink
 
+REGROWING = ("movement",)
+"""Methods that choose anew at every update among all units, in their publications."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What all runs have in common."""
 
+    start: str
     steps: int
     dense_steps: int
     batch_size: int
@@ -138,10 +142,10 @@ def accuracy(model: PreTrainedModel, task: str, settings: Settings) -> tuple[flo
     """Return the share of right answers on the test data, and how many there are."""
     tokenizer, _, test = _prepared(task, settings)
     model.eval()
-    order = sorted(range(len(test)), key=lambda i: len(test[i]["input_ids"]))
+    rows = sorted(test, key=lambda row: len(row["input_ids"]))
     collate, right = DataCollatorWithPadding(tokenizer), 0
-    for start in range(0, len(order), 64):
-        batch = collate([test[i] for i in order[start : start + 64]])
+    for start in range(0, len(rows), 64):
+        batch = collate(rows[start : start + 64])
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         right += int((model(**inputs).logits.argmax(-1) == inputs["labels"]).sum())
     return right / len(test), len(test)
@@ -152,13 +156,19 @@ def _folder(task: str, settings: Settings) -> Path:
     return demo_data.cache_root() / "methods" / "-".join(map(str, (task, *names)))
 
 
-def dense_of(task: str, settings: Settings, results: Path) -> dict[str, Any]:
+def _pretrained(task: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        demo_data.model_folder(), num_labels=TASKS[task].labels
+    )
+    return model
+
+
+def dense_of(task: str, settings: Settings) -> dict[str, Any]:
     """Fine-tune the dense model if it is not there yet; return its accuracy."""
     folder = _folder(task, settings)
     if not (folder / "config.json").exists():
         set_seed(0)
-        source, labels = demo_data.model_folder(), TASKS[task].labels
-        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
+        model = _pretrained(task)
         trainer_of(model, task, settings, settings.dense_steps, 0).train()
         model.save_pretrained(folder)
     share, count = accuracy(AutoModelForSequenceClassification.from_pretrained(folder), task, settings)
@@ -168,7 +178,10 @@ def dense_of(task: str, settings: Settings, results: Path) -> dict[str, Any]:
 def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """Prune and train with one method; return what came of it."""
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(_folder(task, settings))
+    if settings.start == "pretrained":
+        model = _pretrained(task)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(_folder(task, settings))
     encoder = profile(model, latency=False).encoder_parameters
     config = PruningConfig(
         structures={"heads": sparsity, "ffn": sparsity},
@@ -177,6 +190,7 @@ def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: in
         begin=0.1,
         end=0.5,
         update_every=max(settings.steps // 50, 1),
+        regrow=method in REGROWING,
     )
     trainer = trainer_of(model, task, settings, settings.steps, seed, callbacks=[PruningCallback(config)])
     with warnings.catch_warnings():

@@ -126,6 +126,8 @@ class Turns:
         self.wait(name)
         start = time.perf_counter(), time.process_time()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
         self.done()
 
@@ -181,7 +183,7 @@ def trainer_for(shape: Shape, method: str, steps: int, folder: str, last: Traine
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=shape.batch_size,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
@@ -199,7 +201,9 @@ def measure_time(shape: Shape, rounds: int) -> dict[str, list[tuple[float, float
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: trainer_for(shape, name, steps, folder, TurnCallback(turns, name)) for name in METHODS}
         teacher = shape.model(seed=1).eval()
-        batch = {"input_ids": torch.stack([row["input_ids"] for row in shape.data(1)])}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        teacher.to(device)
+        batch = {"input_ids": torch.stack([row["input_ids"] for row in shape.data(1)]).to(device)}
 
         def teach() -> None:
             with torch.no_grad():
@@ -229,19 +233,18 @@ class MemoryCallback(TrainerCallback):
             self.found["instruments"] = instrument_bytes(kwargs["model"])
             self._owned = live_bytes()
             hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
-            profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            self._open = [hooks, profiler]
+            self._open = [hooks, CudaMemory() if torch.cuda.is_available() else CpuMemory()]
             for each in self._open:
                 each.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the result."""
         if self._open:
-            hooks, profiler = self._open
-            profiler.__exit__(None, None, None)
+            hooks, memory = self._open
+            memory.__exit__(None, None, None)
             hooks.__exit__(None, None, None)
             self.found["kept for backward"] = sum(self._kept.values())
-            self.found["peak"] = self.found["steady"] + peak_of(profiler)
+            self.found["peak"] = self.found["steady"] + memory.peak
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -250,14 +253,32 @@ class MemoryCallback(TrainerCallback):
         return tensor
 
 
-def peak_of(profiler: Any) -> int:
-    """Return the most bytes that were held at once beyond what was held when the profiler began."""
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+class CpuMemory:
+    """The most bytes that were held at once beyond what was held on entering, by the profiler's records."""
+
+    def __enter__(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profiler: Any = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profiler.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._profiler.__exit__(*error)
+        events = [each for each in self._profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+        held = self.peak = 0
+        for event in sorted(events, key=lambda each: each.start_ns()):
+            held += event.nbytes()
+            self.peak = max(self.peak, held)
+
+
+class CudaMemory:
+    """The same for a GPU, by the allocator's own count."""
+
+    def __enter__(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def __exit__(self, *error: Any) -> None:
+        self.peak = torch.cuda.max_memory_allocated() - self._before
 
 
 def live_bytes() -> dict[int, int]:

@@ -85,9 +85,7 @@ def test_each_callback_tells_its_own_part(trainer: Any) -> None:
     assert [list(part.sections) for part in parts] == [["pruning"], ["distillation"], ["quantization"]]
 
 
-def test_it_leaves_no_trace(
-    tiny_bert: Any, classification_data: Any, make_trainer: Any, callbacks: Any
-) -> None:
+def test_it_leaves_no_trace(tiny_bert: Any, classification_data: Any, make_trainer: Any, callbacks: Any) -> None:
     results = []
     for ask in (False, True):
         torch.manual_seed(0)
@@ -140,8 +138,6 @@ def test_steps_are_counted_as_the_trainer_does(tiny_bert: Any, classification_da
     assert told == trainer.state.max_steps == trainer.state.global_step
 
 
-
-
 FAILURES: dict[str, tuple[type[CompressionError], str, Any]] = {
     "window": (ConfigError, "window of steps", lambda: PruningCallback(PruningConfig(structures=SIZES, end=99))),
     "pattern": (TargetError, "matches no dimension group", lambda: PruningCallback(
@@ -153,9 +149,7 @@ FAILURES: dict[str, tuple[type[CompressionError], str, Any]] = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_it_fails_as_training_would(
-    case: str, tiny_bert: Any, classification_data: Any, make_trainer: Any
-) -> None:
+def test_it_fails_as_training_would(case: str, tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
     error, message, make = FAILURES[case]
     trainer = make_trainer(tiny_bert(), classification_data(16), [make()], max_steps=8)
     with pytest.raises(error, match=message):

@@ -203,9 +203,7 @@ def test_fake_quantizers_of_a_finished_run_do_not_act_on_another(
     assert same(trainer.model.state_dict(), plain.state_dict())
 
 
-def test_gates_of_a_finished_run_are_not_taken_off(
-    make_trainer: Any, tiny_bert: Any, classification_data: Any
-) -> None:
+def test_gates_of_a_finished_run_are_not_taken_off(make_trainer: Any, tiny_bert: Any, classification_data: Any) -> None:
     """Without them, what was pruned would be back."""
     config = PruningConfig(structures={"hidden": 0.25}, begin=1, end=3, update_every=1)
     first = make_trainer(tiny_bert(), classification_data(), [PruningCallback(config)])

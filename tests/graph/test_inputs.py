@@ -232,7 +232,6 @@ def test_no_config_raises() -> None:
         make_example_inputs(nn.Linear(2, 2))
 
 
-
 def test_unknown_arguments_raise() -> None:
     class Odd(transformers.PreTrainedModel):
         config_class = transformers.PreTrainedConfig

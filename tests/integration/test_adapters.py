@@ -164,8 +164,12 @@ def test_scores_of_weights_are_those_of_the_merged_model(build: Any, make_traine
     for group in dimension_groups(merged):
         if group.kind == "ffn":
             squares = sum(
-                merged.get_parameter(part.parameter).detach().movedim(part.dim, 0).reshape(group.num_units, -1)
-                .pow(2).sum(1)
+                merged.get_parameter(part.parameter)
+                .detach()
+                .movedim(part.dim, 0)
+                .reshape(group.num_units, -1)
+                .pow(2)
+                .sum(1)
                 for part in group.slices
             )
             kept = callback.masks()[group.name].nonzero().flatten()

@@ -94,10 +94,9 @@ BAD_TEACHERS: dict[str, tuple[Callable[..., Any], str]] = {
     "other vocabulary": (lambda s, make: make(vocab_size=60), "vocabulary has 60 tokens, the student's 50"),
     "the student itself": (lambda s, make: s, "shares 41 parameters with the student"),
     "a part of the student": (lambda s, make: sharing(s, make()), "first: classifier.weight"),
-    "regression": (lambda s, make: (problem(s, "regression"), make())[1], "problem_type='regression'"),
-    "several labels per example": (
-        lambda s, make: (problem(s, "multi_label_classification"), make())[1],
-        "one of two or more labels per example",
+    "another kind of task": (
+        lambda s, make: (problem(s, "regression"), problem(make(), "single_label_classification"))[1],
+        "teacher's problem_type is 'single_label_classification', the student's 'regression'",
     ),
     "no Transformers model": (
         lambda s, make: nn.Linear(2, 3),

@@ -53,9 +53,7 @@ def test_the_target_is_met_and_the_result_shrinks(train, criterion, allocation) 
     small = shrink(trainer)
     inputs = {"input_ids": torch.arange(3, 13).view(2, 5)}
     with torch.no_grad():
-        torch.testing.assert_close(
-            small(**inputs).logits, trainer.model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(small(**inputs).logits, trainer.model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
     groups = {g.name: g for g in dimension_groups(trainer.model)}
     gone = sum(int((~mask).sum()) * groups[name].parameters_per_unit for name, mask in masks.items())
     assert trainer.model.num_parameters() - small.num_parameters() == gone

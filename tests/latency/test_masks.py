@@ -43,8 +43,7 @@ def scores(graph) -> dict[str, torch.Tensor]:
     groups = prunable(graph.groups, "heads", "ffn")
     weight = {"heads": 8.0, "ffn": 1.0}
     return {
-        g.name: weight[g.kind] * (1 + (".2." in g.name)) * torch.rand(g.num_units, generator=generator)
-        for g in groups
+        g.name: weight[g.kind] * (1 + (".2." in g.name)) * torch.rand(g.num_units, generator=generator) for g in groups
     }
 
 
@@ -62,9 +61,7 @@ def test_masks_give_the_speedup_once_shrunk(bert, table, scores, target) -> None
     gone = {name: float(scores[name][~mask].mean()) for name, mask in masks.items() if not mask.all()}
     assert all(kept[name] > gone[name] for name in kept.keys() & gone.keys())
     late = sum(int(mask.sum()) for name, mask in masks.items() if ".2." in name)
-    assert late > max(
-        sum(int(mask.sum()) for name, mask in masks.items() if f".{i}." in name) for i in (0, 1)
-    )
+    assert late > max(sum(int(mask.sum()) for name, mask in masks.items() if f".{i}." in name) for i in (0, 1))
 
 
 def test_a_target_in_milliseconds_is_the_same(bert, table, scores) -> None:
@@ -168,15 +165,11 @@ def wrong_by(factor: float) -> FakeTimer:
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3, 0.7])
-def test_the_measured_speedup_is_the_one_asked_for_though_the_table_is_wrong(
-    bert, table, scores, factor
-) -> None:
+def test_the_measured_speedup_is_the_one_asked_for_though_the_table_is_wrong(bert, table, scores, factor) -> None:
     timer = wrong_by(factor)
     fit = fit_speedup(bert, scores, 2.0, table=table, timer=timer, rounds=3)
     assert fit.measured.ratio == pytest.approx(2.0, rel=latency.CLOSE_ENOUGH)
-    assert measure_speedup(bert, fit.model, {}, rounds=3, timer=timer).ratio == pytest.approx(
-        fit.measured.ratio
-    )
+    assert measure_speedup(bert, fit.model, {}, rounds=3, timer=timer).ratio == pytest.approx(fit.measured.ratio)
     assert len(fit.tried) <= latency.MAX_CORRECTIONS
     assert (len(fit.tried) == 1) == (factor == 1.0)
     assert fit.tried[0][0] == pytest.approx(2.0, rel=0.02)

@@ -109,9 +109,7 @@ def test_structures_that_differ_have_curves_of_their_own() -> None:
 def test_a_shrunk_copy_computes_what_shrink_gives_and_shares_the_rest(bert, graph) -> None:
     kept = random_counts(graph, 1)
     copy = shrunk_copy(bert, graph, kept)
-    masks = {
-        g.name: torch.arange(g.num_units) < kept[g.name] for g in graph.groups if kept.get(g.name) is not None
-    }
+    masks = {g.name: torch.arange(g.num_units) < kept[g.name] for g in graph.groups if kept.get(g.name) is not None}
     small = shrink(bert, masks)
     inputs = make_example_inputs(bert)
     for a, b in zip(outputs(copy, inputs), outputs(small, inputs), strict=True):

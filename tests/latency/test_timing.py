@@ -82,6 +82,4 @@ def test_a_compiled_model_computes_the_same() -> None:
         pytest.skip(str(reason))
     for example in inputs:
         with torch.no_grad():
-            torch.testing.assert_close(
-                compiled(**example).logits, model(**example).logits, rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(compiled(**example).logits, model(**example).logits, rtol=1e-4, atol=1e-5)

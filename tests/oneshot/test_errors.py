@@ -213,6 +213,7 @@ def test_settings_that_do_not_go_together(keywords: Any, message: str) -> None:
         {"end": 0.9},
         {"schedule": "linear"},
         {"update_every": 5},
+        {"gradients": "distillation"},
         {"rules": [{"match": ["0"], "end": 0.9}]},
     ],
 )

@@ -34,9 +34,7 @@ def best_by_trying(scores, limits, cost, budget) -> float:
     choices = choices_of(ranked.layers)
     best = -math.inf
     for levels in itertools.product(*(range(len(choice.levels)) for choice in choices)):
-        kept = {
-            k: v for choice, level in zip(choices, levels, strict=True) for k, v in choice.kept(level).items()
-        }
+        kept = {k: v for choice, level in zip(choices, levels, strict=True) for k, v in choice.kept(level).items()}
         if cost(kept) <= budget:
             best = max(best, kept_score(scores, ranked.masks(kept)))
     return best
@@ -213,16 +211,12 @@ def picked(levels, chosen) -> tuple[float, float]:
 
 
 def best_loss(levels, budget: float) -> float:
-    found = [
-        picked(levels, dict(zip(levels, row, strict=True))) for row in itertools.product(range(4), repeat=4)
-    ]
+    found = [picked(levels, dict(zip(levels, row, strict=True))) for row in itertools.product(range(4), repeat=4)]
     return min((loss for seconds, loss in found if seconds <= budget), default=math.inf)
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    share=st.floats(0.0, 1.0), seed=st.integers(0, 10**6), num_buckets=st.sampled_from([1, 7, 100, 10_000])
-)
+@given(share=st.floats(0.0, 1.0), seed=st.integers(0, 10**6), num_buckets=st.sampled_from([1, 7, 100, 10_000]))
 def test_the_dynamic_program_is_as_good_as_trying_everything(share, seed, num_buckets) -> None:
     levels = random_levels(4, 4, seed)
     fastest = sum(min(level.seconds for level in each) for each in levels.values())

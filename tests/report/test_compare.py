@@ -49,9 +49,7 @@ def test_every_model_runs_on_the_same_inputs() -> None:
     def watched(name: str):
         model = tiny_models.bert()
         model.register_forward_hook(
-            lambda module, args, kwargs, out: seen.setdefault(name, set()).add(
-                tuple(kwargs["input_ids"].shape)
-            ),
+            lambda module, args, kwargs, out: seen.setdefault(name, set()).add(tuple(kwargs["input_ids"].shape)),
             with_kwargs=True,
         )
         return model

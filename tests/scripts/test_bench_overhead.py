@@ -47,11 +47,13 @@ def test_distillation_is_beside_the_student_and_the_teacher(bench) -> None:
 
 
 def test_the_tables_say_what_was_missed(bench) -> None:
-    rows = {line.split("|")[1].strip(): line for line in bench.time_table(TIMES).splitlines()}
+    rows = {line.split("|")[1].strip(): line for line in bench.time_table(TIMES, on_gpu=False).splitlines()}
     assert "1.025" in rows["gates"] and rows["gates"].endswith("| 1.03 | reached |")
     slow = {**TIMES, "gates": [[1.0, 2 * each[1]] for each in TIMES["plain"]]}
-    assert "| missed |" in bench.time_table(slow)
+    assert "| missed |" in bench.time_table(slow, on_gpu=False)
     assert rows["plain"].split("|")[2].strip() == "2.000"
+    on_gpu = {line.split("|")[1].strip(): line for line in bench.time_table(TIMES, on_gpu=True).splitlines()}
+    assert on_gpu["gates"].endswith("| 1.03 | missed |")  # 1.1 of the wall time
 
 
 @pytest.mark.parametrize(("peak", "reached"), [(1000 + 200 + 10, True), (1000 + 200 + 11, False)])

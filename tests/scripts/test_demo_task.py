@@ -61,9 +61,7 @@ def test_labels_of_any_type_become_numbers(task, tokenizer) -> None:
 def test_the_fingerprint_follows_the_content(task, tokenizer) -> None:
     first = prepared(task, tokenizer, Dataset.from_list(ROWS)).fingerprint
     again = prepared(task, tokenizer, Dataset.from_list(ROWS)).fingerprint
-    changed = prepared(
-        task, tokenizer, Dataset.from_list([{**ROWS[0], "review": "new"}, *ROWS[1:]])
-    ).fingerprint
+    changed = prepared(task, tokenizer, Dataset.from_list([{**ROWS[0], "review": "new"}, *ROWS[1:]])).fingerprint
     assert first == again != changed
 
 
@@ -137,9 +135,7 @@ def test_the_whole_demo_on_a_model_and_a_file_of_ones_own(tokenizer, tmp_path) -
         (["--model", "missing/folder", "--dataset", "missing.csv"], "missing.csv"),
     ],
 )
-def test_wrong_arguments_end_with_one_message(
-    arguments: list[str], message: str, monkeypatch, capsys
-) -> None:
+def test_wrong_arguments_end_with_one_message(arguments: list[str], message: str, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import demo_run
 

@@ -81,4 +81,3 @@ class Movement(Method):
     def threshold(self, share: float) -> float | None:
         """Return the threshold of ``sigmoid(score)``."""
         return self.settings.threshold * share if self.settings.decides else None
-

@@ -1,10 +1,10 @@
-"""Quantization and distillation: what they do, how much, when."""
+"""Quantization: what it does, when."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_compress.config.base import Config
-from hf_compress.registry import distillation_losses, schemes
+from hf_compress.registry import schemes
 from hf_compress.schedule import Moment
 
 
@@ -34,22 +34,3 @@ class QuantizationConfig(Config):
         self._check_choice("scheme", schemes)
         self._check_choice("method", self.METHODS)
         self._check_moment("begin")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig(Config):
-    """Knowledge distillation: loss = (1 - alpha) * task loss + alpha * distillation loss."""
-
-    alpha: float = 0.9
-    """Weight of the distillation loss, in (0, 1]."""
-
-    temperature: float = 2.0
-    """Softens both distributions; the loss is multiplied by its square (Hinton et al. 2015, arXiv:1503.02531)."""
-
-    loss: str = "kl"
-    """``"kl"``: T^2 * KL(softmax(teacher / T) || softmax(student / T)) over valid positions."""
-
-    def _validate(self) -> None:
-        self._check_number("alpha", 0, 1, open_low=True)
-        self._check_number("temperature", 0, 1000, open_low=True)
-        self._check_choice("loss", distillation_losses)

@@ -1,0 +1,245 @@
+"""Who teaches: one model, several, a copy of the student, or the student itself without its masks."""
+
+import copy
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_compress.callbacks.access import plain_model
+from hf_compress.callbacks.heads import Head
+from hf_compress.callbacks.session import claim
+from hf_compress.callbacks.teacher import (
+    COMPUTED_INPUTS,
+    check_inputs,
+    check_teacher,
+    digest,
+    frozen,
+    load_teacher,
+    taught_inputs,
+)
+from hf_compress.config import DistillationConfig
+from hf_compress.distillation.positions import check_same_shape
+from hf_compress.errors import TrainingError
+from hf_compress.instruments.attach import attachment_of, suspended
+from hf_compress.instruments.features import Features, FeatureTap
+
+SELF = "self"
+"""Teacher: a frozen copy of the student, made when the Trainer was."""
+
+UNMASKED = "unmasked"
+"""Teacher: the student as it is, without masks, fake quantization and dropout; it needs no memory."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says to a batch."""
+
+    logits: Tensor
+    """Of the student's shape."""
+
+    features: tuple[Features, ...] = ()
+    """Of each model that teaches, if features are compared."""
+
+
+class Teacher(Protocol):
+    """Answers the inputs of the student."""
+
+    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+        """Return what it says.
+
+        Args:
+            inputs: Keyword arguments that the student was called with.
+            head: Reads its outputs.
+
+        Raises:
+            TrainingError: If it cannot be asked, or says nothing of use.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a text that tells teachers apart."""
+        ...
+
+    def describe(self) -> str:
+        """Return what it is, for people."""
+        ...
+
+
+class LiveTeacher:
+    """A model that computes its answers, in eval mode, without gradients, under the Trainer's autocast.
+
+    Args:
+        model: The model, wrappers included.
+        student: The model that learns, without wrappers.
+        trainer: Its Trainer.
+        wants: What a ``FeatureTap`` takes from it; nothing by default.
+    """
+
+    def __init__(
+        self, model: nn.Module, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+    ) -> None:
+        self.model = model
+        self.plain = plain_model(model, "the teacher")
+        self.student = student
+        self.trainer = trainer
+        self._tap = FeatureTap(model, wants) if wants else None
+        self._inputs_checked: set[str] = set()
+        self._answer_checked = False
+
+    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+        """Run the model."""
+        given = {name for name in COMPUTED_INPUTS if inputs.get(name) is not None}
+        if given - self._inputs_checked:
+            check_inputs(self.plain, self.student, {name: inputs[name] for name in given})
+            self._inputs_checked = given
+        taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain.device)
+        features: tuple[Features, ...] = ()
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            if self._tap is None:
+                outputs = self._run(taken)
+            else:
+                with closing(self._tap):
+                    outputs = self._run(self._tap.prepare(taken))
+                    features = (self._tap.read(outputs),)
+        logits = head.logits(outputs, taken, "teacher")
+        if not self._answer_checked:
+            self._answer_checked = True
+            if bool(logits.isnan().any()):
+                raise TrainingError(
+                    "distillation: the teacher's logits are not numbers (NaN) on the first batch. Check its weights, "
+                    "or load it with dtype=torch.float32."
+                )
+        return Lesson(logits, features)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the model's parameters."""
+        return digest(self.plain)
+
+    def describe(self) -> str:
+        """Return class and size."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"{type(self.plain).__name__}, {size:,} parameters"
+
+    def _run(self, inputs: Mapping[str, Any]) -> Any:
+        return self.model(**inputs)
+
+
+class UnmaskedStudent(LiveTeacher):
+    """The student as it is in this step, without masks, fake quantization and dropout."""
+
+    def _run(self, inputs: Mapping[str, Any]) -> Any:
+        with suspended(self.model), _in_eval_mode(self.model):
+            return self.model(**inputs)
+
+    def fingerprint(self) -> str:
+        """Return what it is: its weights are those of the checkpoint."""
+        return UNMASKED
+
+    def describe(self) -> str:
+        """Return what it is."""
+        return "the student without its masks"
+
+
+class Ensemble:
+    """Several teachers, whose logits are averaged: the geometric mean of their distributions (Hinton et al. 2015)."""
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        self.members = members
+
+    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+        """Ask all of them."""
+        lessons = [member.teach(inputs, head) for member in self.members]
+        total = lessons[0].logits.float()
+        for other in lessons[1:]:
+            check_same_shape(total, other.logits)
+            total = total + other.logits.to(total.device)
+        features = tuple(each for lesson in lessons for each in lesson.features)
+        return Lesson(total / len(self.members), features)
+
+    def fingerprint(self) -> str:
+        """Return those of all, in any order."""
+        return " ".join(sorted(member.fingerprint() for member in self.members))
+
+    def describe(self) -> str:
+        """Return what they are."""
+        return " and ".join(member.describe() for member in self.members)
+
+
+def copy_of(model: nn.Module, config: DistillationConfig) -> nn.Module:
+    """Return a copy of a student that nothing is attached to yet.
+
+    Raises:
+        TrainingError: If masks or quantizers are on it.
+    """
+    if any(attachment_of(module) is not None for module in model.modules()):
+        raise TrainingError(
+            f"distillation: teacher={SELF!r} copies the model before it is compressed, but something is attached to it "
+            "already. Pass the callback in Trainer(callbacks=[...]), or teacher=copy.deepcopy(model) made before."
+        )
+    made = copy.deepcopy(model)
+    return made if config.teacher_dtype is None else made.to(getattr(torch, config.teacher_dtype))
+
+
+def ready_teacher(
+    given: Any, config: DistillationConfig, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+) -> LiveTeacher:
+    """Return a teacher, checked, where it has to compute.
+
+    Args:
+        given: A model, or the Hub name or folder of one.
+        config: Says where it computes, and in what.
+        student: The model to be taught, without wrappers.
+        trainer: Its Trainer.
+        wants: What a ``FeatureTap`` takes from it.
+
+    Raises:
+        TrainingError: If it cannot be loaded, or cannot teach this student.
+    """
+    if isinstance(given, nn.Module):
+        model: Any = given
+        folder = plain_model(model, "the teacher").config._name_or_path or ""
+        source = folder if os.path.isdir(folder) else ""
+    else:
+        source = os.fspath(given)
+        model = load_teacher(source, student, config.teacher_dtype)
+    plain = plain_model(model)
+    claim(plain, trainer)
+    check_teacher(plain, student, trainer.processing_class, source)
+    # Quantized and dispatched models are where they have to be, and refuse to be moved.
+    if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
+        model.to(config.teacher_device or trainer.args.device)
+    return LiveTeacher(model, student, trainer, wants)
+
+
+def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return inputs with all tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@contextmanager
+def frozen_models(teacher: Teacher) -> Iterator[None]:
+    """Keep every model of a teacher in eval mode, without gradients; the student itself is left alone."""
+    members = teacher.members if isinstance(teacher, Ensemble) else [teacher]
+    with ExitStack() as undo:
+        for member in members:
+            if isinstance(member, LiveTeacher) and not isinstance(member, UnmaskedStudent):
+                undo.enter_context(frozen(member.model))
+        yield
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
