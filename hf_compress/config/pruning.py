@@ -105,7 +105,8 @@ class PruningConfig(Budgets):
     """Regular expressions; a dimension group or parameter whose name matches one (``re.search``) is left alone."""
 
     rules: tuple[PruningRule, ...] = ()
-    """Other settings for parts of the model."""
+    """Other settings for parts of the model. With a budget, limits only: there all units of the model compete with each
+    other, which takes scores of one criterion, and one schedule."""
 
     def _validate(self) -> None:
         self._check_patterns("exclude")
@@ -190,7 +191,9 @@ class PruningConfig(Budgets):
         for number, rule in enumerate(self.rules):
             changed = rule.changes() if isinstance(rule, PruningRule) else {**rule, "match": None}
             for field in sorted(changed.keys() - limits - {"match"}):
-                raise self._error(f"rules[{number}].{field}", changed[field], f"only limits with {target[0]}")
+                allowed = f"only limits ({', '.join(sorted(limits))}) with {target[0]}"
+                why = "All units compete for it, by scores of one criterion, on one schedule. Exclude what is to stay."
+                raise self._error(f"rules[{number}].{field}", changed[field], allowed, why)
 
     def _check_window(self) -> None:
         for name in ("begin", "end", "rewind_to"):

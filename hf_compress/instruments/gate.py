@@ -5,7 +5,8 @@ the gate is the unit's first-order importance. The gate of a whole layer mixes w
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,30 @@ class Gate:
             for weight, dim in _tensors(self.model, part):
                 owner = unit_of_position(part, weight.shape[dim])
                 scale(weight, dim, torch.cat([factors.detach().cpu(), torch.ones(1)])[owner])
+
+
+@contextmanager
+def gated(
+    model: nn.Module, groups: Mapping[str, DimensionGroup], *, needs_gradient: bool
+) -> Iterator[dict[str, Gate]]:
+    """Have gates on groups.
+
+    Args:
+        model: The model.
+        groups: By name.
+        needs_gradient: See ``Gate``.
+
+    Yields:
+        The gates by name of the group.
+    """
+    gates: dict[str, Gate] = {}
+    try:
+        for name, group in groups.items():
+            gates[name] = Gate(group, model, needs_gradient=needs_gradient)
+        yield gates
+    finally:
+        for gate in gates.values():
+            gate.remove()
 
 
 class _ExpandedGate:
