@@ -34,7 +34,7 @@ def tokens(make, data, _):
 
 def spans(make, data, _):
     def model(seed=0):
-        return randomize(BertForQuestionAnswering(make(seed=seed, **NO_DROPOUT).config), seed)
+        return randomize(BertForQuestionAnswering(make(num_labels=2, **NO_DROPOUT).config), seed)
 
     ends = {"start_positions": 0, "end_positions": 2}
     return model, [{**{k: v for k, v in each.items() if k != "labels"}, **ends} for each in data(16)]
