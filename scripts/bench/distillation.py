@@ -1,7 +1,7 @@
 """What distillation is worth: the same pruned student, trained as long, without a teacher and with one.
 
 usage: .venv/bin/python scripts/bench/distillation.py --json FILE [--task wordnet] [--seeds 0 1 2] [--steps 250]
-           [--dense-steps 800] [--sparsity 0.75] [--workers 1]
+           [--dense-steps 800] [--sparsity 0.75] [--workers 2]
 
 MiniLM is fine-tuned for the task. From it, Taylor pruning takes the given fraction of heads and feed-forward units
 between a tenth and the half of the steps, and what is left is trained to their end:
@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
@@ -107,6 +108,23 @@ def loaded(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def results(
+    pairs: list[tuple[int, str]], task: str, settings: Settings, sparsity: float, workers: int
+) -> Iterator[tuple[tuple[int, str], dict[str, Any]]]:
+    """Do runs, and give back each as it ends; no workers: in this process."""
+    if workers < 1:
+        for seed, kind in pairs:
+            yield (seed, kind), run_of(task, settings, "taylor", sparsity, seed, KINDS[kind])
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        started = {
+            pool.submit(run_of, task, settings, "taylor", sparsity, seed, KINDS[kind]): (seed, kind)
+            for seed, kind in pairs
+        }
+        for future in as_completed(started):
+            yield started[future], future.result()
+
+
 def main() -> None:
     """Run what is missing, and write after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,24 +138,18 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=48, help="tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--examples", type=int, help="use so many training and test examples only")
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--workers", type=int, default=0, help="runs side by side, in processes (default: none)")
     given = parser.parse_args()
     names = ("steps", "dense_steps", "batch_size", "max_length", "learning_rate", "examples")
     settings = Settings(start="finetuned", allocation="global", **{name: getattr(given, name) for name in names})
     data = loaded(given.json, {"settings": settings.to_dict(), "task": given.task, "sparsity": given.sparsity})
     data["dense"] = data["dense"] or dense_of(given.task, settings)
     done = {(run["seed"], run["kind"]) for run in data["runs"]}
-    with ProcessPoolExecutor(max(given.workers, 1), mp_context=multiprocessing.get_context("spawn")) as pool:
-        started = {
-            pool.submit(run_of, given.task, settings, "taylor", given.sparsity, seed, KINDS[kind]): (seed, kind)
-            for seed, kind in itertools.product(given.seeds, KINDS)
-            if (seed, kind) not in done
-        }
-        for future in as_completed(started):
-            seed, kind = started[future]
-            data["runs"].append({"seed": seed, "kind": kind, **future.result()})
-            print(json.dumps(data["runs"][-1]), file=sys.stderr, flush=True)
-            write(given.json, data)
+    missing = [pair for pair in itertools.product(given.seeds, KINDS) if pair not in done]
+    for (seed, kind), found in results(missing, given.task, settings, given.sparsity, given.workers):
+        data["runs"].append({"seed": seed, "kind": kind, **found})
+        print(json.dumps(data["runs"][-1]), file=sys.stderr, flush=True)
+        write(given.json, data)
     print(report(data))
 
 
