@@ -194,7 +194,7 @@ TASKS: dict[str, Task] = {
         {"num_labels": 1},
     ),
     "several values": Task(
-        ALL["bert"], lambda: text_examples(values), of_examples, squares, {"num_labels": 3, "problem_type": "regression"}
+        ALL["bert"], lambda: text_examples(values), of_examples, squares, {**THREE, "problem_type": "regression"}
     ),
     "several labels": Task(ALL["bert"], lambda: text_examples(yes_no_labels), of_examples, yes_or_no, MULTI_LABEL),
     "several labels by their type": Task(

@@ -85,6 +85,7 @@ class DistillationCallback(CompressionCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Copy the model, if it is to teach itself: it may come from a checkpoint once training begins."""
+        super().on_init_end(args, state, control, **kwargs)
         trainer = calling_trainer(self)
         if SELF in self._sources and trainer is not None:
             model: Any = trainer.model
