@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from hf_compress.config.base import Config, Settings
 from hf_compress.errors import ConfigError, choices
 from hf_compress.registry import distillation_losses
@@ -220,7 +222,14 @@ class DistillationConfig(_WithRamps, Config):
             raise self._error("temperature", self.temperature, allowed)
         self._check_choice("teacher_dtype", (None, "float32", "bfloat16", "float16"))
         if self.teacher_device is not None:
-            self._check_text("teacher_device")
+            self._check_device()
+
+    def _check_device(self) -> None:
+        self._check_text("teacher_device")
+        try:
+            torch.device(str(self.teacher_device))
+        except RuntimeError as error:
+            raise self._error("teacher_device", self.teacher_device, "a device such as 'cuda:1' or 'cpu'") from error
 
     def uses_temperature(self) -> bool:
         """Return whether the loss of logits has a temperature; ``"auto"`` may."""
