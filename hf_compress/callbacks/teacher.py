@@ -41,7 +41,9 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
             leave it with random ones.
     """
     try:
-        teacher, missing = _load(name, student, dtype)
+        # Adapters are made with random numbers before theirs are loaded; the student's dropout goes on as without.
+        with torch.random.fork_rng(devices=[]):
+            teacher, missing = _load(name, student, dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(
             f"teacher {name!r} cannot be loaded as {type(student).__name__}'s kind of model: {error} "
