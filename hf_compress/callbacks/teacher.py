@@ -57,6 +57,11 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
     return teacher
 
 
+def base_of(name: str) -> str:
+    """Return the model that an adapter is for, or the name itself if it is none of an adapter."""
+    return str(_adapter_of(name).get("base_model_name_or_path", name))
+
+
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, source: str) -> None:
     """Check that what the teacher says means the same to the student.
 

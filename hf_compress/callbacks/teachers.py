@@ -34,6 +34,9 @@ SELF = "self"
 UNMASKED = "unmasked"
 """Teacher: the student as it is, without masks, fake quantization and dropout; it needs no memory."""
 
+STUDENT = (SELF, UNMASKED)
+"""Teachers that are no models of their own."""
+
 
 @dataclass(frozen=True)
 class Lesson:

@@ -176,7 +176,7 @@ def test_a_teacher_computes_on_the_device_that_is_asked_for(tmp_path: Path) -> N
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="that device is there")
 def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="cannot be moved to teacher_device='cuda:1'.*Give a device that is there"):
+    with pytest.raises(TrainingError, match=r"cannot be moved to teacher_device='cuda:1'.*Give a device that is there"):
         trained(tmp_path, [distillation(bert(1), teacher_device="cuda:1")])
 
 
@@ -187,7 +187,7 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         (lambda: "unmasked", {"teacher_dtype": "bfloat16"}, "teacher_dtype: got"),
         (lambda: [bert(1), "unmasked"], {"teacher_dtype": "bfloat16"}, "teacher_dtype: got"),
         (lambda: "unmasked", {"teacher_device": "cpu"}, "teacher_device: got 'cpu'; the teacher is the student itself"),
-        (lambda: [], {}, "teacher is an empty list; pass at least one teacher"),
+        (list, {}, "teacher is an empty list; pass at least one teacher"),
         (lambda: [bert(1), 3], {}, "teacher is a int; allowed: a PreTrainedModel, .*'self', 'unmasked', or a list"),
         (lambda: None, {}, "teacher is a NoneType"),
     ],
