@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from hf_compress.callbacks.access import calling_trainer, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import window
@@ -31,6 +32,7 @@ from hf_compress.callbacks.teachers import (
     ready_teacher,
 )
 from hf_compress.config import DistillationConfig, Ramp
+from hf_compress.config.distillation import AUTO, TEMPERATURE
 from hf_compress.errors import ConfigError, TrainingError
 
 Source = PreTrainedModel | str | os.PathLike[str]
@@ -95,6 +97,11 @@ class DistillationCallback(CompressionCallback):
         for number in (self.config.alpha, self.config.temperature):
             if isinstance(number, Ramp):
                 window(number, run)
+        if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
+            raise ConfigError(
+                f"DistillationConfig.temperature: got {_text(self.config.temperature)}; allowed: {TEMPERATURE}, since "
+                f"the student is a {type(run.model).__name__} for regression, whose loss (mse) has no temperature."
+            )
         teacher = self._ready_teacher(run)
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen_models(teacher))

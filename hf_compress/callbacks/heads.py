@@ -69,6 +69,14 @@ class Head:
         several = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape
         return "multi_label_classification" if several else "single_label_classification"
 
+    def is_regression(self) -> bool:
+        """Return whether the config says that the head gives values, for which no temperature exists."""
+        config: Any = self.model.config
+        if self.model.loss_type not in WHOLE_EXAMPLE:
+            return False
+        kind = getattr(config, "problem_type", None)
+        return kind == "regression" or (kind is None and config.num_labels == 1)
+
     def loss_name(self, wanted: str, logits: Tensor, labels: Any) -> str:
         """Return the name of the loss of logits.
 
