@@ -107,6 +107,8 @@ class DistillationCallback(CompressionCallback):
         undo.enter_context(frozen_models(teacher))
         self._teacher_digest = teacher.fingerprint()
         names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
+        if names == ["label_smoother"] and head_of(run.model).labels_argument != "labels":
+            names = []  # the Trainer has it, and does not call it
         mixer = self._mixer = Mixer(self.config, teacher, run, names)
         mixer.listeners = self.listeners
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.

@@ -26,6 +26,9 @@ WHOLE_EXAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForVide
 class Head:
     """Reads logits, [batch, classes] or [batch, length, classes], with labels for the same positions."""
 
+    labels_argument = "labels"
+    """What the model's forward calls its labels; the Trainer smooths nothing but ``labels``."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.shift = _shifts_labels(model)
@@ -94,7 +97,8 @@ class Head:
         if suits is not None and wanted not in ("mse", suits):
             raise ConfigError(
                 f"DistillationConfig.loss: got {wanted!r}, which compares distributions over classes; the student's "
-                f"task is {self.problem_type(logits, labels)}. Allowed: {suits!r}, 'mse', or 'auto'."
+                f"task is {self.problem_type(logits, labels)}. Allowed: {', '.join(map(repr, {suits: 0, 'mse': 0}))}, "
+                "or 'auto'."
             )
         return wanted
 
@@ -104,6 +108,8 @@ class SpanHead(Head):
 
     Padding can be neither; Transformers' loss is the mean of both.
     """
+
+    labels_argument = "start_positions"
 
     def logits(self, outputs: Any, inputs: Mapping[str, Any], who: str) -> Tensor:
         """Return [batch, 2, length]."""

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from taught_tasks import ALPHA, TASKS, TEMPERATURE, differences
 from torch import Tensor
+from training_runs import slow_unless
 
 from hf_compress.callbacks.distillation import DistillationCallback
-from hf_compress.config import DistillationConfig
+from hf_compress.config import DistillationConfig, Ramp
+from hf_compress.errors import ConfigError
 
 RAGGED = {
     "max_steps": 2,
@@ -61,9 +63,55 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Options of ``differences``."""
 
 
-@pytest.mark.parametrize("name", ["classes", "next tokens", "t5", "bart"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        slow_unless(
+            name in ("classes", "next tokens") or option == "smoothed labels", name, option, name=f"{name}-{option}"
+        )
+        for name in ("classes", "next tokens", "t5", "bart")
+        for option in OPTIONS
+    ],
+)
 def test_the_gradient_is_that_of_the_loss_by_hand_whatever_the_trainer_does(
     make_trainer: Any, name: str, option: str
 ) -> None:
     assert max(differences(make_trainer, TASKS[name], taught, **RAGGED, **OPTIONS[option])) <= 1e-6
+
+
+def test_answers_are_taught_where_the_trainer_smooths_other_labels(make_trainer: Any) -> None:
+    """It ignores label_smoothing_factor where there are no ``labels``."""
+    assert max(differences(make_trainer, TASKS["answers"], taught, **RAGGED, label_smoothing_factor=0.1)) <= 1e-6
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "jensen_shannon", "soft_cross_entropy", "mse", "binary_kl"])
+def test_padding_of_answers_gives_no_loss_a_nan(make_trainer: Any, loss: str) -> None:
+    task = TASKS["answers"]
+    callback = DistillationCallback(DistillationConfig(loss=loss), task.teacher())
+    trainer = make_trainer(task.student(), task.data(), [callback], logging_strategy="steps", logging_steps=1)
+    trainer.train()
+    for entry in trainer.state.log_history[:-1]:
+        assert 0 < entry["distillation_loss"] < float("inf")
+        assert 0 < entry["grad_norm"] < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("value", {"loss": "kl"}, r"loss: got 'kl', .* over classes; .* regression\. Allowed: 'mse', or 'auto'"),
+        ("several values", {"loss": "jensen_shannon"}, r"Allowed: 'mse', or 'auto'"),
+        ("several labels", {"loss": "kl"}, r"multi_label_classification\. Allowed: 'binary_kl', 'mse', or 'auto'"),
+        ("several labels by their type", {"loss": "kl"}, "Allowed: 'binary_kl', 'mse', or 'auto'"),
+        ("value", {"temperature": 3}, r"temperature: got 3; allowed: 2\.0, .* for regression, whose loss \(mse\)"),
+        ("several values", {"temperature": Ramp(start=1.0, stop=2.0)}, "temperature: got 1 to 2, linear"),
+    ],
+)
+def test_settings_that_mean_nothing_for_a_task_are_refused(
+    make_trainer: Any, name: str, settings: dict[str, Any], message: str
+) -> None:
+    task = TASKS[name]
+    callback = DistillationCallback(DistillationConfig(**settings), task.teacher())
+    trainer = make_trainer(task.student(), task.data(), [callback])
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
