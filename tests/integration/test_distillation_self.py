@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from peft import LoraConfig, get_peft_model
 from resumable import StopAt, assert_same, distillation, pruning, quantization, results_of, trainer_of
 from training_runs import instrumented
 from transformers import Trainer, TrainerCallback
@@ -87,6 +88,13 @@ def test_self_of_a_callback_that_came_later_is_the_model_at_the_begin_and_cannot
     later.add_callback(distillation("self"))
     with pytest.raises(TrainingError, match=r"this callback was added later, and training resumes. Pass it in Trainer"):
         later.train(resume_from_checkpoint=True)
+
+
+def test_the_trainer_is_known_from_the_moment_it_is_made(tmp_path: Path) -> None:
+    callback = distillation("self")
+    trainer = trainer_of([callback], tmp_path, **SHORT)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)  # by somebody else than the Trainer
+    assert callback._run.trainer is trainer
 
 
 def test_self_of_a_model_that_is_compressed_already_is_refused(tmp_path: Path) -> None:
@@ -181,6 +189,60 @@ def test_masks_are_back_after_the_unmasked_student_has_failed(tmp_path: Path) ->
     assert len(seen) == 6
     assert all(before and same for before, same in seen)
     assert instrumented(trainer.model) == []  # the run is over, and everything is taken off
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "wanda", "apoz", "mean_activation", "movement", "l0"])
+def test_the_unmasked_pass_is_not_among_those_that_units_are_judged_by(tmp_path: Path, criterion: str) -> None:
+    """While no weight changes, the copy says the same, and nothing that is measured of the student may differ."""
+    found = []
+    for teacher in ("self", "unmasked"):
+        made = [pruning(criterion, begin=1, end=3, update_every=1), distillation(teacher)]
+        found.append(results_of(trained(tmp_path, made, learning_rate=0.0, lr_scheduler_type="constant")))
+    assert_same(*found)
+    assert any(not bool(mask.all()) for name, mask in found[0].items() if name.startswith("mask"))
+
+
+@pytest.mark.parametrize("teacher", ["self", "unmasked"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param({"activation_checkpointing": True}, id="checkpointing"),
+        pytest.param(
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            id="reentrant",
+        ),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="compiled", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_student_teaches_alike_whatever_the_trainer_does(
+    tmp_path: Path, teacher: str, args: dict[str, Any]
+) -> None:
+    plain, other = (trained(tmp_path, callbacks(ORDERS[0], teacher), **given) for given in ({}, args))
+    for name, weight in results_of(plain).items():
+        torch.testing.assert_close(results_of(other)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
+@pytest.mark.parametrize("teacher", ["self", "unmasked"])
+def test_a_student_with_adapters_teaches_itself(tmp_path: Path, teacher: str) -> None:
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        options = {"r": 2, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+        return get_peft_model(tiny_models.bert(), LoraConfig(**options))
+
+    frozen = {"learning_rate": 0.0, "lr_scheduler_type": "constant", "logging_strategy": "steps", "logging_steps": 1}
+    made = [pruning(begin=1, end=3, update_every=1), distillation(teacher)]
+    ours = trained(tmp_path, made, model=adapted(), **frozen)
+    made = [pruning(begin=1, end=3, update_every=1), distillation(adapted())]
+    by_hand = trained(tmp_path, made, model=adapted(), **frozen)
+    losses = [
+        [entry["distillation_loss"] for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (ours, by_hand)
+    ]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_unmasked_draws_no_random_numbers(tmp_path: Path) -> None:
