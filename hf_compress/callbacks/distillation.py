@@ -97,12 +97,12 @@ class DistillationCallback(CompressionCallback):
         for number in (self.config.alpha, self.config.temperature):
             if isinstance(number, Ramp):
                 window(number, run)
+        teacher = self._ready_teacher(run)
         if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
             raise ConfigError(
                 f"DistillationConfig.temperature: got {_text(self.config.temperature)}; allowed: {TEMPERATURE}, since "
                 f"the student is a {type(run.model).__name__} for regression, whose loss (mse) has no temperature."
             )
-        teacher = self._ready_teacher(run)
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen_models(teacher))
         self._teacher_digest = teacher.fingerprint()
