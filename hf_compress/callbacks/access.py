@@ -107,6 +107,12 @@ def plain_model(model: nn.Module, who: str = "the Trainer's model") -> PreTraine
     return base
 
 
+def loss_scale(optimizer: Any) -> float:
+    """Return the fp16 loss scale: the Trainer unscales its own parameters' gradients only."""
+    scaler = getattr(optimizer, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
 def refuse_prompts(model: Any) -> None:
     """Check that PEFT does not feed the model with prompts, which no mask covers and no merging removes.
 

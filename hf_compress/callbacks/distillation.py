@@ -8,14 +8,17 @@ does to the loss afterwards (accumulation, ranks, loss scaling) then applies to 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.callbacks.access import calling_trainer, replace_attribute
+from hf_compress.callbacks.access import calling_trainer, loss_scale, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.cached_teacher import CachedTeacher
+from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
@@ -24,7 +27,6 @@ from hf_compress.callbacks.teachers import (
     SELF,
     UNMASKED,
     Ensemble,
-    LiveTeacher,
     Teacher,
     UnmaskedStudent,
     copy_of,
@@ -34,9 +36,11 @@ from hf_compress.callbacks.teachers import (
 from hf_compress.config import DistillationConfig, Ramp
 from hf_compress.config.distillation import AUTO, TEMPERATURE
 from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.teachers.cached import TeacherCache
+from hf_compress.teachers.manifest import MANIFEST
 
-Source = PreTrainedModel | str | os.PathLike[str]
-"""A model, or the Hub name or folder of one."""
+Source = PreTrainedModel | TeacherCache | str | os.PathLike[str]
+"""A model, the Hub name or folder of one, or what was cached of one."""
 
 
 class DistillationCallback(CompressionCallback):
@@ -53,7 +57,8 @@ class DistillationCallback(CompressionCallback):
             model is moved to the training device and frozen while training runs. Several in a list teach together:
             their logits are averaged. ``"self"`` is a frozen copy of the student, made when the Trainer was: the
             dense model. ``"unmasked"`` is the student of the same step without masks, fake quantization and dropout,
-            which needs no memory for a copy. Teachers are never saved.
+            which needs no memory for a copy. A ``TeacherCache``, or its folder, answers from disk what its teacher
+            said before (``cache_teacher_outputs``). Teachers are never saved.
 
     Raises:
         ConfigError: If an argument is of another type, or a setting of the config has no effect on the teacher.
@@ -69,10 +74,10 @@ class DistillationCallback(CompressionCallback):
         if not several:
             raise ConfigError("DistillationCallback: teacher is an empty list; pass at least one teacher.")
         for each in several:
-            if not isinstance(each, nn.Module | str | os.PathLike):
+            if not isinstance(each, nn.Module | TeacherCache | str | os.PathLike):
                 raise ConfigError(
                     f"DistillationCallback: teacher is a {type(each).__name__}; allowed: a PreTrainedModel, the Hub "
-                    f"name or folder of one, {SELF!r}, {UNMASKED!r}, or a list of these."
+                    f"name or folder of one, a TeacherCache or its folder, {SELF!r}, {UNMASKED!r}, or a list of these."
                 )
         _check_effect(config, several)
         super().__init__(config)
@@ -106,20 +111,20 @@ class DistillationCallback(CompressionCallback):
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen_models(teacher))
         self._teacher_digest = teacher.fingerprint()
+        features = FeatureDistillation(self.config.features, run) if self.config.features else None
         names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
         if names == ["label_smoother"] and head_of(run.model).labels_argument != "labels":
             names = []  # the Trainer has it, and does not call it
-        mixer = self._mixer = Mixer(self.config, teacher, run, names)
+        mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
+        if features is not None:
+            features.prepare(teacher, mixer.head)
         mixer.listeners = self.listeners
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
         model: Any = trainer.model
-        if names:
-            hooks = [model.register_forward_hook(_eager(mixer.capture), with_kwargs=True)]
-        else:
-            hooks = [
-                model.register_forward_pre_hook(_eager(mixer.place_probe), with_kwargs=True),
-                model.register_forward_hook(_eager(mixer.mix_outputs), with_kwargs=True),
-            ]
+        hooks = [
+            model.register_forward_pre_hook(_eager(mixer.begin_pass), with_kwargs=True),
+            model.register_forward_hook(_eager(mixer.end_pass), with_kwargs=True, always_call=True),
+        ]
         for hook in hooks:
             undo.callback(hook.remove)
         for name in names:
@@ -139,12 +144,15 @@ class DistillationCallback(CompressionCallback):
         """
         if self._mixer is not None:
             self._mixer.end_step()
+            if self._mixer.features is not None:
+                self._mixer.features.projections.step(loss_scale(kwargs.get("optimizer")))
 
     def _metrics(self) -> Mapping[str, float]:
         return self._mixer.averages() if self._mixer is not None else {}
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        return {}, {"teacher": self._teacher_digest}
+        features = self._mixer.features if self._mixer is not None else None
+        return features.projections.state() if features is not None else {}, {"teacher": self._teacher_digest}
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         if facts.get("teacher") != self._teacher_digest:
@@ -152,6 +160,8 @@ class DistillationCallback(CompressionCallback):
                 "DistillationCallback: the checkpoint's run had another teacher, or the same in another dtype. Resume "
                 "with that teacher, or start a new run from the checkpoint's weights."
             )
+        if self._mixer is not None and self._mixer.features is not None:
+            self._mixer.features.projections.restore(tensors)
 
     def _preview(self, run: Run) -> Mapping[str, Any]:
         mixer = self._mixer
@@ -163,7 +173,8 @@ class DistillationCallback(CompressionCallback):
         model: Any = run.trainer.model
         with torch.no_grad(), torch.random.fork_rng(), run.trainer.accelerator.autocast():
             outputs = model(**inputs)  # no gradients, so the hooks leave it alone
-            losses = mixer.losses(outputs, inputs, inputs.get("labels"), mixer.head.shift, None)
+            taken = mixer.features.of(model, inputs) if mixer.features is not None else None
+            losses = mixer.losses(outputs, inputs, inputs.get("labels"), mixer.head.shift, None, taken)
         for name, loss in losses.items():
             facts[f"{name} loss of the first batch"] = float(loss)
         return facts
@@ -173,12 +184,17 @@ class DistillationCallback(CompressionCallback):
         members = [self._ready(source, run) for source in self._sources]
         return members[0] if len(members) == 1 else Ensemble(members)
 
-    def _ready(self, source: Any, run: Run) -> LiveTeacher:
+    def _ready(self, source: Any, run: Run) -> Teacher:
         trainer: Any = run.trainer
+        if isinstance(source, str | os.PathLike) and (Path(source) / MANIFEST).is_file():
+            source = TeacherCache.open(source)
+        if isinstance(source, TeacherCache):
+            return CachedTeacher(source, self.config, run)
+        wants = FeatureDistillation.wants(self.config.features)
         if source == UNMASKED:
             if trainer.is_fsdp_enabled:
                 raise TrainingError(f"distillation: teacher={UNMASKED!r} does not work under FSDP; use {SELF!r}.")
-            return UnmaskedStudent(trainer.model, run.model, trainer)
+            return UnmaskedStudent(trainer.model, run.model, trainer, wants)
         if source == SELF:
             if self._copy is None:
                 if trainer.state.global_step > 0:
@@ -188,21 +204,23 @@ class DistillationCallback(CompressionCallback):
                     )
                 self._copy = copy_of(trainer.model, self.config)
             source = self._copy
-        return ready_teacher(source, self.config, run.model, trainer)
+        return ready_teacher(source, self.config, run.model, trainer, wants)
 
 
 def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:
     """Check that the settings of the teacher have an effect."""
-    named = [each for each in sources if each == SELF or (not isinstance(each, nn.Module) and each != UNMASKED)]
+    made = (nn.Module, TeacherCache)
+    named = [each for each in sources if not isinstance(each, made) and each != UNMASKED]
     if config.teacher_dtype is not None and not named:
         raise ConfigError(
             f"DistillationConfig.teacher_dtype: got {config.teacher_dtype!r}, but the teacher is a model that is there "
             f"already; allowed: None. Load it with that dtype, or pass its name or {SELF!r}."
         )
-    if config.teacher_device is not None and all(each == UNMASKED for each in sources):
+    computing = [each for each in sources if isinstance(each, nn.Module) or each in named]
+    if config.teacher_device is not None and not computing:
         raise ConfigError(
-            f"DistillationConfig.teacher_device: got {config.teacher_device!r}; the teacher is the student itself, "
-            "which is where it is; allowed: None."
+            f"DistillationConfig.teacher_device: got {config.teacher_device!r}; allowed: None where the teacher is the "
+            "student itself or a cache."
         )
 
 

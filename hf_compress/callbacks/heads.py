@@ -29,6 +29,9 @@ class Head:
     labels_argument = "labels"
     """What the model's forward calls its labels; the Trainer smooths nothing but ``labels``."""
 
+    speaks_of_whole_texts = False
+    """Whether positions of the text are the classes, rather than having them."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.shift = _shifts_labels(model)
@@ -110,6 +113,7 @@ class SpanHead(Head):
     """
 
     labels_argument = "start_positions"
+    speaks_of_whole_texts = True
 
     def logits(self, outputs: Any, inputs: Mapping[str, Any], who: str) -> Tensor:
         """Return [batch, 2, length]."""

@@ -1,12 +1,14 @@
 """Mixes the distillation loss into the task loss where that arises, and knows whether it was used."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.callbacks.base import Run
+from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import Head, head_of
 from hf_compress.callbacks.item_count import CountProbe, gradient_says, loss_of_twice_as_many, values_say
 from hf_compress.callbacks.ramps import value_at
@@ -14,8 +16,11 @@ from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
+from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.errors import TrainingError
+from hf_compress.instruments.features import Features
 from hf_compress.registry import distillation_losses
+from hf_compress.teachers.outputs import SparseLogits
 
 LossListener = Callable[[Tensor, Tensor], None]
 """(loss of the logits, the gradient that arrives at it): called in the backward pass, before it goes on."""
@@ -29,40 +34,65 @@ class Mixer:
         teacher: Who is asked.
         run: The run.
         mixes_in: Names of what computes the loss outside the model, such as ``"label_smoother"``.
+        features: Compares what is inside of the models; None if only logits are.
     """
 
-    def __init__(self, config: DistillationConfig, teacher: Teacher, run: Run, mixes_in: list[str]) -> None:
+    def __init__(
+        self,
+        config: DistillationConfig,
+        teacher: Teacher,
+        run: Run,
+        mixes_in: list[str],
+        features: FeatureDistillation | None = None,
+    ) -> None:
         self.config = config
         self.teacher = teacher
         self.run = run
+        self.features = features
         self.head: Head = head_of(run.model)
         self.listeners: list[LossListener] = []
         self.per_item: bool | None = None
         """Whether the task loss is a sum divided by num_items_in_batch; None until a forward pass has shown it."""
         self.mixes_in = mixes_in
         self.inputs: Mapping[str, Any] | None = None
+        self.taken: Features | None = None
+        """Inputs and features of a pass whose loss is computed outside the model."""
         self.num_computed = self.num_used = self.num_steps = 0
         self.sums: dict[str, Tensor] = {}
         """By name, losses since the last log, scaled as the Trainer scales the loss."""
 
-    def place_probe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Let the first forward pass show whether its loss depends on num_items_in_batch."""
-        if not _is_training(module) or kwargs.get("num_items_in_batch") is None or self.per_item is not None:
+    def begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before a forward pass: watch its features, and let the first show whether its loss depends on a count."""
+        if not _is_training(module):
             return None
+        if self.features is not None:
+            kwargs = self.features.tap.prepare(kwargs)
+        if self.mixes_in or self.per_item is not None or kwargs.get("num_items_in_batch") is None:
+            return args, kwargs
         # A compiler would trace the subclass; the plain tensor's gradient says the same.
         compiled = self.run.args.torch_compile or getattr(module, "_compiled_call_impl", None) is not None
         probe = CountProbe.of(kwargs["num_items_in_batch"], self.run.device)
         return args, {**kwargs, "num_items_in_batch": probe.as_subclass(Tensor) if compiled else probe}
 
-    def capture(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        """Keep the inputs for a loss that is computed outside the model."""
-        if _is_training(module):
-            self.inputs = _keywords(args, kwargs)
-
-    def mix_outputs(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
-        """Replace ``outputs.loss``."""
+    def end_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        """After a forward pass, also one that failed: mix the loss, or keep what that takes for whoever computes it."""
         if not _is_training(module):
             return None
+        with ExitStack() as stack:
+            if self.features is not None:
+                stack.callback(self.features.tap.close)
+            if outputs is None:
+                return None
+            taken = self.features.tap.read(outputs) if self.features is not None else None
+        if self.mixes_in:
+            self.inputs, self.taken = _keywords(args, kwargs), taken
+            return None
+        return self.mix_outputs(module, args, kwargs, outputs, taken)
+
+    def mix_outputs(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any, taken: Features | None
+    ) -> Any:
+        """Replace ``outputs.loss``."""
         inputs = _keywords(args, kwargs)
         task_loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if not isinstance(task_loss, Tensor):
@@ -78,14 +108,15 @@ class Mixer:
         if self.per_item is None and num_items is not None:
             self.per_item = gradient_says(task_loss, num_items)
             task_loss, num_items = task_loss.as_subclass(Tensor), num_items.detach().as_subclass(Tensor)
-        outputs["loss"] = self._mix(task_loss, self.losses(outputs, inputs, labels, shift, num_items))
+        outputs["loss"] = self._mix(task_loss, self.losses(outputs, inputs, labels, shift, num_items, taken))
         return outputs
 
     def mixed(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a ``label_smoother`` or ``compute_loss_func`` that distills as well."""
 
         def compute_mixed(outputs: Any, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
-            inputs, self.inputs = self.inputs, None
+            inputs, taken = self.inputs, self.taken
+            self.inputs = self.taken = None
             if inputs is None:
                 return compute(outputs, labels, *args, **kwargs)
             if args:
@@ -99,7 +130,7 @@ class Mixer:
             task_loss = compute(outputs, labels, **kwargs)
             if other is not None:
                 self.per_item = values_say(task_loss, other)
-            return self._mix(task_loss, self.losses(outputs, inputs, labels, self.head.shift, num_items))
+            return self._mix(task_loss, self.losses(outputs, inputs, labels, self.head.shift, num_items, taken))
 
         return compute_mixed
 
@@ -117,11 +148,18 @@ class Mixer:
         """Check that distillation took part in this optimizer step."""
         if self.num_used == 0:
             raise TrainingError(f"distillation has no effect: {self._why_unused()}")
+        self.teacher.end_step()
         self.num_computed = self.num_used = 0
         self.num_steps += 1
 
     def losses(
-        self, outputs: Any, inputs: Mapping[str, Any], labels: Any, shift: bool, num_items: Any
+        self,
+        outputs: Any,
+        inputs: Mapping[str, Any],
+        labels: Any,
+        shift: bool,
+        num_items: Any,
+        taken: Features | None = None,
     ) -> dict[str, Tensor]:
         """Return every loss between the student and the teacher by name, normalized as the task loss is.
 
@@ -131,28 +169,39 @@ class Mixer:
             labels: Of the batch, or None.
             shift: Whether position i predicts the label at i + 1.
             num_items: What the task loss is divided by if it is a sum.
+            taken: Features of the student, if they are compared.
         """
         own = self.head.logits(outputs, inputs, "student")
         counted = self.head.counted(own, inputs, labels, shift)
-        lesson = self.teacher.teach(inputs, self.head)
+        lesson = self.teacher.teach(inputs, self.head, labels)
+        if lesson.known is not None:
+            counted = counted & lesson.known.to(counted.device)
         count = num_items if self.per_item and num_items is not None else counted.sum().clamp(min=1)
         found = {}
         if self.config.loss is not None:
             name = self.head.loss_name(self.config.loss, own, labels)
-            theirs = lesson.logits.to(own.device)
-            check_same_shape(own, theirs)
-            found["logits"] = self._of_logits(name, own, theirs, counted) / count
+            found["logits"] = self._of_logits(name, own, lesson.logits, counted) / count
+        if self.features is not None and taken is not None:
+            # An example counts as often as the task loss counts its positions.
+            shares = counted.reshape(len(counted), -1).sum(1) / count
+            found |= self.features.losses(taken, lesson.features, inputs, shares)
         return found
 
-    def _of_logits(self, name: str, own: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
+    def _of_logits(self, name: str, own: Tensor, theirs: Tensor | SparseLogits, counted: Tensor) -> Tensor:
         """Return the sum of the loss over the positions that count."""
         temperature = value_at(self.config.temperature, self.run)
-        loss = distillation_losses.get(name)
-        if own.dim() == 2:
-            return torch.where(counted, loss(own, theirs, temperature), 0.0).sum()
+        if isinstance(theirs, Tensor):
+            check_same_shape(own, theirs)
+            theirs = theirs.to(own.device)
+            if own.dim() == 2:
+                return torch.where(counted, distillation_losses.get(name)(own, theirs, temperature), 0.0).sum()
         # Indexing with bool tensors would wait for the device twice to learn how many there are.
         chosen = counted.flatten().nonzero().squeeze(1)
-        total: Tensor = loss(own.flatten(0, -2)[chosen], theirs.flatten(0, -2)[chosen], temperature).sum()
+        picked = own.flatten(0, -2)[chosen]
+        if isinstance(theirs, SparseLogits):
+            indices, values = (each.flatten(0, -2)[chosen] for each in (theirs.indices, theirs.values))
+            return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
+        total: Tensor = distillation_losses.get(name)(picked, theirs.flatten(0, -2)[chosen], temperature).sum()
         return total
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:

@@ -80,17 +80,31 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer:
             f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
             "use a teacher that reads the same inputs."
         )
+    check_same_task(teacher.config, student)
+    if source and isinstance(tokenizer, PreTrainedTokenizerBase):
+        _check_tokenizer(source, tokenizer)
+
+
+def check_same_task(theirs: Any, student: PreTrainedModel) -> None:
+    """Check that labels and vocabulary of the teacher are those of the student.
+
+    Args:
+        theirs: Config of the teacher.
+        student: The model that learns.
+
+    Raises:
+        TrainingError: If they differ.
+    """
+    own: Any = student.config
     head: Any = student.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
-        _check_labels(teacher, student)
-    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (teacher, student)]
+        _check_labels(theirs, own)
+    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (theirs, own)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise TrainingError(
             f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; token ids must mean the same "
             "to both. Use a teacher with the student's tokenizer."
         )
-    if source and isinstance(tokenizer, PreTrainedTokenizerBase):
-        _check_tokenizer(source, tokenizer)
 
 
 @contextmanager
@@ -224,9 +238,7 @@ def _check_apart(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         )
 
 
-def _check_labels(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    theirs: Any = teacher.config
-    own: Any = student.config
+def _check_labels(theirs: Any, own: Any) -> None:
     if theirs.num_labels != own.num_labels:
         raise TrainingError(
             f"the teacher has {theirs.num_labels} labels, the student {own.num_labels}; they must have the same. "

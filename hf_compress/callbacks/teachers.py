@@ -2,8 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
+from hf_compress.instruments.features import Features, FeatureTap
+from hf_compress.teachers.outputs import SparseLogits
 
 SELF = "self"
 """Teacher: a frozen copy of the student, made when the Trainer was."""
@@ -42,22 +44,37 @@ STUDENT = (SELF, UNMASKED)
 class Lesson:
     """What a teacher says to a batch."""
 
-    logits: Tensor
+    logits: Tensor | SparseLogits
     """Of the student's shape."""
+
+    known: Tensor | None = None
+    """Positions that the teacher speaks of, bool, [batch, length]; None if it speaks of all."""
+
+    features: tuple[Features, ...] = ()
+    """Of each model that teaches, if features are compared."""
 
 
 class Teacher(Protocol):
     """Answers the inputs of the student."""
 
-    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Return what it says.
 
         Args:
             inputs: Keyword arguments that the student was called with.
             head: Reads its outputs.
+            labels: Of the batch, also where the Trainer took them out of ``inputs``.
 
         Raises:
             TrainingError: If it cannot be asked, or says nothing of use.
+        """
+        ...
+
+    def end_step(self) -> None:
+        """Check, at the end of an optimizer step, what was not worth waiting for before.
+
+        Raises:
+            TrainingError: If something went wrong in the step.
         """
         ...
 
@@ -71,25 +88,41 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """A model that computes its answers, in eval mode, without gradients, under the Trainer's autocast."""
+    """A model that computes its answers, in eval mode, without gradients, under the Trainer's autocast.
 
-    def __init__(self, model: nn.Module, student: PreTrainedModel, trainer: Trainer) -> None:
+    Args:
+        model: The model, wrappers included.
+        student: The model that learns, without wrappers.
+        trainer: Its Trainer.
+        wants: What a ``FeatureTap`` takes from it; nothing by default.
+    """
+
+    def __init__(
+        self, model: nn.Module, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+    ) -> None:
         self.model = model
         self.plain = plain_model(model, "the teacher")
         self.student = student
         self.trainer = trainer
+        self._tap = FeatureTap(model, wants) if wants else None
         self._inputs_checked: set[str] = set()
         self._answer_checked = False
 
-    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Run the model."""
         given = {name for name in COMPUTED_INPUTS if inputs.get(name) is not None}
         if given - self._inputs_checked:
             check_inputs(self.plain, self.student, {name: inputs[name] for name in given})
             self._inputs_checked = given
         taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain.device)
+        features: tuple[Features, ...] = ()
         with torch.no_grad(), self.trainer.accelerator.autocast():
-            outputs = self._run(taken)
+            if self._tap is None:
+                outputs = self._run(taken)
+            else:
+                with closing(self._tap):
+                    outputs = self._run(self._tap.prepare(taken))
+                    features = (self._tap.read(outputs),)
         logits = head.logits(outputs, taken, "teacher")
         if not self._answer_checked:
             self._answer_checked = True
@@ -98,7 +131,10 @@ class LiveTeacher:
                     "distillation: the teacher's logits are not numbers (NaN) on the first batch. Check its weights, "
                     "or load it with dtype=torch.float32."
                 )
-        return Lesson(logits)
+        return Lesson(logits, features=features)
+
+    def end_step(self) -> None:
+        """Nothing was put off."""
 
     def fingerprint(self) -> str:
         """Return a digest of the model's parameters."""
@@ -135,14 +171,29 @@ class Ensemble:
     def __init__(self, members: Sequence[Teacher]) -> None:
         self.members = members
 
-    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Ask all of them."""
-        first, *others = (member.teach(inputs, head) for member in self.members)
-        total = first.logits.float()
-        for other in others:
-            check_same_shape(total, other.logits)
-            total = total + other.logits.to(total.device)
-        return Lesson(total / len(self.members))
+        lessons = [member.teach(inputs, head, labels) for member in self.members]
+        total: Tensor | None = None
+        for lesson in lessons:
+            if isinstance(lesson.logits, SparseLogits):
+                raise TrainingError(
+                    "distillation: a cache that holds only the largest logits (top_k) cannot be averaged with other "
+                    "teachers. Make it without top_k, or use it alone."
+                )
+            logits = lesson.logits.float()
+            if total is not None:
+                check_same_shape(total, logits)
+            total = logits if total is None else total + logits.to(total.device)
+        assert total is not None
+        features = tuple(each for lesson in lessons for each in lesson.features)
+        known = [lesson.known for lesson in lessons if lesson.known is not None]
+        return Lesson(total / len(lessons), torch.stack(known).all(0) if known else None, features)
+
+    def end_step(self) -> None:
+        """Let all of them check."""
+        for member in self.members:
+            member.end_step()
 
     def fingerprint(self) -> str:
         """Return those of all, in any order."""
@@ -168,7 +219,9 @@ def copy_of(model: nn.Module, config: DistillationConfig) -> nn.Module:
     return made if config.teacher_dtype is None else made.to(getattr(torch, config.teacher_dtype))
 
 
-def ready_teacher(given: Any, config: DistillationConfig, student: PreTrainedModel, trainer: Trainer) -> LiveTeacher:
+def ready_teacher(
+    given: Any, config: DistillationConfig, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+) -> LiveTeacher:
     """Return a teacher, checked, where it has to compute.
 
     Args:
@@ -176,6 +229,7 @@ def ready_teacher(given: Any, config: DistillationConfig, student: PreTrainedMod
         config: Says where it computes, and in what.
         student: The model to be taught, without wrappers.
         trainer: Its Trainer.
+        wants: What a ``FeatureTap`` takes from it.
 
     Raises:
         TrainingError: If it cannot be loaded, or cannot teach this student.
@@ -191,7 +245,7 @@ def ready_teacher(given: Any, config: DistillationConfig, student: PreTrainedMod
     claim(plain, trainer)
     check_teacher(plain, student, trainer.processing_class, source)
     _move(model, plain, config.teacher_device, trainer.args.device)
-    return LiveTeacher(model, student, trainer)
+    return LiveTeacher(model, student, trainer, wants)
 
 
 def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: torch.device) -> None:
