@@ -19,6 +19,7 @@ from hf_compress.callbacks.access import calling_trainer, loss_scale, replace_at
 from hf_compress.callbacks.base import CompressionCallback, Run
 from hf_compress.callbacks.cached_teacher import CachedTeacher
 from hf_compress.callbacks.feature_distillation import FeatureDistillation
+from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import window
@@ -33,6 +34,7 @@ from hf_compress.callbacks.teachers import (
     ready_teacher,
 )
 from hf_compress.config import DistillationConfig, Ramp
+from hf_compress.config.distillation import AUTO, TEMPERATURE
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.teachers.cached import TeacherCache
 from hf_compress.teachers.manifest import MANIFEST
@@ -90,6 +92,7 @@ class DistillationCallback(CompressionCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Copy the model, if it is to teach itself: it may come from a checkpoint once training begins."""
+        super().on_init_end(args, state, control, **kwargs)
         trainer = calling_trainer(self)
         if SELF in self._sources and trainer is not None:
             model: Any = trainer.model
@@ -100,11 +103,18 @@ class DistillationCallback(CompressionCallback):
             if isinstance(number, Ramp):
                 window(number, run)
         teacher = self._ready_teacher(run)
+        if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
+            raise ConfigError(
+                f"DistillationConfig.temperature: got {_text(self.config.temperature)}; allowed: {TEMPERATURE}, since "
+                f"the student is a {type(run.model).__name__} for regression, whose loss (mse) has no temperature."
+            )
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen_models(teacher))
         self._teacher_digest = teacher.fingerprint()
         features = FeatureDistillation(self.config.features, run) if self.config.features else None
         names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
+        if names == ["label_smoother"] and head_of(run.model).labels_argument != "labels":
+            names = []  # the Trainer has it, and does not call it
         mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
         if features is not None:
             features.prepare(teacher, mixer.head)

@@ -25,7 +25,7 @@ from hf_compress.callbacks.teacher import (
 )
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
-from hf_compress.errors import TrainingError
+from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
 from hf_compress.instruments.features import Features, FeatureTap
 from hf_compress.teachers.outputs import SparseLogits
@@ -35,6 +35,9 @@ SELF = "self"
 
 UNMASKED = "unmasked"
 """Teacher: the student as it is, without masks, fake quantization and dropout; it needs no memory."""
+
+STUDENT = (SELF, UNMASKED)
+"""Teachers that are no models of their own."""
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,28 @@ def ready_teacher(
     plain = plain_model(model)
     claim(plain, trainer)
     check_teacher(plain, student, trainer.processing_class, source)
-    # Quantized and dispatched models are where they have to be, and refuse to be moved.
-    if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
-        model.to(config.teacher_device or trainer.args.device)
+    _move(model, plain, config.teacher_device, trainer.args.device)
     return LiveTeacher(model, student, trainer, wants)
+
+
+def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: torch.device) -> None:
+    """Quantized and dispatched models are where they have to be, and refuse to be moved."""
+    if getattr(plain, "is_quantized", False) or getattr(plain, "hf_device_map", None) is not None:
+        if wanted is not None:
+            raise ConfigError(
+                f"DistillationConfig.teacher_device: got {wanted!r}, but the teacher is quantized or loaded with a "
+                "device_map, and stays where it is; allowed: None. Load it there."
+            )
+        return
+    try:
+        model.to(wanted or device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that kind of device
+        if wanted is None:
+            raise
+        raise TrainingError(
+            f"distillation: the teacher cannot be moved to teacher_device={wanted!r}: {error} Give a device that is "
+            "there, or None."
+        ) from error
 
 
 def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
