@@ -130,9 +130,7 @@ class Gate:
 
 
 @contextmanager
-def gated(
-    model: nn.Module, groups: Mapping[str, DimensionGroup], *, needs_gradient: bool
-) -> Iterator[dict[str, Gate]]:
+def gated(model: nn.Module, groups: Mapping[str, DimensionGroup], *, needs_gradient: bool) -> Iterator[dict[str, Gate]]:
     """Have gates on groups.
 
     Args:

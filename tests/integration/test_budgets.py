@@ -1,6 +1,5 @@
 """Budgets of the whole model in a real Trainer: parameters, operations, measured time."""
 
-
 import pytest
 import torch
 from fake_timer import FakeTimer, weights_in_layers
