@@ -181,7 +181,8 @@ class Mixer:
         if self.features is not None and taken is not None:
             # An example counts as often as the task loss counts its positions.
             shares = counted.reshape(len(counted), -1).sum(1) / count
-            found |= self.features.losses(taken, lesson.features, inputs, shares)
+            # Where the loss is computed outside the model, it has not got the labels, which show a decoder's padding.
+            found |= self.features.losses(taken, lesson.features, {**inputs, "labels": labels}, shares)
         return found
 
     def _of_logits(self, name: str, own: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
