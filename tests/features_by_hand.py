@@ -173,7 +173,7 @@ def trainer_by_hand(lesson: Lesson, *, per_item: bool = False, task: Any = None)
     Args:
         lesson: What to compare.
         per_item: Whether the task loss is a sum divided by ``num_items_in_batch``.
-        task: Computes the task loss from outputs and labels; None: the model does.
+        task: Computes the task loss from outputs, labels and the number of items; None: the model does.
     """
 
     class ByHand(Trainer):
@@ -184,7 +184,7 @@ def trainer_by_hand(lesson: Lesson, *, per_item: bool = False, task: Any = None)
             outputs, values, counts = lesson.loss_of(model, inputs, **extra)
             total = num_items_in_batch if per_item else counts.sum()
             features = (values * counts).sum() / total
-            task_loss = outputs.loss if task is None else task(outputs, inputs["labels"])
+            task_loss = outputs.loss if task is None else task(outputs, inputs["labels"], num_items_in_batch)
             return (1 - ALPHA) * task_loss + ALPHA * WEIGHT * features
 
     return ByHand

@@ -1,15 +1,18 @@
 """Gradients of feature distillation in a real Trainer, against those of a Trainer that computes the loss by hand."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from features_by_hand import ALPHA, WEIGHT, Lesson, config, examples, models, trainer_by_hand
+from features_by_hand import Lesson, config, examples, models, trainer_by_hand
 from torch import Tensor
-from training_runs import Recorder, distance
+from torch.nn.functional import cross_entropy
+from training_runs import Recorder, as_on_a_gpu, distance
+from transformers import TrainerCallback
 
-from hf_compress import DistillationCallback, TrainingError
+from hf_compress import DistillationCallback
 
 PER_ITEM = ("llama", "vit")
 """Models whose task loss is a sum divided by num_items_in_batch."""
@@ -60,3 +63,97 @@ def test_gradients_are_those_of_a_loss_written_by_hand(make_trainer: Any, case: 
     data = examples(kind)
     expected = gradients(make_trainer, student, data, trainer_class=by_hand, **args)
     check(gradients(make_trainer, student, data, [DistillationCallback(config(**settings), teacher)], **args), expected)
+
+
+def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None, smoothing: float = 0.0) -> Tensor:
+    """A ``compute_loss_func`` as the documentation wants it."""
+    flat, wanted = outputs.logits.flatten(0, -2), labels.flatten()
+    return cross_entropy(flat, wanted, reduction="sum", label_smoothing=smoothing) / num_items_in_batch
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart"])
+@pytest.mark.parametrize("outside", ["label smoothing", "compute_loss_func"])
+def test_a_loss_computed_outside_the_model_is_mixed_the_same(make_trainer: Any, kind: str, outside: str) -> None:
+    """The decoder's padding is known from the labels, which the model does not get there."""
+    student, teacher = models(kind)
+    data = examples(kind)
+    if kind == "bart":
+        for example in data:
+            example["decoder_input_ids"] = example["labels"].roll(1).clamp(min=0)
+    smoothing = outside == "label smoothing"
+    args = {"label_smoothing_factor": 0.2} if smoothing else {}
+    options = {} if smoothing else {"compute_loss_func": summed}
+    args |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+    lesson = Lesson(kind, "hidden_mse", copy.deepcopy(teacher), SAME)
+    task = partial(summed, smoothing=0.2) if smoothing else summed
+    by_hand = trainer_by_hand(lesson, per_item=True, task=task)
+    expected = gradients(make_trainer, student, data, trainer_class=by_hand, trainer_options=options, **args)
+    callbacks = [DistillationCallback(config("hidden_mse"), teacher)]
+    check(gradients(make_trainer, student, data, callbacks, trainer_options=options, **args), expected)
+
+
+@pytest.mark.parametrize("layers", ["same", "uniform"])
+def test_projections_start_from_least_squares_and_are_trained(make_trainer: Any, layers: str) -> None:
+    """Their steps are those of ``torch.optim.Adam``."""
+    deeper = DEEP if layers == "uniform" else {}
+    student, teacher = models("bert", teacher={**deeper, "hidden_size": 48})
+    data = examples("bert")
+    pairs = SAME if layers == "same" else ((0, 1), (1, 3))
+    lesson = Lesson("bert", "hidden_mse", copy.deepcopy(teacher), pairs)
+    lesson.maps = {f"{i}": each.requires_grad_() for i, each in fitted(student, teacher, data, pairs).items()}
+    optimizer = torch.optim.Adam(lesson.maps.values(), lr=0.01)
+
+    class Step(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    args = {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-3}  # the fit is on all data
+    expected = gradients(make_trainer, student, data, [Step()], trainer_class=trainer_by_hand(lesson), **args)
+    settings = config("hidden_mse", layers=layers, projection="always", learning_rate=0.01)
+    check(gradients(make_trainer, student, data, [DistillationCallback(settings, teacher)], **args), expected, 1e-3)
+
+
+def fitted(student: Any, teacher: Any, data: Any, pairs: Any) -> dict[int, Tensor]:
+    """Least squares on all positions that are no padding, with the ridge that makes it unique."""
+    batch = {name: torch.stack([example[name] for example in data]) for name in data[0]}
+    keep = batch["attention_mask"].bool()
+    with torch.no_grad():
+        own, theirs = (model(**batch, output_hidden_states=True).hidden_states[1:] for model in (student, teacher))
+    found = {}
+    for i, j in pairs:
+        x, y = own[i][keep].double(), theirs[j][keep].double()
+        ridge = 1e-3 * x.square().sum(0).mean()
+        stacked = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1])])
+        found[i] = torch.linalg.lstsq(stacked, torch.cat([y, torch.zeros(x.shape[1], y.shape[1])])).solution.float()
+    return found
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{"bf16": True}, {"activation_checkpointing": True}, {"fp16": True}],
+    ids=["bf16", "checkpointing", "fp16"],
+)
+@pytest.mark.parametrize("loss", ["hidden_mse", "attention_kl"])
+def test_training_options_keep_the_gradient(make_trainer: Any, loss: str, args: dict[str, Any]) -> None:
+    student, teacher = models("llama")
+    settings, data = config(loss), examples("llama")
+    runs = []
+    for extra in ({}, args):
+        recorder, callback = Recorder(), DistillationCallback(settings, teacher)
+        all_args = {"max_steps": 3, "max_grad_norm": 0.0, "learning_rate": 1e-4, **extra}
+        as_on_a_gpu(make_trainer(copy.deepcopy(student), data, [callback, recorder], **all_args)).train()
+        runs.append(recorder)
+    check(runs[1], runs[0], 1e-5 if "activation_checkpointing" in args else 0.05)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_accumulation_gives_what_one_batch_does(make_trainer: Any, kind: str) -> None:
+    """Law 6, for task losses that are divided by the number of items; windows of 3, 3 and 2 examples."""
+    student, teacher = models(kind)
+    flats = []
+    for size in (8, 3):
+        args = {"per_device_train_batch_size": size, "gradient_accumulation_steps": -(-8 // size), "max_steps": 1}
+        callbacks = [DistillationCallback(config("hidden_mse"), teacher)]
+        flats.append(gradients(make_trainer, student, examples(kind), callbacks, **args))
+    check(flats[1], flats[0], 1e-5)
