@@ -62,8 +62,8 @@ class FeatureDistillation:
             student = self.of(model.eval(), inputs)
             lesson = teacher.teach(inputs, head)
             for term in self.terms:
-                for features in lesson.features[:1]:
-                    term.prepare(student, features, inputs)
+                for number, features in enumerate(lesson.features):
+                    term.prepare(student, features, inputs, number)
             self.losses(student, lesson.features, inputs, torch.ones(0))
 
     def of(self, model: Any, inputs: Mapping[str, Any]) -> Features:
@@ -86,9 +86,11 @@ class FeatureDistillation:
         """
         found, kept = {}, self._kept_layers(student)
         for term in self.terms:
-            values = torch.stack([term.losses(student, each, inputs, kept) for each in teachers]).mean(0)
+            each = [term.losses(student, other, inputs, kept, number) for number, other in enumerate(teachers)]
+            values = torch.stack(each).mean(0)
             if shares.numel() == 0:
                 shares = torch.full((len(values),), 1 / len(values), device=values.device)
+            values = values.to(shares.device)
             if len(values) % len(shares) != 0:
                 raise TrainingError(
                     f"distillation: features of {len(values)} texts belong to {len(shares)} examples, and it is not "

@@ -198,6 +198,8 @@ class Mixer:
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         distillation_loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+        if not distillation_loss.requires_grad:  # LayerDrop has left no layer to compare
+            distillation_loss = distillation_loss + 0.0 * task_loss
         alpha = value_at(self.config.alpha, self.run)
         self._watch(task_loss.detach(), distillation_loss, losses, alpha)
         return (1 - alpha) * task_loss + alpha * distillation_loss

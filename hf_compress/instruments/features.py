@@ -180,7 +180,8 @@ class FeatureTap:
 
     def _attention(self, stack: str, calls: list[tuple[int, SelfAttention | None]]) -> list[SelfAttention | None]:
         if not calls:
-            return []
+            lists = self._runs.lists(stack)
+            return [None] * next(iter(lists.values())) if len(lists) == 1 and self._runs.may_drop() else []
         modules = [module for module, _ in calls]
         lists = {place.layers: place.count for place in (self._places[module][1] for module in modules)}
         lists.update(self._runs.lists(stack))
@@ -245,10 +246,14 @@ class LayerRuns:
             known[id(module)][1]: module for module in model.modules() if id(module) in declared and id(module) in known
         }
 
+    def may_drop(self) -> bool:
+        """Return whether a pass may leave layers out."""
+        dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+        return self._model.training and any(getattr(self._config, name, None) for name in dropped)
+
     def open(self) -> None:
         """Begin to watch, if layers may be dropped at all."""
-        dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-        if self._model.training and any(getattr(self._config, name, None) for name in dropped):
+        if self.may_drop():
             for place, layer in self._layers.items():
                 self._handles.append(layer.register_forward_pre_hook(partial(self._note, place)))
 
