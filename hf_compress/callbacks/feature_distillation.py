@@ -65,6 +65,7 @@ class FeatureDistillation:
                 for number, features in enumerate(lesson.features):
                     term.prepare(student, features, inputs, number)
             self.losses(student, lesson.features, inputs, torch.ones(0))
+        self._kept_at = -1  # masks may come from a checkpoint after this
 
     def of(self, model: Any, inputs: Mapping[str, Any]) -> Features:
         """Return the features of the student for some inputs."""
