@@ -103,6 +103,7 @@ class DistillationCallback(CompressionCallback):
         names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
         mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
         if features is not None:
+            undo.callback(features.tap.close)  # KeyboardInterrupt runs no hook
             features.prepare(teacher, mixer.head)
         mixer.listeners = self.listeners
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
