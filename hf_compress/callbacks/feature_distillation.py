@@ -56,6 +56,7 @@ class FeatureDistillation:
             ConfigError: If layers cannot be paired.
             TrainingError: If features are missing or do not fit each other.
         """
+        self.tap.check_checkpointing()
         model: Any = self.run.trainer.model
         inputs = first_batch(self.run.trainer)
         with torch.no_grad(), unchanged(model), torch.random.fork_rng(), self.run.trainer.accelerator.autocast():

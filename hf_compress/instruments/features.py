@@ -150,6 +150,17 @@ class FeatureTap:
                 )
         return Features({name: stack for name, stack in stacks.items() if stack.num_layers})
 
+    def check_checkpointing(self) -> None:
+        """Check that attention gets gradients when the model trains as it is set up now.
+
+        Raises:
+            TrainingError: If its layers are checkpointed with ``use_reentrant=True``.
+        """
+        if self.wants != {"hidden_states"} and self._is_reentrant():
+            raise TrainingError(
+                f"distillation: attention of the {next(iter(self._stacks))} is wanted, but {_REENTRANT}"
+            )
+
     def close(self) -> None:
         """Stop watching and forget what was seen; does nothing after ``read``."""
         self._watch.close()
@@ -227,7 +238,8 @@ class FeatureTap:
         ]
 
     def _is_reentrant(self) -> bool:
-        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in self._plain.modules()]
+        modules = [module for module in self._plain.modules() if getattr(module, "gradient_checkpointing", False)]
+        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
         return any(getattr(each, "keywords", {}).get("use_reentrant") for each in functions)
 
 

@@ -209,6 +209,13 @@ def test_reentrant_checkpointing_is_refused_for_attention(wants) -> None:
         assert only_stack(pass_through(model, text(), wants)).num_layers == 2
     states = only_stack(pass_through(model, text(), {"hidden_states"})).hidden
     assert all(x.requires_grad for x in states)
+    FeatureTap(model, {"hidden_states"}).check_checkpointing()
+    tap = FeatureTap(model, wants)
+    with pytest.raises(TrainingError, match=r"attention of the encoder is wanted, but under .*use_reentrant"):
+        tap.check_checkpointing()
+    model.gradient_checkpointing_disable()
+    tap.check_checkpointing()
+    assert only_stack(pass_through(model, text(), wants)).num_layers == 2
 
 
 def test_hidden_states_taken_inside_of_reentrant_checkpoints_are_refused() -> None:
