@@ -1,6 +1,7 @@
 """Gradients of feature distillation in a real Trainer, against those of a Trainer that computes the loss by hand."""
 
 import copy
+import itertools
 from functools import partial
 from typing import Any
 
@@ -129,12 +130,18 @@ def fitted(student: Any, teacher: Any, data: Any, pairs: Any) -> dict[int, Tenso
     return found
 
 
+REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+
+
 @pytest.mark.parametrize(
-    "args",
-    [{"bf16": True}, {"activation_checkpointing": True}, {"fp16": True}],
-    ids=["bf16", "checkpointing", "fp16"],
+    ("loss", "args"),
+    [
+        *itertools.product(["hidden_mse", "attention_kl"], [{"bf16": True}, {"fp16": True}]),
+        *itertools.product(["hidden_mse", "attention_kl"], [{"activation_checkpointing": True}]),
+        ("hidden_mse", REENTRANT),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("loss", ["hidden_mse", "attention_kl"])
 def test_training_options_keep_the_gradient(make_trainer: Any, loss: str, args: dict[str, Any]) -> None:
     student, teacher = models("llama")
     settings, data = config(loss), examples("llama")
