@@ -69,15 +69,17 @@ class FeatureTerm:
             TrainingError: If features do not fit each other.
         """
         for stack, kind, own, theirs in self._parts(student, teacher):
-            pairs = [(i, j) for i, j in self._pairs(stack, own, theirs) if own[i] is not None and theirs[j] is not None]
+            possible = self._pairs(stack, own, theirs)
+            pairs = tuple((i, j) for i, j in possible if own[i] is not None and theirs[j] is not None)
             if len(pairs) < 1 + self.loss.successive:
                 raise TrainingError(
                     f"distillation: {self.name!r} finds {len(pairs)} pairs of layers with {self.loss.reads} in the "
                     f"{stack} and needs {1 + self.loss.successive}. Pair other layers (layers={self.config.layers!r} "
                     "now), or set FeatureConfig.stack to another one."
                 )
+            self._check_positions(stack, pairs, own, theirs)
             if self.loss.needs_equal_width:
-                self._fit(stack, kind, own, theirs, self._mask(stack, inputs, own), number)
+                self._fit(stack, kind, pairs, own, theirs, inputs, number)
 
     def losses(
         self,
@@ -106,9 +108,11 @@ class FeatureTerm:
             batch = next(len(layer) for layer in theirs if layer is not None)
             if all(layer is None for layer in own):
                 continue
-            mask = self._mask(stack, inputs, own)
 
-            def compare(mine: Any, other: Any, mask: Tensor = mask) -> Tensor:
+            mask_of = self._masks(stack, inputs)
+
+            def compare(mine: Any, other: Any, mask_of: Callable[[Tensor], Tensor] = mask_of) -> Tensor:
+                mask = mask_of(mine[0] if self.loss.successive else mine)
                 return self.loss(mine, other, mask, **self._options(teacher))
 
             own = [
@@ -153,20 +157,48 @@ class FeatureTerm:
             options["relation_heads"] = first.shape[1]
         return options
 
-    def _mask(self, stack: str, inputs: Mapping[str, Any], layers: Layers) -> Tensor:
-        like = next(layer for layer in layers if layer is not None)
-        if self.loss.reads == "attentions":
-            like = like.transpose(1, 2)
-        return position_mask(self._student, stack, inputs, like)
+    def _masks(self, stack: str, inputs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Return what gives the mask of a feature; layers may differ in their number of positions."""
+        known: dict[int, Tensor] = {}
 
-    def _fit(self, stack: str, kind: str, own: Layers, theirs: Layers, mask: Tensor, number: int) -> None:
-        for i, j in self._fixed_pairs(len(own), len(theirs)):
+        def mask_of(feature: Tensor) -> Tensor:
+            number = feature.shape[-2]
+            if number not in known:
+                like = feature.transpose(1, 2) if self.loss.reads == "attentions" else feature
+                known[number] = position_mask(self._student, stack, inputs, like)
+            return known[number]
+
+        return mask_of
+
+    def _check_positions(self, stack: str, pairs: Pairs, own: Layers, theirs: Layers) -> None:
+        for i, j in pairs:
+            mine, other = own[i], theirs[j]
+            if mine is not None and other is not None and mine.shape[-2] != other.shape[-2]:
+                asked = "candidates as {student: [teacher, ...]}" if self.config.layers == DYNAMIC else "other layers"
+                raise TrainingError(
+                    f"distillation: {self.name!r} cannot compare layer {i} of the student's {stack}, which has "
+                    f"{mine.shape[-2]} positions, with the teacher's layer {j}, which has {other.shape[-2]}. Give "
+                    f"{asked}, or a teacher that gets the same inputs."
+                )
+        lengths = {layer.shape[-2] for i, _ in pairs if (layer := own[i]) is not None}
+        if self.loss.successive and len(lengths) > 1:
+            raise TrainingError(
+                f"distillation: {self.name!r} compares a layer with the next, but those of the student's {stack} have "
+                f"unequal numbers of positions, {sorted(lengths)}. Pair layers of equal ones, or use another loss."
+            )
+
+    def _fit(
+        self, stack: str, kind: str, pairs: Pairs, own: Layers, theirs: Layers, inputs: Mapping[str, Any], number: int
+    ) -> None:
+        mask_of, usual = self._masks(stack, inputs), self._fixed_pairs(len(own), len(theirs))
+        start = dict(reversed(pairs)) | {i: j for i, j in usual if (i, j) in pairs}
+        for i, j in sorted(start.items()):
             mine, other = own[i], theirs[j]
             if mine is None or other is None:
                 continue
             if self.config.projection == "always" or mine.shape[-1] != other.shape[-1]:
                 name = self._map(stack, kind, i, number)
-                self._projections.fit(name, mine, other, mask, self.config.learning_rate)
+                self._projections.fit(name, mine, other, mask_of(mine), self.config.learning_rate)
 
     def _map(self, stack: str, kind: str, layer: int, number: int) -> str:
         teacher = f"teacher {number}" if number else ""
