@@ -8,12 +8,15 @@ import pytest
 import torch
 from features_by_hand import ALPHA, WEIGHT, attention_kl, config, examples, hidden_mse, models
 from torch import Tensor
-from training_runs import StopAt, same
+from training_runs import StopAt, same, slow_unless
 from transformers import TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from hf_compress import DistillationCallback, DistillationConfig, PruningCallback, PruningConfig, shrink
 from hf_compress.config import FeatureConfig
 from hf_compress.errors import TrainingError
+
+DROPPED = [("same", "hidden_mse", None), ("last", "attention_kl", "auto"), ("dynamic", "attention_kl", None)]
+"""The cases of LayerDrop that the default run takes."""
 
 LOG = {"logging_strategy": "steps", "logging_steps": 1}
 INFINITE = float("inf")
@@ -138,9 +141,13 @@ def speech(**changes: Any) -> Any:
     return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**every))
 
 
-@pytest.mark.parametrize("layers", ["same", "last", "dynamic"])
-@pytest.mark.parametrize("loss", ["hidden_mse", "attention_kl"])
-@pytest.mark.parametrize("logits", ["auto", None])
+@pytest.mark.parametrize(
+    ("layers", "loss", "logits"),
+    [
+        slow_unless(case in DROPPED, *case, name=str(case))
+        for case in itertools.product(["same", "last", "dynamic"], ["hidden_mse", "attention_kl"], ["auto", None])
+    ],
+)
 def test_layers_dropped_at_random_take_no_part_in_that_step(
     make_trainer: Any, layers: str, loss: str, logits: str | None
 ) -> None:
@@ -180,6 +187,7 @@ def shrunk(make_trainer: Any) -> tuple[Any, Any]:
     return shrink(trainer), dense.eval()
 
 
+@pytest.mark.slow
 @gates_stay
 def test_a_shrunk_model_learns_from_the_dense_one(make_trainer: Any, shrunk: Any) -> None:
     student, teacher = shrunk
@@ -226,7 +234,9 @@ def mean_kl(student: Tensor, teacher: Tensor, keep: Tensor) -> float:
 
 
 @gates_stay
-@pytest.mark.parametrize("layers", ["same", "dynamic"])
+@pytest.mark.parametrize(
+    "layers", [slow_unless(True, "same", name="same"), slow_unless(False, "dynamic", name="dynamic")]
+)
 def test_a_resumed_run_knows_at_once_which_layers_are_pruned(make_trainer: Any, tmp_path: Any, layers: str) -> None:
     """Law 5, bit for bit: the masks come back after the first batch was tried."""
     ends = []

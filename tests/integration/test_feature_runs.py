@@ -1,7 +1,6 @@
 """What feature distillation leaves alone, gives back, logs and refuses in a real Trainer."""
 
 import copy
-import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -142,7 +141,6 @@ def test_features_die_with_their_step(make_trainer: Any, monkeypatch: pytest.Mon
 
     class Count(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            gc.collect()
             numbers.append(sum(each() is not None for each in alive))
 
     monkeypatch.setattr(FeatureTerm, "_layers", noted)
