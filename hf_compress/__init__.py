@@ -54,6 +54,9 @@ from hf_compress.search.annealing import SearchResult, simulated_annealing
 from hf_compress.search.auto import AutoCompressResult, auto_compress
 from hf_compress.shrinking.plan import ShrinkPlan, plan_shrink
 from hf_compress.shrinking.shrink import shrink
+from hf_compress.teachers.build import cache_teacher_outputs
+from hf_compress.teachers.cached import TeacherCache
+from hf_compress.teachers.outputs import SparseLogits, TeacherOutputs
 from hf_compress.vocabulary.prune import prune_vocabulary
 
 __version__ = "0.1.0"
@@ -95,10 +98,14 @@ __all__ = [
     "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
+    "SparseLogits",
     "StageConfig",
     "TargetError",
+    "TeacherCache",
+    "TeacherOutputs",
     "TrainingError",
     "auto_compress",
+    "cache_teacher_outputs",
     "compare",
     "dimension_groups",
     "export_quantized",

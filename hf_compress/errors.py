@@ -32,13 +32,13 @@ class TrainingError(CompressionError):
     """A Trainer setup in which a callback would silently do nothing or do it wrongly."""
 
 
-def choices(given: object, allowed: Iterable[str]) -> str:
-    """Describe allowed names, the closest match to ``given`` first if there is one.
+def choices(given: object, allowed: Iterable[object]) -> str:
+    """Describe allowed names, or None, True and False among them, the closest match to ``given`` first if there is one.
 
     Returns:
         Text such as ``"closest match: 'taylor'; allowed: 'l2', 'taylor'"``.
     """
-    names = sorted(allowed)
+    names = sorted(allowed, key=str)
     listed = "allowed: " + (", ".join(repr(name) for name in names) or "none")
-    close = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    close = get_close_matches(str(given), [name for name in names if isinstance(name, str)], n=1, cutoff=0.5)
     return f"closest match: {close[0]!r}; {listed}" if close else listed

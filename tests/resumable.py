@@ -144,6 +144,16 @@ class CutAfterSave(TrainerCallback):
             raise PowerCutError
 
 
+class StopAt(TrainerCallback):
+    """Ends the run after a step, as a user who stops it does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
 class AtSave(TrainerCallback):
     """Calls ``action`` with every step, just before its checkpoint is written."""
 

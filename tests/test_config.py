@@ -21,6 +21,7 @@ CONFIGS = [
     QuantizationConfig(begin=0.5, exclude=("classifier",)),
     DistillationConfig(alpha=0.3, temperature=4),
     Recipe(pruning=PruningConfig(**PRUNING), distillation=DistillationConfig(), teacher="somewhere"),
+    Recipe(distillation={"alpha": {"start": 0.9, "stop": 0.1}}, teacher=["self", "somewhere", "unmasked"]),
 ]
 
 
@@ -100,6 +101,10 @@ def test_bad_pruning_settings_are_refused(changes, message) -> None:
         (lambda: QuantizationCallback({}), "config is a dict; pass a QuantizationConfig"),
         (lambda: Recipe(), "nothing to do"),
         (lambda: Recipe(pruning=PruningConfig(**PRUNING), teacher="x"), "None without a distillation section"),
+        (lambda: Recipe(distillation={}, teacher=3), "Recipe.teacher: got 3; allowed: a Hub name or folder, 'self', "),
+        (lambda: Recipe(distillation={}, teacher=""), "teacher: got ''"),
+        (lambda: Recipe(distillation={}, teacher=[]), r"teacher: got \(\); .*a list of these, or None"),
+        (lambda: Recipe(distillation={}, teacher=["self", 3]), r"teacher: got \('self', 3\)"),
         (lambda: Recipe(pruning=3), "a PruningConfig, a mapping of its fields, or None"),
         (lambda: Recipe(pruning={"structures": {"heads": 2}}), "a sparsity"),
     ],

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"instruments"},
     {"shrinking"},
     {"latency"},
+    {"teachers"},
     {"callbacks", "report", "vocabulary"},
     {"oneshot"},
     {"export", "search"},

@@ -83,7 +83,8 @@ def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
 def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) -> None:
-    _, _, _, _, _, before, adapters, *_ = blocks("python")
+    (before,) = (block for block in blocks("python") if "print(preview(trainer))" in block)
+    (adapters,) = (block for block in blocks("python") if "LoraConfig" in block)
     data = classification_data(16)
     names = {
         "model": tiny_bert(),
@@ -157,6 +158,23 @@ def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
     assert cli.main(resumed) == 0
     assert capsys.readouterr().out.partition("    dense  ")[2] == table != ""
     assert cli.main([*changed, "--dry-run"]) == 0
+
+
+def test_the_examples_of_distillation_run(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (teaching,) = (block for block in blocks("python") if "Ramp(" in block)
+    (caching,) = (block for block in blocks("python") if "cache_teacher_outputs" in block)
+    data, teacher = classification_data(16), tiny_bert(seed=1)
+    teacher.save_pretrained("bert-reviews")
+    names = {"model": tiny_bert(), "args": make_trainer(tiny_bert(), data).args, "train": data, "Trainer": Trainer}
+    exec(compile(teaching, "README.md", "exec"), names)
+    names["trainer"].train()
+    names |= {"teacher": teacher, "DistillationConfig": hf_compress.DistillationConfig}
+    exec(compile(caching, "README.md", "exec"), names)
+    assert (tmp_path / "runs" / "teacher-outputs").is_dir()
+    cached = Trainer(tiny_bert(), names["args"], train_dataset=data, callbacks=[names["callback"]])
+    cached.train()
+    assert cached.state.global_step == names["trainer"].state.global_step
 
 
 def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:

@@ -8,6 +8,7 @@ does to the loss afterwards (accumulation, ranks, loss scaling) then applies to 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from hf_compress.callbacks.access import calling_trainer, loss_scale, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
+from hf_compress.callbacks.cached_teacher import CachedTeacher
 from hf_compress.callbacks.feature_distillation import FeatureDistillation
+from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import window
@@ -24,7 +27,6 @@ from hf_compress.callbacks.teachers import (
     SELF,
     UNMASKED,
     Ensemble,
-    LiveTeacher,
     Teacher,
     UnmaskedStudent,
     copy_of,
@@ -32,10 +34,13 @@ from hf_compress.callbacks.teachers import (
     ready_teacher,
 )
 from hf_compress.config import DistillationConfig, Ramp
+from hf_compress.config.distillation import AUTO, TEMPERATURE
 from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.teachers.cached import TeacherCache
+from hf_compress.teachers.manifest import MANIFEST
 
-Source = PreTrainedModel | str | os.PathLike[str]
-"""A model, or the Hub name or folder of one."""
+Source = PreTrainedModel | TeacherCache | str | os.PathLike[str]
+"""A model, the Hub name or folder of one, or what was cached of one."""
 
 
 class DistillationCallback(CompressionCallback):
@@ -52,7 +57,8 @@ class DistillationCallback(CompressionCallback):
             model is moved to the training device and frozen while training runs. Several in a list teach together:
             their logits are averaged. ``"self"`` is a frozen copy of the student, made when the Trainer was: the
             dense model. ``"unmasked"`` is the student of the same step without masks, fake quantization and dropout,
-            which needs no memory for a copy. Teachers are never saved.
+            which needs no memory for a copy. A ``TeacherCache``, or its folder, answers from disk what its teacher
+            said before (``cache_teacher_outputs``). Teachers are never saved.
 
     Raises:
         ConfigError: If an argument is of another type, or a setting of the config has no effect on the teacher.
@@ -68,10 +74,10 @@ class DistillationCallback(CompressionCallback):
         if not several:
             raise ConfigError("DistillationCallback: teacher is an empty list; pass at least one teacher.")
         for each in several:
-            if not isinstance(each, nn.Module | str | os.PathLike):
+            if not isinstance(each, nn.Module | TeacherCache | str | os.PathLike):
                 raise ConfigError(
                     f"DistillationCallback: teacher is a {type(each).__name__}; allowed: a PreTrainedModel, the Hub "
-                    f"name or folder of one, {SELF!r}, {UNMASKED!r}, or a list of these."
+                    f"name or folder of one, a TeacherCache or its folder, {SELF!r}, {UNMASKED!r}, or a list of these."
                 )
         _check_effect(config, several)
         super().__init__(config)
@@ -86,6 +92,7 @@ class DistillationCallback(CompressionCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Copy the model, if it is to teach itself: it may come from a checkpoint once training begins."""
+        super().on_init_end(args, state, control, **kwargs)
         trainer = calling_trainer(self)
         if SELF in self._sources and trainer is not None:
             model: Any = trainer.model
@@ -96,11 +103,18 @@ class DistillationCallback(CompressionCallback):
             if isinstance(number, Ramp):
                 window(number, run)
         teacher = self._ready_teacher(run)
+        if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
+            raise ConfigError(
+                f"DistillationConfig.temperature: got {_text(self.config.temperature)}; allowed: {TEMPERATURE}, since "
+                f"the student is a {type(run.model).__name__} for regression, whose loss (mse) has no temperature."
+            )
         trainer, undo = run.trainer, self._installed
         undo.enter_context(frozen_models(teacher))
         self._teacher_digest = teacher.fingerprint()
         features = FeatureDistillation(self.config.features, run) if self.config.features else None
         names = [name for name in ("label_smoother", "compute_loss_func") if getattr(trainer, name) is not None]
+        if names == ["label_smoother"] and head_of(run.model).labels_argument != "labels":
+            names = []  # the Trainer has it, and does not call it
         mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
         if features is not None:
             undo.callback(features.tap.close)  # KeyboardInterrupt runs no hook
@@ -171,8 +185,12 @@ class DistillationCallback(CompressionCallback):
         members = [self._ready(source, run) for source in self._sources]
         return members[0] if len(members) == 1 else Ensemble(members)
 
-    def _ready(self, source: Any, run: Run) -> LiveTeacher:
+    def _ready(self, source: Any, run: Run) -> Teacher:
         trainer: Any = run.trainer
+        if isinstance(source, str | os.PathLike) and (Path(source) / MANIFEST).is_file():
+            source = TeacherCache.open(source)
+        if isinstance(source, TeacherCache):
+            return CachedTeacher(source, self.config, run)
         wants = FeatureDistillation.wants(self.config.features)
         if source == UNMASKED:
             if trainer.is_fsdp_enabled:
@@ -192,16 +210,18 @@ class DistillationCallback(CompressionCallback):
 
 def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:
     """Check that the settings of the teacher have an effect."""
-    named = [each for each in sources if each == SELF or (not isinstance(each, nn.Module) and each != UNMASKED)]
+    made = (nn.Module, TeacherCache)
+    named = [each for each in sources if not isinstance(each, made) and each != UNMASKED]
     if config.teacher_dtype is not None and not named:
         raise ConfigError(
             f"DistillationConfig.teacher_dtype: got {config.teacher_dtype!r}, but the teacher is a model that is there "
             f"already; allowed: None. Load it with that dtype, or pass its name or {SELF!r}."
         )
-    if config.teacher_device is not None and all(each == UNMASKED for each in sources):
+    computing = [each for each in sources if isinstance(each, nn.Module) or each in named]
+    if config.teacher_device is not None and not computing:
         raise ConfigError(
-            f"DistillationConfig.teacher_device: got {config.teacher_device!r}; the teacher is the student itself, "
-            "which is where it is; allowed: None."
+            f"DistillationConfig.teacher_device: got {config.teacher_device!r}; allowed: None where the teacher is the "
+            "student itself or a cache."
         )
 
 

@@ -26,6 +26,12 @@ WHOLE_EXAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForVide
 class Head:
     """Reads logits, [batch, classes] or [batch, length, classes], with labels for the same positions."""
 
+    labels_argument = "labels"
+    """What the model's forward calls its labels; the Trainer smooths nothing but ``labels``."""
+
+    speaks_of_whole_texts = False
+    """Whether positions of the text are the classes, rather than having them."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.shift = _shifts_labels(model)
@@ -69,6 +75,14 @@ class Head:
         several = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape
         return "multi_label_classification" if several else "single_label_classification"
 
+    def is_regression(self) -> bool:
+        """Return whether the config says that the head gives values, for which no temperature exists."""
+        config: Any = self.model.config
+        if self.model.loss_type not in WHOLE_EXAMPLE:
+            return False
+        kind = getattr(config, "problem_type", None)
+        return kind == "regression" or (kind is None and config.num_labels == 1)
+
     def loss_name(self, wanted: str, logits: Tensor, labels: Any) -> str:
         """Return the name of the loss of logits.
 
@@ -86,7 +100,8 @@ class Head:
         if suits is not None and wanted not in ("mse", suits):
             raise ConfigError(
                 f"DistillationConfig.loss: got {wanted!r}, which compares distributions over classes; the student's "
-                f"task is {self.problem_type(logits, labels)}. Allowed: {suits!r}, 'mse', or 'auto'."
+                f"task is {self.problem_type(logits, labels)}. Allowed: {', '.join(map(repr, {suits: 0, 'mse': 0}))}, "
+                "or 'auto'."
             )
         return wanted
 
@@ -96,6 +111,9 @@ class SpanHead(Head):
 
     Padding can be neither; Transformers' loss is the mean of both.
     """
+
+    labels_argument = "start_positions"
+    speaks_of_whole_texts = True
 
     def logits(self, outputs: Any, inputs: Mapping[str, Any], who: str) -> Tensor:
         """Return [batch, 2, length]."""

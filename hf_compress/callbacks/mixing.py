@@ -16,9 +16,11 @@ from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
+from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.features import Features
 from hf_compress.registry import distillation_losses
+from hf_compress.teachers.outputs import SparseLogits
 
 LossListener = Callable[[Tensor, Tensor], None]
 """(loss of the logits, the gradient that arrives at it): called in the backward pass, before it goes on."""
@@ -146,6 +148,7 @@ class Mixer:
         """Check that distillation took part in this optimizer step."""
         if self.num_used == 0:
             raise TrainingError(f"distillation has no effect: {self._why_unused()}")
+        self.teacher.end_step()
         self.num_computed = self.num_used = 0
         self.num_steps += 1
 
@@ -170,14 +173,14 @@ class Mixer:
         """
         own = self.head.logits(outputs, inputs, "student")
         counted = self.head.counted(own, inputs, labels, shift)
-        lesson = self.teacher.teach(inputs, self.head)
+        lesson = self.teacher.teach(inputs, self.head, labels)
+        if lesson.known is not None:
+            counted = counted & lesson.known.to(counted.device)
         count = num_items if self.per_item and num_items is not None else counted.sum().clamp(min=1)
         found = {}
         if self.config.loss is not None:
             name = self.head.loss_name(self.config.loss, own, labels)
-            theirs = lesson.logits.to(own.device)
-            check_same_shape(own, theirs)
-            found["logits"] = self._of_logits(name, own, theirs, counted) / count
+            found["logits"] = self._of_logits(name, own, lesson.logits, counted) / count
         if self.features is not None and taken is not None:
             # An example counts as often as the task loss counts its positions.
             shares = counted.reshape(len(counted), -1).sum(1) / count
@@ -185,15 +188,21 @@ class Mixer:
             found |= self.features.losses(taken, lesson.features, {**inputs, "labels": labels}, shares)
         return found
 
-    def _of_logits(self, name: str, own: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
+    def _of_logits(self, name: str, own: Tensor, theirs: Tensor | SparseLogits, counted: Tensor) -> Tensor:
         """Return the sum of the loss over the positions that count."""
         temperature = value_at(self.config.temperature, self.run)
-        loss = distillation_losses.get(name)
-        if own.dim() == 2:
-            return torch.where(counted, loss(own, theirs, temperature), 0.0).sum()
+        if isinstance(theirs, Tensor):
+            check_same_shape(own, theirs)
+            theirs = theirs.to(own.device)
+            if own.dim() == 2:
+                return torch.where(counted, distillation_losses.get(name)(own, theirs, temperature), 0.0).sum()
         # Indexing with bool tensors would wait for the device twice to learn how many there are.
         chosen = counted.flatten().nonzero().squeeze(1)
-        total: Tensor = loss(own.flatten(0, -2)[chosen], theirs.flatten(0, -2)[chosen], temperature).sum()
+        picked = own.flatten(0, -2)[chosen]
+        if isinstance(theirs, SparseLogits):
+            indices, values = (each.flatten(0, -2)[chosen] for each in (theirs.indices, theirs.values))
+            return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
+        total: Tensor = distillation_losses.get(name)(picked, theirs.flatten(0, -2)[chosen], temperature).sum()
         return total
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:

@@ -1,18 +1,16 @@
 """What a run is going to do, said before the first step: a dry run that fails where training would."""
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy
-import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_compress.errors import TrainingError
+from hf_compress.teachers.loader import train_dataloader
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def count_steps(trainer: Trainer) -> int:
     """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
-    with _train_dataloader(trainer) as dataloader:
+    with train_dataloader(trainer) as dataloader:
         try:
             return int(_initial_values(trainer, dataloader)[-1])
         except ValueError as error:
@@ -86,7 +84,7 @@ def steps_per_epoch(trainer: Trainer) -> int:
     Raises:
         TrainingError: If the length of the data set is not known.
     """
-    with _train_dataloader(trainer) as dataloader:
+    with train_dataloader(trainer) as dataloader:
         if not has_length(dataloader):
             raise TrainingError("the train data set has no length, so moments cannot be given in epochs. Give steps.")
         return int(_initial_values(trainer, dataloader)[1])
@@ -94,7 +92,7 @@ def steps_per_epoch(trainer: Trainer) -> int:
 
 def first_batch(trainer: Trainer) -> dict[str, Any]:
     """Return a training batch as the model gets it, on the training device."""
-    with _train_dataloader(trainer) as dataloader:
+    with train_dataloader(trainer) as dataloader:
         batch: dict[str, Any] = trainer._prepare_inputs(next(iter(dataloader)))
     return batch
 
@@ -120,20 +118,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def _initial_values(trainer: Trainer, dataloader: Any) -> tuple[Any, ...]:
     return trainer.set_initial_training_values(trainer.args, dataloader)
-
-
-@contextmanager
-def _train_dataloader(trainer: Trainer) -> Iterator[Any]:
-    """A data loader that leaves no trace: neither in random states nor in what accelerate keeps."""
-    state, arrays = random.getstate(), numpy.random.get_state()
-    prepared = list(trainer.accelerator._dataloaders)
-    try:
-        with torch.random.fork_rng():
-            yield trainer.get_train_dataloader()
-    finally:
-        trainer.accelerator._dataloaders = prepared
-        random.setstate(state)
-        numpy.random.set_state(arrays)
 
 
 def _lines(facts: Mapping[str, Any], indent: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_compress.graph.costs import Costs
 from hf_compress.instruments.pruner import Pruner
-from hf_compress.pruning.pools import Pool
+from hf_compress.pruning.pools import ScheduledPool
 
 MOMENTS_SHOWN = 12
 """Changes of the masks that a preview lists."""
@@ -24,7 +24,7 @@ def metrics_of(pruner: Pruner) -> dict[str, float]:
     return found
 
 
-def parts_of(pool: Pool) -> dict[str, tuple[str, ...]]:
+def parts_of(pool: ScheduledPool) -> dict[str, tuple[str, ...]]:
     """Return the layers by what they are called in logs: the pool, or under a budget each structure."""
     return {pool.name: tuple(pool.layers)} if pool.budget is None else dict(pool.kinds)
 
@@ -80,7 +80,7 @@ def plan_of(pruner: Pruner, masks: Mapping[str, Tensor], total_steps: int) -> di
     return facts
 
 
-def _moments(pool: Pool) -> dict[str, float]:
+def _moments(pool: ScheduledPool) -> dict[str, float]:
     moments = pool.timetable.updates()
     shown = moments if len(moments) <= MOMENTS_SHOWN else [*moments[: MOMENTS_SHOWN - 1], moments[-1]]
     return {f"step {step:,}": round(pool.timetable.share(step), 4) for step in shown}

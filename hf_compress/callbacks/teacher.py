@@ -41,21 +41,25 @@ def load_teacher(name: str, student: PreTrainedModel, dtype: str | None = None) 
             leave it with random ones.
     """
     try:
-        loader = _loader(_config_of(name), student)
-        teacher, report = loader.from_pretrained(name, output_loading_info=True, dtype=dtype or "auto")
-    except (OSError, ValueError) as error:
+        # Adapters are made with random numbers before theirs are loaded; the student's dropout goes on as without.
+        with torch.random.fork_rng(devices=[]):
+            teacher, missing = _load(name, student, dtype)
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(
             f"teacher {name!r} cannot be loaded as {type(student).__name__}'s kind of model: {error} "
-            "Check the name, or pass a loaded model as teacher."
+            "Check the name and that it has the student's labels, or pass a loaded model as teacher."
         ) from error
-    missing = sorted(report["missing_keys"])
     if missing:
         raise TrainingError(
             f"teacher {name!r}: its checkpoint has no weights for {', '.join(missing)}, which would be random. "
             "Use a checkpoint that was fine-tuned for the student's task."
         )
-    model: PreTrainedModel = teacher
-    return model
+    return teacher
+
+
+def base_of(name: str) -> str:
+    """Return the model that an adapter is for, or the name itself if it is none of an adapter."""
+    return str(_adapter_of(name).get("base_model_name_or_path", name))
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, source: str) -> None:
@@ -76,17 +80,31 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer:
             f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
             "use a teacher that reads the same inputs."
         )
+    check_same_task(teacher.config, student)
+    if source and isinstance(tokenizer, PreTrainedTokenizerBase):
+        _check_tokenizer(source, tokenizer)
+
+
+def check_same_task(theirs: Any, student: PreTrainedModel) -> None:
+    """Check that labels and vocabulary of the teacher are those of the student.
+
+    Args:
+        theirs: Config of the teacher.
+        student: The model that learns.
+
+    Raises:
+        TrainingError: If they differ.
+    """
+    own: Any = student.config
     head: Any = student.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
-        _check_labels(teacher, student)
-    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (teacher, student)]
+        _check_labels(theirs, own)
+    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (theirs, own)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise TrainingError(
             f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; token ids must mean the same "
             "to both. Use a teacher with the student's tokenizer."
         )
-    if source and isinstance(tokenizer, PreTrainedTokenizerBase):
-        _check_tokenizer(source, tokenizer)
 
 
 @contextmanager
@@ -165,11 +183,31 @@ def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool
     return torch.equal(weights[0].to(weights[1].device), weights[1])
 
 
-def _config_of(name: str) -> Any:
-    """Return the config of a model, or of the model that an adapter is for."""
-    adapter = find_adapter_config_file(name)
-    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter else name
-    return AutoConfig.from_pretrained(base)
+def _load(name: str, student: PreTrainedModel, dtype: str | None) -> tuple[PreTrainedModel, list[str]]:
+    """Return a model, its adapter included, and the names of weights that no file had."""
+    adapter = _adapter_of(name)
+    base = adapter.get("base_model_name_or_path", name)
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": dtype or "auto"}
+    in_adapter = set(adapter.get("modules_to_save") or ())
+    if in_adapter and student.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        # The head is in the adapter; the base model has none, or one for other labels.
+        options |= {"num_labels": student.config.num_labels, "ignore_mismatched_sizes": True}
+    # Given the adapter, from_pretrained reports what the adapter lacks, and not what its base model does.
+    teacher, report = _loader(AutoConfig.from_pretrained(base), student).from_pretrained(base, **options)
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    missing = {key for key in absent if in_adapter.isdisjoint(key.split("."))}
+    if adapter:
+        missing |= teacher.load_adapter(name).missing_keys
+    if dtype is not None:
+        teacher.to(getattr(torch, dtype))
+    return teacher, sorted(missing)
+
+
+def _adapter_of(name: str) -> dict[str, Any]:
+    """Return the config of a PEFT adapter; empty if it is none."""
+    file = find_adapter_config_file(name)
+    found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    return found
 
 
 def _loader(teacher_config: Any, student: PreTrainedModel) -> Any:
@@ -200,9 +238,7 @@ def _check_apart(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         )
 
 
-def _check_labels(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    theirs: Any = teacher.config
-    own: Any = student.config
+def _check_labels(theirs: Any, own: Any) -> None:
     if theirs.num_labels != own.num_labels:
         raise TrainingError(
             f"the teacher has {theirs.num_labels} labels, the student {own.num_labels}; they must have the same. "

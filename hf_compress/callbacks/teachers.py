@@ -25,9 +25,10 @@ from hf_compress.callbacks.teacher import (
 )
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
-from hf_compress.errors import TrainingError
+from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
 from hf_compress.instruments.features import Features, FeatureTap
+from hf_compress.teachers.outputs import SparseLogits
 
 SELF = "self"
 """Teacher: a frozen copy of the student, made when the Trainer was."""
@@ -35,13 +36,19 @@ SELF = "self"
 UNMASKED = "unmasked"
 """Teacher: the student as it is, without masks, fake quantization and dropout; it needs no memory."""
 
+STUDENT = (SELF, UNMASKED)
+"""Teachers that are no models of their own."""
+
 
 @dataclass(frozen=True)
 class Lesson:
     """What a teacher says to a batch."""
 
-    logits: Tensor
+    logits: Tensor | SparseLogits
     """Of the student's shape."""
+
+    known: Tensor | None = None
+    """Positions that the teacher speaks of, bool, [batch, length]; None if it speaks of all."""
 
     features: tuple[Features, ...] = ()
     """Of each model that teaches, if features are compared."""
@@ -50,15 +57,24 @@ class Lesson:
 class Teacher(Protocol):
     """Answers the inputs of the student."""
 
-    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Return what it says.
 
         Args:
             inputs: Keyword arguments that the student was called with.
             head: Reads its outputs.
+            labels: Of the batch, also where the Trainer took them out of ``inputs``.
 
         Raises:
             TrainingError: If it cannot be asked, or says nothing of use.
+        """
+        ...
+
+    def end_step(self) -> None:
+        """Check, at the end of an optimizer step, what was not worth waiting for before.
+
+        Raises:
+            TrainingError: If something went wrong in the step.
         """
         ...
 
@@ -92,7 +108,7 @@ class LiveTeacher:
         self._inputs_checked: set[str] = set()
         self._answer_checked = False
 
-    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Run the model."""
         given = {name for name in COMPUTED_INPUTS if inputs.get(name) is not None}
         if given - self._inputs_checked:
@@ -115,7 +131,10 @@ class LiveTeacher:
                     "distillation: the teacher's logits are not numbers (NaN) on the first batch. Check its weights, "
                     "or load it with dtype=torch.float32."
                 )
-        return Lesson(logits, features)
+        return Lesson(logits, features=features)
+
+    def end_step(self) -> None:
+        """Nothing was put off."""
 
     def fingerprint(self) -> str:
         """Return a digest of the model's parameters."""
@@ -152,15 +171,29 @@ class Ensemble:
     def __init__(self, members: Sequence[Teacher]) -> None:
         self.members = members
 
-    def teach(self, inputs: Mapping[str, Any], head: Head) -> Lesson:
+    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Ask all of them."""
-        lessons = [member.teach(inputs, head) for member in self.members]
-        total = lessons[0].logits.float()
-        for other in lessons[1:]:
-            check_same_shape(total, other.logits)
-            total = total + other.logits.to(total.device)
+        lessons = [member.teach(inputs, head, labels) for member in self.members]
+        total: Tensor | None = None
+        for lesson in lessons:
+            if isinstance(lesson.logits, SparseLogits):
+                raise TrainingError(
+                    "distillation: a cache that holds only the largest logits (top_k) cannot be averaged with other "
+                    "teachers. Make it without top_k, or use it alone."
+                )
+            logits = lesson.logits.float()
+            if total is not None:
+                check_same_shape(total, logits)
+            total = logits if total is None else total + logits.to(total.device)
+        assert total is not None
         features = tuple(each for lesson in lessons for each in lesson.features)
-        return Lesson(total / len(self.members), features)
+        known = [lesson.known for lesson in lessons if lesson.known is not None]
+        return Lesson(total / len(lessons), torch.stack(known).all(0) if known else None, features)
+
+    def end_step(self) -> None:
+        """Let all of them check."""
+        for member in self.members:
+            member.end_step()
 
     def fingerprint(self) -> str:
         """Return those of all, in any order."""
@@ -211,10 +244,28 @@ def ready_teacher(
     plain = plain_model(model)
     claim(plain, trainer)
     check_teacher(plain, student, trainer.processing_class, source)
-    # Quantized and dispatched models are where they have to be, and refuse to be moved.
-    if not getattr(plain, "is_quantized", False) and getattr(plain, "hf_device_map", None) is None:
-        model.to(config.teacher_device or trainer.args.device)
+    _move(model, plain, config.teacher_device, trainer.args.device)
     return LiveTeacher(model, student, trainer, wants)
+
+
+def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: torch.device) -> None:
+    """Quantized and dispatched models are where they have to be, and refuse to be moved."""
+    if getattr(plain, "is_quantized", False) or getattr(plain, "hf_device_map", None) is not None:
+        if wanted is not None:
+            raise ConfigError(
+                f"DistillationConfig.teacher_device: got {wanted!r}, but the teacher is quantized or loaded with a "
+                "device_map, and stays where it is; allowed: None. Load it there."
+            )
+        return
+    try:
+        model.to(wanted or device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that kind of device
+        if wanted is None:
+            raise
+        raise TrainingError(
+            f"distillation: the teacher cannot be moved to teacher_device={wanted!r}: {error} Give a device that is "
+            "there, or None."
+        ) from error
 
 
 def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Settings:
     ) -> None:
         value = getattr(self, name)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+        if not real or not low <= value <= high or (open_low and value == low) or (open_high and value == high):
             interval = f"a number in {'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
             raise self._error(name, value, interval)
 

@@ -1,9 +1,12 @@
 """Distillation: which losses, between which layers, how much, when."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 from hf_compress.config.base import Config, Settings
 from hf_compress.errors import ConfigError, choices
@@ -20,6 +23,8 @@ DYNAMIC = PAIRINGS[-1]
 
 TEMPERATURE = 2.0
 """Used unless another is asked for."""
+
+_NUMBER = re.compile(r"-?[0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +135,9 @@ class FeatureConfig(_WithRamps):
         if not loss.needs_equal_width:
             for name in ("projection", "learning_rate"):
                 self._only_default(name, f"where the loss is {self.loss!r}, which compares any widths")
-        object.__setattr__(self, "of", tuple(self.of))
-        if loss.reads != "relations":
-            self._only_default("of", f"where the loss is {self.loss!r}")
-        elif not self.of or set(self.of) - {"query", "key", "value"}:
-            raise self._error("of", self.of, "some of 'query', 'key', 'value'")
+        self._check_relations(loss)
+        if not isinstance(self.options, Mapping):
+            raise self._error("options", self.options, "a mapping of settings of the loss")
         known = [name for name in loss.options if name != "key_mask"]
         for name in self.options:
             if name not in known:
@@ -144,6 +147,15 @@ class FeatureConfig(_WithRamps):
     def _checked_loss(self) -> Any:
         self._check_choice("loss", [name for name in distillation_losses if not _reads_logits(name)])
         return distillation_losses.get(self.loss)
+
+    def _check_relations(self, loss: Any) -> None:
+        if isinstance(self.of, list):
+            object.__setattr__(self, "of", tuple(self.of))
+        if loss.reads != "relations":
+            self._only_default("of", f"where the loss is {self.loss!r}")
+        allowed = ("query", "key", "value")
+        if not isinstance(self.of, tuple) or not self.of or not all(each in allowed for each in self.of):
+            raise self._error("of", self.of, "a list of some of 'query', 'key', 'value'")
 
     def _check_layers(self) -> None:
         for name in ("layers", "candidates"):
@@ -166,12 +178,17 @@ class FeatureConfig(_WithRamps):
             self._check_choice("candidates", ("all", "later"))
         elif self.teacher_layers is not None:
             raise self._error("teacher_layers", self.teacher_layers, "None where candidates list them already")
+        else:
+            lists = self.candidates.values()
+            if not lists or not all(_is_int(key) for key in self.candidates) or not all(map(_are_layers, lists)):
+                raise self._error("candidates", self.candidates, "a mapping {student layer: [teacher layer, ...]}")
+            object.__setattr__(self, "candidates", {key: tuple(each) for key, each in self.candidates.items()})
         self._check_choice("chosen_by", ("student", "teacher"))
         self._check_choice("ordered", (True, False))
         if self.teacher_layers is not None:
-            object.__setattr__(self, "teacher_layers", tuple(self.teacher_layers))
-            if not self.teacher_layers or not all(_is_int(i) for i in self.teacher_layers):
+            if not _are_layers(self.teacher_layers):
                 raise self._error("teacher_layers", self.teacher_layers, "a list of layers that is not empty, or None")
+            object.__setattr__(self, "teacher_layers", tuple(self.teacher_layers))
 
     def _only_default(self, name: str, when: str) -> None:
         default = next(field for field in dataclasses.fields(self) if field.name == name).default
@@ -220,7 +237,14 @@ class DistillationConfig(_WithRamps, Config):
             raise self._error("temperature", self.temperature, allowed)
         self._check_choice("teacher_dtype", (None, "float32", "bfloat16", "float16"))
         if self.teacher_device is not None:
-            self._check_text("teacher_device")
+            self._check_device()
+
+    def _check_device(self) -> None:
+        self._check_text("teacher_device")
+        try:
+            torch.device(str(self.teacher_device))
+        except RuntimeError as error:
+            raise self._error("teacher_device", self.teacher_device, "a device such as 'cuda:1' or 'cpu'") from error
 
     def uses_temperature(self) -> bool:
         """Return whether the loss of logits has a temperature; ``"auto"`` may."""
@@ -248,7 +272,11 @@ def _with_int_keys(value: Any) -> Any:
     """Return a mapping with numbers as keys, which JSON turns into texts."""
     if not isinstance(value, Mapping):
         return value
-    return {int(key) if isinstance(key, str) and key.lstrip("-").isdigit() else key: it for key, it in value.items()}
+    return {int(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key: it for key, it in value.items()}
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_int, value))
 
 
 def _is_int(value: object) -> bool:

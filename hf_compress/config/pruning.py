@@ -76,6 +76,11 @@ class PruningConfig(Budgets):
     score_decay: float = 0.95
     """Exponential moving average of what is measured per step: s <- decay * s + (1 - decay) * s_step."""
 
+    gradients: str = "training"
+    """Whose gradients gates get, for criteria that read them: ``"training"``, the loss that is trained with; or
+    ``"distillation"``, the part of it that compares logits with the teacher's (Yang et al. 2023, GRAIN,
+    arXiv:2212.00098). The latter needs a ``DistillationCallback`` and a second backward pass through the model."""
+
     regrow: bool = False
     """Whether what was pruned may come back while the schedule runs, if it scores better than what is there."""
 
@@ -100,7 +105,8 @@ class PruningConfig(Budgets):
     """Regular expressions; a dimension group or parameter whose name matches one (``re.search``) is left alone."""
 
     rules: tuple[PruningRule, ...] = ()
-    """Other settings for parts of the model."""
+    """Other settings for parts of the model. With a budget, limits only: there all units of the model compete with each
+    other, which takes scores of one criterion, and one schedule."""
 
     def _validate(self) -> None:
         self._check_patterns("exclude")
@@ -110,6 +116,11 @@ class PruningConfig(Budgets):
         for name in ("update_every", "min_units", "multiple_of", "rounds"):
             self._check_count(name)
         self._check_choice("regrow", (True, False))
+        self._check_choice("gradients", ("training", "distillation"))
+        if self.gradients != "training" and "gate_gradients" not in criteria.get(self.criterion).reads:
+            raise self._error("gradients", self.gradients, f"'training' with {self.criterion!r}, which reads no gates")
+        if self.gradients != "training" and WEIGHTS in self.structures:
+            raise self._error("gradients", self.gradients, "'training' for single weights, which have no gates")
         self._check_number("score_decay", 0, 1, open_high=True)
         self._check_number("initial_sparsity", 0, 1, open_high=True)
         self._check_number("max_layer_sparsity", 0, 1, open_low=True)
@@ -180,7 +191,9 @@ class PruningConfig(Budgets):
         for number, rule in enumerate(self.rules):
             changed = rule.changes() if isinstance(rule, PruningRule) else {**rule, "match": None}
             for field in sorted(changed.keys() - limits - {"match"}):
-                raise self._error(f"rules[{number}].{field}", changed[field], f"only limits with {target[0]}")
+                allowed = f"only limits ({', '.join(sorted(limits))}) with {target[0]}"
+                why = "All units compete for it, by scores of one criterion, on one schedule. Exclude what is to stay."
+                raise self._error(f"rules[{number}].{field}", changed[field], allowed, why)
 
     def _check_window(self) -> None:
         for name in ("begin", "end", "rewind_to"):

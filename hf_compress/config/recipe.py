@@ -66,8 +66,10 @@ class Recipe(Config):
     """Runs in a row, instead of the three sections above: the model is shrunk after each, and the next one trains what
     is left."""
 
-    teacher: str | None = None
-    """Hub name or path of the teacher, for runs started from a recipe file; the same one in all stages."""
+    teacher: str | Sequence[str] | None = None
+    """Hub name or path of the teacher, for runs started from a recipe file; the same one in all stages. ``"self"`` is a
+    copy of the model that the run, or each stage, begins with, ``"unmasked"`` the student of the same step without its
+    masks; several in a list teach together, see ``DistillationCallback``."""
 
     training: Mapping[str, Any] | None = None
     """Fields of ``TrainingArguments`` (``Seq2SeqTrainingArguments`` for seq2seq-lm), such as ``learning_rate``."""
@@ -91,14 +93,30 @@ class Recipe(Config):
             value = getattr(self, name)
             if value is not None and all(getattr(run, needs) is None for run in runs):
                 raise self._error(name, _plain(value), f"None without a {needs} section")
-        for name in ("model", "teacher", "export", "output"):
+        for name in ("model", "export", "output"):
             if getattr(self, name) is not None:
                 self._check_text(name)
+        self._check_teacher()
         if self.task is not None:
             self._check_choice("task", TASKS)
         self._check_columns()
         for each in (self, *(self.stages or ())):
             check_training(each, self.task)
+
+    def teachers(self) -> tuple[str, ...]:
+        """Return the teachers; none where the recipe has none."""
+        return () if self.teacher is None else (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher)
+
+    def _check_teacher(self) -> None:
+        given: Any = self.teacher
+        if isinstance(given, list | tuple):
+            object.__setattr__(self, "teacher", tuple(given))
+        elif given is not None and not isinstance(given, str):
+            given = [given]
+        if given is not None and (not given or not all(isinstance(each, str) and each for each in given)):
+            raise self._error(
+                "teacher", self.teacher, "a Hub name or folder, 'self', 'unmasked', a list of these, or None"
+            )
 
     def _check_stages(self) -> None:
         """Stages are a list of at least one, beside which the recipe has no sections of its own."""

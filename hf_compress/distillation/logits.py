@@ -104,7 +104,11 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def expectation(probabilities: Tensor, values: Tensor) -> Tensor:
     """Return the sum of probabilities * values over the last dimension; what has probability 0 adds 0, be it inf."""
-    return (probabilities * values.masked_fill(probabilities == 0, 0.0)).sum(-1)
+    return _weighted(probabilities, values).sum(-1)
+
+
+def _weighted(probabilities: Tensor, values: Tensor) -> Tensor:
+    return probabilities * values.masked_fill(probabilities == 0, 0.0)
 
 
 def _softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -144,7 +148,6 @@ def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     dtype = torch.promote_types(student.dtype, torch.float32)
     own, theirs = student.to(dtype) / temperature, teacher.to(dtype) / temperature
     yes = torch.sigmoid(theirs)
-    per_class = yes * (F.logsigmoid(theirs) - F.logsigmoid(own)) + (1 - yes) * (
-        F.logsigmoid(-theirs) - F.logsigmoid(-own)
-    )
-    return temperature**2 * per_class.mean(-1)
+    of_yes = _weighted(yes, F.logsigmoid(theirs) - F.logsigmoid(own))
+    of_no = _weighted(1 - yes, F.logsigmoid(-theirs) - F.logsigmoid(-own))
+    return temperature**2 * (of_yes + of_no).mean(-1)

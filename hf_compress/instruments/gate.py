@@ -5,7 +5,8 @@ the gate is the unit's first-order importance. The gate of a whole layer mixes w
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class Gate:
         sites = [find_site(model, group, part) for part in group.gates]  # all are checked before the first is touched
         device = next(model.parameters()).device
         self.value = torch.ones(group.num_units, device=device, requires_grad=needs_gradient)
+        self.separate: Tensor | None = None
+        """Gradient of another loss than the one that is trained with, [num_units]; ``take_gradient`` returns it."""
         self._evaluation: Tensor | None = None
         self._installed: list[tuple[nn.Module, list[Any], Any]] = []
         for site in sites:
@@ -86,7 +89,10 @@ class Gate:
 
     def take_gradient(self) -> Tensor | None:
         """Return the gradient gathered since the last call, [num_units], and forget it."""
-        gradient, self.value.grad = self.value.grad, None
+        gradient = self.value.grad if self.separate is None else self.separate.clone()
+        self.value.grad = None
+        if self.separate is not None:
+            self.separate.zero_()
         return gradient
 
     def remove(self) -> None:
@@ -121,6 +127,30 @@ class Gate:
             for weight, dim in _tensors(self.model, part):
                 owner = unit_of_position(part, weight.shape[dim])
                 scale(weight, dim, torch.cat([factors.detach().cpu(), torch.ones(1)])[owner])
+
+
+@contextmanager
+def gated(
+    model: nn.Module, groups: Mapping[str, DimensionGroup], *, needs_gradient: bool
+) -> Iterator[dict[str, Gate]]:
+    """Have gates on groups.
+
+    Args:
+        model: The model.
+        groups: By name.
+        needs_gradient: See ``Gate``.
+
+    Yields:
+        The gates by name of the group.
+    """
+    gates: dict[str, Gate] = {}
+    try:
+        for name, group in groups.items():
+            gates[name] = Gate(group, model, needs_gradient=needs_gradient)
+        yield gates
+    finally:
+        for gate in gates.values():
+            gate.remove()
 
 
 class _ExpandedGate:

@@ -1,11 +1,12 @@
 """See what modules are given and what they return, and stop a forward pass once all has been seen."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from hf_compress.graph.capture import is_hidden_state
 
@@ -44,12 +45,8 @@ def reading_inputs(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(reader(name), with_kwargs=True) for name, module in modules.items()]
-    try:
+    with _hooked(module.register_forward_pre_hook(reader(name), with_kwargs=True) for name, module in modules.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -69,7 +66,14 @@ def reading_changes(modules: Mapping[str, nn.Module], read: ChangeReader) -> Ite
 
         return hook
 
-    handles = [module.register_forward_hook(reader(name), with_kwargs=True) for name, module in modules.items()]
+    with _hooked(module.register_forward_hook(reader(name), with_kwargs=True) for name, module in modules.items()):
+        yield
+
+
+@contextmanager
+def _hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off in the end."""
+    handles = list(hooks)
     try:
         yield
     finally:

@@ -12,12 +12,13 @@ from hf_compress.errors import TrainingError
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
-from hf_compress.instruments.select import Selection, limits_of, select
+from hf_compress.instruments.limits import limits_of
+from hf_compress.instruments.select import Selection, kinds_of, select
 from hf_compress.instruments.units import GroupUnits
 from hf_compress.instruments.weight_units import WeightUnits
-from hf_compress.pruning.allocate import Layer, check_reachable
+from hf_compress.pruning.allocate import Layer
 from hf_compress.pruning.method import DeferringMethod, Method, Reading, Setting
-from hf_compress.pruning.pools import Pool
+from hf_compress.pruning.pools import Pool, ScheduledPool
 from hf_compress.pruning.timetable import Timetable
 from hf_compress.pruning.whole_model import Budget
 from hf_compress.registry import criteria
@@ -63,7 +64,7 @@ class Pruner:
         self.units: dict[str, GroupUnits | WeightUnits] = {}
         self.masks: dict[str, Tensor] = {}
         self.thresholds: dict[str, float] = {}
-        self.pools: list[Pool] = []
+        self.pools: list[ScheduledPool] = []
         chosen = select(model, graph.groups, config)
         check_gateable(model, [group for each in chosen for group in each.groups])
         together = [chosen] if budget is not None else [[each] for each in chosen]
@@ -93,20 +94,17 @@ class Pruner:
         sparsity = config.structures[kind] if isinstance(config.structures, Mapping) else None
         setting = Setting(score_decay=config.score_decay, seed=seed, sparsity=sparsity)
         method: Method = criteria.get(config.criterion)(config.method_options(), setting)
-        parts = {each.name: self._cover(each, method) for each in selections}
-        layers = {layer: limits for part in parts.values() for layer, limits in part.items()}
-        if sparsity is not None:
-            check_reachable(f"structures[{kind!r}]", sparsity, layers, config.allocation)
-        pool = Pool(
+        layers = {name: limits for each in selections for name, limits in self._cover(each, method).items()}
+        part = Pool(
             name=name if budget is None else "budget",
-            kinds={kind: _layers_of(kind, selections, parts) for kind in dict.fromkeys(s.kind for s in selections)},
+            kinds=kinds_of(selections),
             config=config,
-            method=method,
             layers=layers,
-            timetable=Timetable.of(config, moments(config), sparsity),
-            runs={each: run for each in layers if (run := self._run(each, config, method)) > 1},
+            runs={each: run for each in layers if (run := self._run(each, method)) > 1},
             budget=budget,
         )
+        part.check_reachable()
+        pool = ScheduledPool(**vars(part), method=method, timetable=Timetable.of(config, moments(config), sparsity))
         self.pools.append(pool)
         for layer in layers:
             self.masks[layer] = torch.ones(self.units[layer].num_units, dtype=torch.bool)
@@ -116,27 +114,19 @@ class Pruner:
     def _cover(self, selection: Selection, method: Method) -> dict[str, Layer]:
         """Make units of what a selection covers; return what an allocation must respect of them."""
         config = selection.config
-        layers = {group.name: limits_of(group, config) for group in selection.groups}
+        layers = limits_of(selection.groups, config)
         for group in selection.groups:
             self.units[group.name] = GroupUnits(group, self.model, method)
         for name, module in selection.modules:
             weight = WeightUnits(name, module, config, method)
             self.units[weight.name] = weight
-            layers[weight.name] = Layer(
-                num_units=weight.num_units,
-                min_units=config.min_units if config.min_units > 1 else 0,
-                max_sparsity=config.max_layer_sparsity,
-                shape=str(weight.evidence.shape),
-                unit_sizes=weight.evidence.unit_sizes(),
-            )
+            layers[weight.name] = weight.evidence.cut.limits(config)
         return layers
 
-    def _run(self, name: str, config: PruningConfig, method: Method) -> int:
+    def _run(self, name: str, method: Method) -> int:
         """Return how many neighbouring units of a layer compete with each other only."""
         units = self.units[name]
-        if not isinstance(units, WeightUnits):
-            return 1
-        return units.run(method.run_length if config.granularity == "element" else None)
+        return units.evidence.cut.run(method.run_length) if isinstance(units, WeightUnits) else 1
 
     def read(self, step: int, mean: Mean, loss_scale: float) -> None:
         """Take in the gradients and activations of an optimizer step, before the optimizer acts.
@@ -169,7 +159,7 @@ class Pruner:
             if change is not None:
                 self.units[name].evidence.add_to_gradients(change)
 
-    def set_time(self, pool: Pool, step: int) -> None:
+    def set_time(self, pool: ScheduledPool, step: int) -> None:
         """Tell a method how far its schedule is in an optimizer step, the first being 1."""
         pool.method.share, pool.method.over = pool.timetable.share(step), step > pool.timetable.end
 
@@ -213,14 +203,14 @@ class Pruner:
                 self.show(pool, name)
         return due
 
-    def show(self, pool: Pool, name: str) -> None:
+    def show(self, pool: ScheduledPool, name: str) -> None:
         """Put the factors of a method that has some on the units of a layer."""
         factors = _factors(pool.method, name)
         if factors is not None:
             kept = self.masks[name].to(factors[0].device)
             self.units[name].set_values(factors[0] * kept, factors[1] * kept)
 
-    def each(self) -> Iterator[tuple[Pool, str]]:
+    def each(self) -> Iterator[tuple[ScheduledPool, str]]:
         """Yield all layers' names, each with its pool."""
         return ((pool, name) for pool in self.pools for name in pool.layers)
 
@@ -252,17 +242,12 @@ class Pruner:
             units.remove()
 
 
-def _nothing_read(pool: Pool, name: str, when: str) -> TrainingError:
+def _nothing_read(pool: ScheduledPool, name: str, when: str) -> TrainingError:
     key = next(key for key in MISSING if key in pool.method.reads)
     return TrainingError(
         f"PruningCallback: {MISSING[key].format(name=name)} {when}, so criterion {pool.config.criterion!r} has nothing "
         "to go by. Is that part of the model frozen or skipped in training?"
     )
-
-
-def _layers_of(kind: str, selections: Sequence[Selection], parts: Mapping[str, Mapping[str, Layer]]) -> tuple[str, ...]:
-    """Return the layers of a structure, under whatever rule."""
-    return tuple(layer for each in selections if each.kind == kind for layer in parts[each.name])
 
 
 def _factors(method: Method, name: str) -> tuple[Tensor, Tensor] | None:

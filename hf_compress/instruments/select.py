@@ -1,6 +1,5 @@
 """Which groups and weights of a model a config asks for."""
 
-import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,12 +10,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from hf_compress.config import WEIGHTS, WIDTHS, PruningConfig, PruningRule
+from hf_compress.config import WEIGHTS, PruningConfig, PruningRule
 from hf_compress.errors import TargetError, choices
 from hf_compress.graph.groups import DimensionGroup, DimensionGroups
 from hf_compress.instruments.adapters import base_layer, named_plain_modules
 from hf_compress.instruments.attach import find_leaf_kind
-from hf_compress.pruning.allocate import Layer
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,10 @@ class Selection:
 
     modules: tuple[tuple[str, nn.Module], ...] = ()
     """Modules whose weights are to be pruned, by name."""
+
+    def layers(self) -> tuple[str, ...]:
+        """Return the names of what is pruned as one layer each: groups, and weights."""
+        return (*(group.name for group in self.groups), *(f"{name}.weight" for name, _ in self.modules))
 
 
 def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfig) -> list[Selection]:
@@ -69,6 +71,12 @@ def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfi
                 _check_groups(kind, chosen)
                 found.append(Selection(name, kind, part, groups=chosen))
     return found
+
+
+def kinds_of(selections: Sequence[Selection]) -> dict[str, tuple[str, ...]]:
+    """Return the names of the layers of each structure, under whatever rule."""
+    kinds = dict.fromkeys(each.kind for each in selections)
+    return {kind: tuple(n for each in selections if each.kind == kind for n in each.layers()) for kind in kinds}
 
 
 def _covered(kind: str, left: list[tuple[str, str]], rule: PruningRule | None) -> list[str]:
@@ -134,21 +142,6 @@ def _warn_of(beyond: Mapping[str, int], weights: Mapping[str, nn.Module], config
         "called themselves and own their weight are masked. The rest stays dense and does not count in the sparsity; "
         "prune its dimension groups, such as experts or ffn, or name it in exclude=(...) if that is intended.",
         stacklevel=2,
-    )
-
-
-def limits_of(group: DimensionGroup, config: PruningConfig) -> Layer:
-    """Return what an allocation must respect of a group."""
-    multiple = config.multiple_of if group.kind in WIDTHS else 1
-    tied = "|".join(sorted({group.name, *group.tied_to})) if group.tied_to else ""
-    return Layer(
-        num_units=group.num_units,
-        min_units=max(config.min_units, group.min_units) if config.min_units else group.min_units,
-        max_sparsity=config.max_layer_sparsity,
-        multiple_of=math.lcm(multiple, group.multiple_of),
-        fixed_units=group.fixed_units,
-        tied=tied,
-        shape=f"{group.num_units} of {group.parameters_per_unit}",
     )
 
 

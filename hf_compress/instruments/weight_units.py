@@ -1,10 +1,9 @@
 """The weights of one layer as units: single ones, rows, columns or blocks."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.config import PruningConfig
@@ -15,6 +14,7 @@ from hf_compress.instruments.mask import ElementMask
 from hf_compress.instruments.record import InputWatch
 from hf_compress.instruments.sharded import add_in_place, whole
 from hf_compress.instruments.units import Readings
+from hf_compress.instruments.weight_cut import WeightCut
 from hf_compress.pruning.method import Method, Reading
 
 
@@ -27,6 +27,9 @@ class WeightEvidence(Readings):
         kind: How the layer uses it.
         config: Says what a unit is: ``granularity`` and ``block_size``.
         groups: Number of groups of channels that a convolution keeps apart.
+
+    Raises:
+        TargetError: If the layer's sizes do not fit the granularity.
     """
 
     def __init__(
@@ -37,14 +40,12 @@ class WeightEvidence(Readings):
         self._parameter = parameter
         self._kind = kind
         self._groups = groups
-        self._granularity, self._block = config.granularity, config.block_size
-        rows = self._rows(torch.empty(parameter.shape, device="meta"))
-        self.shape = (rows.shape[0], rows.shape[1])
-        self.num_units = self._by_unit(rows).shape[0]
+        self.cut = WeightCut(name, parameter.shape, kind.weight_in_dim, config)
+        self.num_units = self.cut.num_units
 
     def weights(self) -> Tensor:
         """Return the weights by unit, [num_units, weights per unit]."""
-        return self._by_unit(self._rows(whole(self._parameter.detach()).float()))
+        return self.cut.by_unit(whole(self._parameter.detach()).float())
 
     def weight_gradients(self) -> Tensor:
         """Return the gradients by unit, as the optimizer gets them.
@@ -57,7 +58,7 @@ class WeightEvidence(Readings):
                 f"the weight {self._name!r} got no gradient, so its criterion has nothing to go by. Is it frozen, or "
                 "not used in training? Leave it out with exclude=(...)."
             )
-        return self._by_unit(self._rows(whole(self._parameter.grad).float()))
+        return self.cut.by_unit(whole(self._parameter.grad).float())
 
     def gate_gradients(self) -> Tensor:
         """Return d loss / d gate: the sum of weight * gradient, [num_units]."""
@@ -75,55 +76,16 @@ class WeightEvidence(Readings):
         rows = by_group.expand(-1, outputs // self._groups, -1).reshape(outputs, -1)
         matrix = rows.t() if in_dim == 0 else rows
         spread = matrix.view(*matrix.shape, *[1] * (len(shape) - 2)).expand(shape)
-        return self._by_unit(self._rows(spread))
+        return self.cut.by_unit(spread)
 
     def columns(self) -> Tensor:
         """Return the magnitude of each weight, [num_units, weights per unit]."""
         return self.weights().abs()
 
-    def unit_sizes(self) -> Tensor | None:
-        """Return the number of weights of each unit, [num_units]; None for single ones."""
-        if self.shape[0] * self.shape[1] == self.num_units:
-            return None
-        return self._by_unit(torch.ones(self.shape)).sum(dim=1)
-
     def add_to_gradients(self, change: Tensor) -> None:
         """Add to the gradients of the weights, [num_units, weights per unit]."""
         if self._parameter.grad is not None:
-            add_in_place(self._parameter.grad, self.weight_shaped(change))
-
-    def weight_shaped(self, units: Tensor) -> Tensor:
-        """Return [num_units] or [num_units, weights per unit] as a tensor of the weight's shape."""
-        outputs, inputs = self.shape
-        if self._granularity == "row":
-            rows = units.reshape(outputs, -1).expand(outputs, inputs)
-        elif self._granularity == "column":
-            rows = units.reshape(inputs, -1).expand(inputs, outputs).t()
-        elif self._granularity == "block":
-            high, wide = self._block
-            down, across = -(-outputs // high), -(-inputs // wide)
-            blocks = units.reshape(down * across, -1).expand(down * across, high * wide)
-            rows = blocks.reshape(down, across, high, wide).transpose(1, 2).reshape(down * high, across * wide)
-            rows = rows[:outputs, :inputs]
-        else:
-            rows = units.reshape(outputs, inputs)
-        return (rows.t() if self._kind.weight_in_dim == 0 else rows).reshape(self._parameter.shape)
-
-    def _rows(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the weight's shape as [outputs, inputs]."""
-        return tensor.t() if self._kind.weight_in_dim == 0 else tensor.reshape(tensor.shape[0], -1)
-
-    def _by_unit(self, rows: Tensor) -> Tensor:
-        if self._granularity == "row":
-            return rows
-        if self._granularity == "column":
-            return rows.t()
-        if self._granularity != "block":
-            return rows.reshape(-1, 1)
-        high, wide = self._block
-        padded = F.pad(rows, (0, -rows.shape[1] % wide, 0, -rows.shape[0] % high))
-        down, across = padded.shape[0] // high, padded.shape[1] // wide
-        return padded.reshape(down, high, across, wide).transpose(1, 2).reshape(-1, high * wide)
+            add_in_place(self._parameter.grad, self.cut.weight_shaped(change))
 
 
 class WeightUnits:
@@ -150,13 +112,6 @@ class WeightUnits:
         self._channels = parameter.shape[kind.weight_in_dim] * groups
         self.evidence = WeightEvidence(self.name, parameter, kind, config, groups)
         self.num_units = self.evidence.num_units
-        self._pattern = config.pattern()
-        inputs = self.evidence.shape[1]
-        if self._pattern is not None and inputs % self._pattern[1]:
-            raise TargetError(
-                f"{self.name!r} has {inputs} inputs, no multiple of {self._pattern[1]}, so granularity "
-                f"{config.granularity!r} does not fit. Leave it out with exclude=(...)."
-            )
         self._mask = ElementMask(name, module, straight_through=config.regrow)
         self._watch = InputWatch(name, module, method.statistic) if "activations" in method.reads else None
 
@@ -170,16 +125,10 @@ class WeightUnits:
         """Return what this rank gathered in a step; gradients of weights are averaged already."""
         return {} if self._watch is None else {"activations": self._watch.take()}
 
-    def run(self, length: Literal["row"] | None) -> int:
-        """Return how many neighbouring units compete with each other only: M of N:M, or an output row; else 1."""
-        if self._pattern is not None:
-            return self._pattern[1]
-        return self.evidence.shape[1] if length == "row" else 1
-
     def set_mask(self, mask: Tensor) -> None:
         """Keep the units where ``mask`` [num_units] is True."""
         self.evidence.kept = float(mask.float().mean())
-        self._mask.set_mask(self.evidence.weight_shaped(mask).to(self._parameter.device))
+        self._mask.set_mask(self.evidence.cut.weight_shaped(mask).to(self._parameter.device))
 
     def set_values(self, training: Tensor, evaluation: Tensor) -> None:
         """Refuse: the weights are factors themselves.

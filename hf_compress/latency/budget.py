@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.config import PruningConfig
-from hf_compress.errors import ConfigError
+from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
 from hf_compress.latency.cache import latency_table
@@ -17,12 +17,11 @@ from hf_compress.latency.masks import (
     TOLERANCE,
     MeasuredSpeedup,
     masks_within_latency,
-    measure_speedup,
+    speedup_of,
     tried_masks,
 )
-from hf_compress.latency.measure import Timer, shrunk_copy, time_in_turns
+from hf_compress.latency.measure import Setup, time_in_turns
 from hf_compress.latency.table import LatencyTable
-from hf_compress.latency.timing import DEFAULT_ROUNDS
 from hf_compress.pruning.budget import Limits
 from hf_compress.pruning.whole_model import Budget, CostBudget
 
@@ -34,35 +33,19 @@ class LatencyBudget:
     """Masks from a table of latencies; where masks are to stay, the table is corrected by what is measured.
 
     Args:
-        model: The dense model as it will be deployed: adapters merged. Its weights do not matter.
-        graph: What is known about it.
-        inputs: What is timed.
+        setup: The dense model as it will be deployed, adapters merged, and how it is timed.
         target: ``target_speedup`` or ``target_latency_ms``, and its value.
         exchange: Lets one rank measure for all.
         multiple_of: What feed-forward widths are multiples of.
-        timer: How to time models.
 
     Raises:
         ConfigError: If the dense model is as fast as that already.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        graph: ModelGraph,
-        inputs: Mapping[str, Any],
-        target: tuple[str, float],
-        exchange: Exchange,
-        *,
-        multiple_of: int = 1,
-        timer: Timer = time_in_turns,
-    ) -> None:
-        self._model = model
-        self._graph = graph
-        self._inputs = inputs
+    def __init__(self, setup: Setup, target: tuple[str, float], exchange: Exchange, *, multiple_of: int = 1) -> None:
+        self._setup = setup
         self._name, self._value = target
         self._exchange = exchange
-        self._timer = timer
         self._table = LatencyTable.from_json(exchange(partial(self._measured, multiple_of)))
         dense = self._dense = self._table.predict({})
         self._seconds = dense / self._value if self._name == "target_speedup" else self._value / 1000
@@ -73,7 +56,8 @@ class LatencyBudget:
             )
 
     def _measured(self, multiple_of: int) -> str:
-        table = latency_table(self._model, self._inputs, multiple_of=multiple_of, graph=self._graph, timer=self._timer)
+        setup = self._setup
+        table = latency_table(setup.model, setup.inputs, multiple_of=multiple_of, graph=setup.graph, timer=setup.timer)
         return table.to_json()
 
     @property
@@ -101,11 +85,7 @@ class LatencyBudget:
         return tries.closest
 
     def _ratio(self, kept: Mapping[str, int]) -> float:
-        return self._timed(shrunk_copy(self._model, self._graph, kept)).ratio
-
-    def _timed(self, small: PreTrainedModel) -> MeasuredSpeedup:
-        dense = shrunk_copy(self._model, self._graph, {})
-        return measure_speedup(dense, small, self._inputs, rounds=DEFAULT_ROUNDS, timer=self._timer)
+        return speedup_of(self._setup, self._setup.copy(kept)).ratio
 
     def measure(self, small: PreTrainedModel) -> MeasuredSpeedup:
         """Time the shrunk model beside the dense one; again if it misses, for other work may have disturbed it."""
@@ -113,7 +93,7 @@ class LatencyBudget:
         def closest() -> tuple[float, tuple[float, float]]:
             found = []
             for _ in range(MAX_CORRECTIONS):
-                found.append(self._timed(small))
+                found.append(speedup_of(self._setup, small))
                 if abs(found[-1].ratio / self.speedup - 1) <= TOLERANCE:
                     break
             best = min(found, key=lambda each: abs(each.ratio / self.speedup - 1))
@@ -122,15 +102,23 @@ class LatencyBudget:
         ratio, seconds = self._exchange(closest)
         return MeasuredSpeedup(ratio=ratio, seconds=(seconds[0], seconds[1]))
 
-    def misses(self, measured: MeasuredSpeedup) -> str | None:
-        """Return what to say of a shrunk model that is not as fast as it should be, or is faster; None if it is."""
+    def check(self, measured: MeasuredSpeedup, advice: str) -> None:
+        """Check that the shrunk model is as fast as it should be, and not faster.
+
+        Args:
+            measured: What ``measure`` returned.
+            advice: What to say of the model at the end of the message.
+
+        Raises:
+            TargetError: If it is off by more than the tolerance.
+        """
         if abs(measured.ratio / self.speedup - 1) <= TOLERANCE:
-            return None
+            return
         dense, small = (1000 * seconds for seconds in measured.seconds)
-        return (
+        raise TargetError(
             f"PruningConfig.{self._name}: asked for {self._value:g}, which is {self.speedup:.2f} times as fast as the "
             f"dense model; measured {measured.ratio:.2f} ({dense:.4g} ms to {small:.4g} ms), off by more than "
-            f"{TOLERANCE:.0%}. Did other work disturb the measurement? shrink(trainer) returns the model all the same."
+            f"{TOLERANCE:.0%}. Did other work disturb the measurement? {advice}"
         )
 
     def missed(self, masks: Mapping[str, Tensor]) -> str | None:
@@ -179,4 +167,5 @@ def budget_for(
     inputs = example_inputs or make_example_inputs(model, batch_size=batch, length=length)
     device = next(model.parameters()).device
     inputs = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in inputs.items()}
-    return LatencyBudget(model, graph, inputs, (name, float(value)), exchange, multiple_of=config.multiple_of)
+    setup = Setup(model, graph, inputs, time_in_turns)
+    return LatencyBudget(setup, (name, float(value)), exchange, multiple_of=config.multiple_of)

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.limits import group_limits
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.key import latency_key
-from hf_compress.latency.measure import Timer, group_limits, shrunk_copy, time_in_turns
+from hf_compress.latency.measure import Setup, Timer, time_in_turns
 from hf_compress.latency.table import LatencyTable
 from hf_compress.latency.timing import DEFAULT_ROUNDS, median, speedup
 from hf_compress.pruning.budget import Choice, Limits, RankedScores, TimedLevel, choices_of, within_latency
@@ -53,7 +54,7 @@ def masks_within_latency(
         TargetError: If the limits do not allow a time so short; the message says which is the shortest.
     """
     ranked = RankedScores(scores, limits)
-    choices = {choice.names[0]: choice for choice in choices_of(ranked.sizes(), limits)}
+    choices = {choice.names[0]: choice for choice in choices_of(ranked.layers)}
     lowest = {name: count for choice in choices.values() for name, count in choice.kept(0).items()}
     dense, fastest = table.predict({}), table.predict(lowest)
     least = min(seconds, final)
@@ -180,6 +181,20 @@ def measure_speedup(
     return MeasuredSpeedup(ratio=speedup(times["dense"], times["small"]), seconds=both)
 
 
+def speedup_of(setup: Setup, small: nn.Module, rounds: int = DEFAULT_ROUNDS) -> MeasuredSpeedup:
+    """Measure how many times as fast a model is as the whole one.
+
+    Args:
+        setup: Has the whole one.
+        small: The faster one.
+        rounds: How often both are timed.
+
+    Raises:
+        GraphError: If a model does not run on the inputs.
+    """
+    return measure_speedup(setup.copy({}), small, setup.inputs, rounds=rounds, timer=setup.timer)
+
+
 def latency_masks(
     model: PreTrainedModel,
     scores: Scores,
@@ -266,10 +281,10 @@ def fit_speedup(
         problem.table.predict({}),
         target_speedup,
         lambda table: problem.masks(table, seconds),
-        lambda kept: problem.speedup(shrunk_copy(model, problem.graph, kept), rounds).ratio,
+        lambda kept: speedup_of(problem.setup, problem.setup.copy(kept), rounds).ratio,
     )
-    small = shrink(model, tries.closest, example_inputs=problem.inputs)
-    measured = problem.speedup(small, rounds)
+    small = shrink(model, tries.closest, example_inputs=problem.setup.inputs)
+    measured = speedup_of(problem.setup, small, rounds)
     if abs(measured.ratio / target_speedup - 1) > TOLERANCE:
         told = ", ".join(f"{ratio:.2f}" for _, ratio in tries.tried)
         raise TargetError(
@@ -292,20 +307,19 @@ class _Problem:
         table: LatencyTable | None,
         timer: Timer = time_in_turns,
     ) -> None:
-        self.model = model
         self.scores = scores
-        self.timer = timer
-        self.inputs = make_example_inputs(model) if example_inputs is None else dict(example_inputs)
-        self.graph = ModelGraph(model, self.inputs)
-        groups = {group.name: group for group in self.graph.groups}
+        inputs = make_example_inputs(model) if example_inputs is None else dict(example_inputs)
+        graph = ModelGraph(model, inputs)
+        self.setup = Setup(model, graph, inputs, timer)
+        groups = {group.name: group for group in graph.groups}
         for name in scores:
             if name not in groups or groups[name].frozen is not None:
                 why = f"it cannot lose units: {groups[name].frozen}" if name in groups else "there is no such group"
                 raise TargetError(f"scores[{name!r}]: {why}. dimension_groups(model) lists the groups.")
         self.limits = group_limits([groups[name] for name in scores]) if limits is None else limits
         if table is None:
-            table = latency_table(model, self.inputs, graph=self.graph, timer=timer)
-        table.check(latency_key(model, self.inputs))
+            table = latency_table(model, inputs, graph=graph, timer=timer)
+        table.check(latency_key(model, inputs))
         self.table = table
 
     def seconds(self, target_speedup: float | None, target_latency_ms: float | None) -> float:
@@ -326,7 +340,3 @@ class _Problem:
 
     def masks(self, table: LatencyTable, seconds: float) -> Masks:
         return masks_within_latency(table, self.scores, self.limits, seconds)
-
-    def speedup(self, small: PreTrainedModel, rounds: int) -> MeasuredSpeedup:
-        dense = shrunk_copy(self.model, self.graph, {})
-        return measure_speedup(dense, small, self.inputs, rounds=rounds, timer=self.timer)

@@ -8,7 +8,6 @@ while does not bend the curves.
 """
 
 import bisect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +21,11 @@ from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.limits import group_limits
 from hf_compress.latency.key import latency_key
 from hf_compress.latency.table import Curve, LatencyTable, never_falling
 from hf_compress.latency.timing import median, speedup, time_models
-from hf_compress.pruning.budget import Choice, GroupLimits, choices_of
+from hf_compress.pruning.budget import Choice, choices_of
 from hf_compress.shrinking.apply import plain_copy, slice_in_place
 from hf_compress.shrinking.plan import plan_on
 
@@ -55,27 +55,6 @@ def time_in_turns(
 ) -> Mapping[str, Sequence[float]]:
     """The timer that is meant: see ``time_models``."""
     return time_models(models, inputs, rounds=rounds)
-
-
-def group_limits(
-    groups: Iterable[DimensionGroup], *, min_units: int = 0, multiple_of: int = 1
-) -> dict[str, GroupLimits]:
-    """Return what groups say themselves about how many units they may keep, as limits by name.
-
-    Args:
-        groups: The groups to choose in; ties to others are errors later.
-        min_units: Keep at least so many where a group would allow fewer.
-        multiple_of: Keep multiples of this in groups of feed-forward units.
-    """
-    return {
-        group.name: GroupLimits(
-            min_units=max(group.min_units, min(min_units, group.num_units)),
-            multiple_of=math.lcm(group.multiple_of, multiple_of if group.kind == "ffn" else 1),
-            fixed_units=group.fixed_units,
-            tied_to=group.tied_to,
-        )
-        for group in groups
-    }
 
 
 def measure_latency(
@@ -111,7 +90,7 @@ def measure_latency(
     classes = _classes(graph, structures, multiple_of)
     if not classes:
         raise TargetError(f"measure_latency: the model has none of {list(structures)} that can lose units.")
-    bench = _Bench(model, graph, inputs, _at_share(classes, REFERENCE_SHARE), timer)
+    bench = _Bench(Setup(model, graph, inputs, timer), _at_share(classes, REFERENCE_SHARE))
     lowest = _at_share(classes, 0.0)
     curve_points = {
         (position, level): {**lowest, **each.kept(level)}
@@ -173,8 +152,7 @@ class _Class:
 def _classes(graph: ModelGraph, structures: Sequence[str], multiple_of: int) -> list[_Class]:
     """Sort the structures by what they cost: kind, sizes of their weights, operations."""
     groups = {g.name: g for g in graph.groups if g.kind in structures and g.frozen is None}
-    sizes = {name: group.num_units for name, group in groups.items()}
-    choices = choices_of(sizes, group_limits(groups.values(), multiple_of=multiple_of))
+    choices = choices_of(group_limits(groups.values(), multiple_of=multiple_of))
     shapes = {name: tuple(p.shape) for name, p in graph.model.named_parameters()}
     found: dict[Any, list[Choice]] = {}
     for choice in choices:
@@ -203,22 +181,33 @@ def _curve(each: _Class, position: int, base: float, seconds: Mapping[tuple[int,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A dense model, and how it is timed, whole or with fewer units."""
+
+    model: PreTrainedModel
+    """As it will be deployed; its weights do not matter."""
+
+    graph: ModelGraph
+    """What is known about it."""
+
+    inputs: Mapping[str, Any]
+    """What is timed."""
+
+    timer: Timer = time_in_turns
+    """How."""
+
+    def copy(self, kept: Mapping[str, int]) -> PreTrainedModel:
+        """Return a copy with so many units by group name, see ``shrunk_copy``."""
+        return shrunk_copy(self.model, self.graph, kept)
+
+
 class _Bench:
     """Times the model at other sizes, in units of a small model that is timed with each."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        graph: ModelGraph,
-        inputs: Mapping[str, Any],
-        reference: Mapping[str, int],
-        timer: Timer,
-    ) -> None:
-        self.model = model
-        self.graph = graph
-        self.inputs = inputs
-        self.timer = timer
-        self.reference = shrunk_copy(model, graph, reference)
+    def __init__(self, setup: Setup, reference: Mapping[str, int]) -> None:
+        self.setup = setup
+        self.reference = setup.copy(reference)
         self.unit: float | None = None
         """Seconds of the reference."""
 
@@ -233,8 +222,8 @@ class _Bench:
         of_reference: list[float] = []
         for start in range(0, len(wanted), TOGETHER):
             part = wanted[start : start + TOGETHER]
-            models = {str(i): shrunk_copy(self.model, self.graph, kept) for i, kept in enumerate(part)}
-            times = self.timer({"reference": self.reference, **models}, self.inputs, rounds)
+            models = {str(i): self.setup.copy(kept) for i, kept in enumerate(part)}
+            times = self.setup.timer({"reference": self.reference, **models}, self.setup.inputs, rounds)
             ratios += [speedup(times[name], times["reference"]) for name in models]
             of_reference += times["reference"]
             bar.update(len(part))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
-from hf_compress.instruments.gate import Gate
+from hf_compress.instruments.gate import Gate, gated
 from hf_compress.oneshot.calibration import Calibration, check_finite
 from hf_compress.oneshot.linear import LinearLayer, UnitReader, unit_readers
 from hf_compress.oneshot.request import Found, Job
@@ -23,7 +23,7 @@ def search_and_tune(job: Job) -> Found:
     """
     options = job.config.method_options()
     assert isinstance(options, KwonOptions)
-    groups = job.all_groups()
+    groups = job.groups
     # Found out before anything is measured; it takes long.
     readers = {name: unit_readers(job.model, group) for name, group in groups.items()} if options.tune else {}
     gradients = collect_gradients(job, per_example=True)
@@ -41,15 +41,14 @@ def _within_budget(job: Job, fisher: Mapping[str, Tensor], share: float) -> dict
     """Choose masks that keep a share of the operations of a forward pass."""
     costs = job.graph.costs
     whole = costs.flops({})
-    groups = job.all_groups()
+    groups = job.groups
     cost = {name: float(whole - costs.flops({name: group.num_units - 1})) for name, group in groups.items()}
     others = whole - sum(cost[name] * group.num_units for name, group in groups.items())
-    families = []
+    families, limits = [], job.limits()
     for kind in ("heads", "ffn"):
-        mine = job.targets.groups.get(kind, ())
-        floors = {group.name: job.floor(group) for group in mine}
-        values = {group.name: fisher[group.name] for group in mine}
-        families.append(Family(values, {name: cost[name] for name in values}, floors))
+        mine = {name: layer for name, layer in limits.items() if groups[name].kind == kind}
+        floors = {name: layer.floor() for name, layer in mine.items()}
+        families.append(Family({name: fisher[name] for name in mine}, {name: cost[name] for name in mine}, floors))
     if share * whole < others:
         raise TargetError(
             f"prune_oneshot: flops={share} of a forward pass is asked for, but {others / whole:.4f} of its operations "
@@ -69,11 +68,8 @@ def _tune(
     layers = {each.layer.name: each.layer for found in readers.values() for each in found}
     place = {name: i for i, name in enumerate(n for stage in job.calibration.stages(layers) for n in stage)}
     order = sorted(groups, key=lambda name: min(place[each.layer.name] for each in readers[name]))
-    gates: dict[str, Gate] = {}
     scales = {name: mask.double() for name, mask in masks.items()}
-    try:
-        for name, group in groups.items():
-            gates[name] = Gate(group, job.model, needs_gradient=False)
+    with gated(job.model, groups, needs_gradient=False) as gates:
         for number, name in enumerate(order, 1):
             compare = _Comparison(gates, scales, {each.layer.name: each.layer for each in readers[name]})
             compare.run(job.calibration, f"Tuning layer {number} of {len(order)}")
@@ -82,9 +78,6 @@ def _tune(
                 for each in readers[name]
             ]
             scales[name] = tune_scales(masks[name], parts, damping)
-    finally:
-        for gate in gates.values():
-            gate.remove()
     for name, found in readers.items():
         for each in found:
             _fold(job, each, scales[name])
@@ -137,4 +130,4 @@ def _fold(job: Job, reader: UnitReader, scales: Tensor) -> None:
     weight = reader.layer.weight()
     factors = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
     factors[reader.index.flatten()] = scales.to(weight.device).repeat_interleave(reader.index.shape[1])
-    job.change(reader.layer, weight * factors)
+    job.change(reader.layer.name, reader.layer.parameter, reader.layer.as_stored(weight * factors))

@@ -1,4 +1,4 @@
-"""Linear layers whose inputs are units, or whose single weights go: read and written as [outputs, inputs]."""
+"""Layers whose inputs are units, or whose single weights go; linear ones are read as [outputs, inputs]."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
-from hf_compress.instruments.attach import LeafKind, find_leaf_kind, refuse_patched
+from hf_compress.instruments.attach import LeafKind, find_leaf_kind, leaf_kind
 
 
 @dataclass(frozen=True, eq=False)
-class LinearLayer:
-    """A Linear, or anything that computes like one."""
+class OwnLayer:
+    """A layer that alone has its weight."""
 
     name: str
     """Of the module."""
@@ -30,22 +30,18 @@ class LinearLayer:
         assert isinstance(weight, nn.Parameter)
         return weight
 
+
+class LinearLayer(OwnLayer):
+    """A Linear, or anything that computes like one."""
+
     def weight(self) -> Tensor:
         """Return the weight, [outputs, inputs]; a view."""
         weight = self.parameter.detach()
         return weight if self.kind.weight_in_dim == 1 else weight.T
 
-    def set_weight(self, weight: Tensor) -> None:
-        """Overwrite the weight in place.
-
-        Args:
-            weight: [outputs, inputs].
-        """
-        self.weight().copy_(weight)
-
-    def as_stored(self, mask: Tensor) -> Tensor:
-        """Return a mask [outputs, inputs] in the shape of the parameter."""
-        return mask if self.kind.weight_in_dim == 1 else mask.T.contiguous()
+    def as_stored(self, values: Tensor) -> Tensor:
+        """Return a weight or a mask [outputs, inputs] in the shape of the parameter."""
+        return values if self.kind.weight_in_dim == 1 else values.T.contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +52,28 @@ class UnitReader:
 
     index: Tensor
     """Inputs that each unit owns, [num_units, inputs per unit]."""
+
+
+def own_layer(model: nn.Module, name: str, what: str) -> OwnLayer:
+    """Return a layer whose weight may be changed.
+
+    Args:
+        model: The model.
+        name: Name of the module.
+        what: What asks for it, for messages.
+
+    Raises:
+        TargetError: If the module is of no known kind, was patched, or shares its weight with another module.
+    """
+    module = model.get_submodule(name)
+    kind = leaf_kind(name, module)
+    sharing = next((n for n, each in model.named_modules() if each is not module and _has(each, module.weight)), None)
+    if sharing is not None:
+        raise TargetError(
+            f"{what}: the weight of {name!r} is shared with {sharing!r}, for which it would change, too. Exclude it, "
+            "or use another criterion."
+        )
+    return OwnLayer(name, module, kind)
 
 
 def linear_layer(model: nn.Module, name: str, what: str) -> LinearLayer:
@@ -70,20 +88,14 @@ def linear_layer(model: nn.Module, name: str, what: str) -> LinearLayer:
         TargetError: If the module is none, or shares its weight with another module.
     """
     module = model.get_submodule(name)
-    refuse_patched(name, module)
     kind = find_leaf_kind(module)
     if kind is None or not kind.is_linear:
         raise TargetError(
             f"{what}: {name!r} is a {type(module).__name__}; this method needs Linear or Conv1D layers, whose outputs "
             "are sums over their inputs. Exclude it, or use another criterion."
         )
-    sharing = next((n for n, each in model.named_modules() if each is not module and _has(each, module.weight)), None)
-    if sharing is not None:
-        raise TargetError(
-            f"{what}: the weight of {name!r} is shared with {sharing!r}, for which it would change, too. Exclude it, "
-            "or use another criterion."
-        )
-    return LinearLayer(name, module, kind)
+    layer = own_layer(model, name, what)
+    return LinearLayer(layer.name, layer.module, layer.kind)
 
 
 def _has(module: nn.Module, weight: object) -> bool:

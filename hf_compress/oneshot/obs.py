@@ -21,7 +21,7 @@ def remove_units(job: Job) -> Found:
 
     Source: ZipLM, Kurtic et al. 2023, arXiv:2302.04089.
     """
-    groups = job.all_groups()
+    groups = job.groups
     readers = {name: unit_readers(job.model, group) for name, group in groups.items()}
     for name, found in readers.items():
         for each in found:
@@ -30,7 +30,7 @@ def remove_units(job: Job) -> Found:
     order = [name for stage in job.calibration.stages(layers) for name in stage]
     stages = _stages(readers, order)
     scores = {name: torch.zeros(group.num_units) for name, group in groups.items()}
-    if job.config.allocation != "per_layer":  # whose counts depend on no score
+    if any(pool.config.allocation != "per_layer" for pool in job.pools):  # whose counts depend on no score
         scores = _dense_scores(job, groups, readers, stages)
     counts = {name: int((~mask).sum()) for name, mask in job.allocate(scores).items()}
     masks: dict[str, Tensor] = {}
@@ -72,13 +72,14 @@ def _dense_scores(
     A unit is worth at least as much as those that go before it, so that thresholds cut the order of removal.
     """
     scores: dict[str, Tensor] = {}
+    limits = job.limits()
     for number, stage in enumerate(stages, 1):
         grams = _grams(job, readers, stage, f"Measuring layer {number} of {len(stages)}")
         for name in stage:
             group = groups[name]
-            removable = group.num_units - job.floor(group)
+            removable = group.num_units - limits[name].floor()
             removal = _order(job, group, readers[name], grams, removable)
-            whole = sum(_output(each.layer, grams[each.layer.name]) for each in readers[name])
+            whole = sum(output_energy(each.layer, grams[each.layer.name]) for each in readers[name])
             added = (removal.errors.diff() / max(whole, 1e-300)).cummax(0).values if removable else removal.errors[1:]
             scores[name] = torch.full((group.num_units,), float(added[-1]) if removable else 1.0, dtype=torch.float64)
             scores[name][removal.order] = added
@@ -102,7 +103,7 @@ def _consumer(job: Job, reader: UnitReader, grams: Mapping[str, Tensor]) -> Cons
     return Consumer(weight.to(inverse.device), inverse, reader.index.to(inverse.device))
 
 
-def _output(layer: LinearLayer, gram: Tensor) -> float:
+def output_energy(layer: LinearLayer, gram: Tensor) -> float:
     """Return ``||W X||^2``."""
     weight = layer.weight().double()
     return float((weight @ gram * weight).sum())
@@ -115,7 +116,7 @@ def _remove(
     consumers = [_consumer(job, each, grams) for each in readers]
     gone = removal_order(consumers, count, group.fixed_units).order
     for each, consumer in zip(readers, consumers, strict=True):
-        job.change(each.layer, without_units(consumer, gone))
+        job.change(each.layer.name, each.layer.parameter, each.layer.as_stored(without_units(consumer, gone)))
         _forget(grams[each.layer.name], each.index[gone].flatten())
     mask = torch.ones(group.num_units, dtype=torch.bool)
     mask[gone] = False

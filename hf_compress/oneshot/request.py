@@ -2,43 +2,67 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.config import WEIGHTS, PruningConfig
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.select import limits_of, select
-from hf_compress.latency.budget import budget_for
+from hf_compress.instruments.limits import limits_of
+from hf_compress.instruments.select import Selection, kinds_of, select
+from hf_compress.instruments.units import GroupEvidence
+from hf_compress.instruments.weight_units import WeightEvidence
 from hf_compress.oneshot.calibration import Calibration
-from hf_compress.oneshot.linear import LinearLayer, Undo, linear_layer
-from hf_compress.pruning.allocate import Layer, allocate, check_reachable
-from hf_compress.pruning.whole_model import limits_of_layers
+from hf_compress.oneshot.linear import LinearLayer, Undo, linear_layer, own_layer
+from hf_compress.pruning.allocate import Layer
+from hf_compress.pruning.method import Method, Setting
+from hf_compress.pruning.pools import Pool
+from hf_compress.pruning.whole_model import Budget
+from hf_compress.registry import criteria
+
+WHAT = f"PruningConfig.structures[{WEIGHTS!r}]"
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
-    """What a config is for."""
+class Found:
+    """What a criterion came to."""
 
-    groups: Mapping[str, Sequence[DimensionGroup]]
-    """Dimension groups by structure."""
+    masks: dict[str, Tensor]
+    """Bool [num_units] by group name, or of the parameter's shape by parameter name; True = keep."""
 
-    modules: Sequence[str]
-    """Modules whose single weights are to go."""
-
-    def all_groups(self) -> dict[str, DimensionGroup]:
-        """Return the groups of all structures by name."""
-        return {group.name: group for groups in self.groups.values() for group in groups}
+    scores: dict[str, Tensor]
+    """Higher = keep; by group name, [num_units]."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Targets:
+    """What a config is for: pools, and what their layers are."""
+
+    pools: Sequence[Pool]
+    groups: Mapping[str, DimensionGroup]
+    """By name."""
+
+    weights: Mapping[str, WeightEvidence]
+    """By name of the parameter."""
+
+    modules: Mapping[str, nn.Module]
+    """Those with these parameters, by name of the module."""
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
-    """A request, the model, and what there is to know about it."""
+    """The parts of a request with one criterion and its options, the model, and what there is to know about it."""
 
     config: PruningConfig
+    """Criterion and options; what else holds for a part is in its pool."""
+
+    pools: Sequence[Pool]
+    """Those of this criterion with these options."""
+
     model: PreTrainedModel
     graph: ModelGraph
     targets: Targets
@@ -46,69 +70,83 @@ class Job:
     undo: Undo
     """Is told of every parameter before it changes."""
 
-    def all_groups(self) -> dict[str, DimensionGroup]:
-        """Return the groups of all structures by name."""
-        return self.targets.all_groups()
+    seed: int
+    """Of what is random."""
 
-    def layers(self) -> dict[str, LinearLayer]:
-        """Return the layers whose single weights are to go, by name.
+    @cached_property
+    def groups(self) -> dict[str, DimensionGroup]:
+        """The dimension groups of all pools by name."""
+        known = self.targets.groups
+        return {name: known[name] for pool in self.pools for name in pool.layers if name in known}
 
-        Raises:
-            TargetError: If one is no linear layer, shares its weight, or has weights that are not finite.
+    def limits(self) -> dict[str, Layer]:
+        """Return what an allocation must respect of each layer."""
+        return {name: layer for pool in self.pools for name, layer in pool.layers.items()}
+
+    def method(self) -> Method:
+        """Return the criterion as it works while training.
+
+        Where it reads weights alone, or is told what it would have read, it scores as it does there.
         """
-        names = self.targets.modules
-        found = {name: linear_layer(self.model, name, "PruningConfig.structures['weights']") for name in names}
-        for name, layer in found.items():
-            require_finite("weights", name, layer.weight())
+        method: Method = criteria.get(self.config.criterion)(self.config.method_options(), Setting(seed=self.seed))
+        return method
+
+    def evidence(self) -> dict[str, GroupEvidence | WeightEvidence]:
+        """Return what there is to know about the weights of all layers."""
+        found: dict[str, GroupEvidence | WeightEvidence] = {}
+        for name in self.limits():
+            group = self.groups.get(name)
+            found[name] = self.targets.weights[name] if group is None else GroupEvidence(group, self.model)
         return found
 
-    def sparsity(self, kind: str) -> float:
-        """Return the fraction of a structure to remove."""
-        assert isinstance(self.config.structures, Mapping)
-        return self.config.structures[kind]
-
-    def change(self, layer: LinearLayer, weight: Tensor) -> None:
-        """Overwrite a layer's weight [outputs, inputs]; undone if anything fails later.
+    def linear_layers(self) -> dict[str, LinearLayer]:
+        """Return the layers whose single weights are to go, by name of the module.
 
         Raises:
-            TargetError: If the weight is not finite.
+            TargetError: If one is no linear layer.
         """
-        require_finite("new weights", layer.name, weight)
-        self.undo.remember(layer.parameter)
-        layer.set_weight(weight)
+        mine = self.limits()
+        names = [name for name in self.targets.modules if f"{name}.weight" in mine]
+        return {name: linear_layer(self.model, name, WHAT) for name in names}
+
+    def pool_of(self, layer: str) -> Pool:
+        """Return the pool of a layer."""
+        return next(pool for pool in self.pools if layer in pool.layers)
+
+    def change(self, name: str, parameter: nn.Parameter, values: Tensor) -> None:
+        """Overwrite a parameter; undone if anything fails later.
+
+        Args:
+            name: Of its module, for messages.
+            parameter: The parameter.
+            values: Of the same shape.
+
+        Raises:
+            TargetError: If they are not finite.
+        """
+        require_finite("new weights", name, values)
+        self.undo.remember(parameter)
+        with torch.no_grad():
+            parameter.copy_(values)
 
     def allocate(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Choose masks by scores of all groups, higher = keep.
+        """Choose what stays by scores of all layers, [num_units], higher = keep.
 
         Raises:
             TargetError: If scores are not finite, or limits forbid what is asked for.
         """
-        for name, values in scores.items():
-            require_finite("scores", name, values)
-        budget = budget_for(self.config, self.model, self.graph, None, lambda measure: measure())
-        if budget is not None:
-            every = {name: limits_of(group, self.config) for name, group in self.all_groups().items()}
-            return budget.masks({name: scores[name] for name in every}, limits_of_layers(every), 1.0, last=True)
         masks: dict[str, Tensor] = {}
-        for kind, groups in self.targets.groups.items():
-            mine = {group.name: scores[group.name] for group in groups}
-            limits = {group.name: limits_of(group, self.config) for group in groups}
-            masks |= allocate(mine, self.sparsity(kind), limits, self.config.allocation)
+        for pool in self.pools:
+            mine = {name: scores[name].detach().cpu() for name in pool.layers}
+            for name, values in mine.items():
+                require_finite("scores", name, values)
+            if pool.budget is not None:
+                whole = {name: torch.ones(len(values), dtype=torch.bool) for name, values in mine.items()}
+                masks |= pool.within_budget(mine, whole, 1.0, last=True)
+            else:
+                assert pool.sparsity is not None
+                masks |= pool.allocate(mine, pool.sparsity)
         return masks
-
-    def allocate_weights(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Choose masks of single weights by scores of all layers, of any shape, higher = keep."""
-        flat = {name: values.flatten() for name, values in scores.items()}
-        layers = {
-            name: Layer(num_units=values.numel(), min_units=0, shape=str(values.shape))
-            for name, values in scores.items()
-        }
-        masks = allocate(flat, self.sparsity(WEIGHTS), layers, self.config.allocation)
-        return {name: mask.view(scores[name].shape) for name, mask in masks.items()}
-
-    def floor(self, group: DimensionGroup) -> int:
-        """Return how many units of a group stay at least."""
-        return limits_of(group, self.config).floor()
 
 
 def require_finite(what: str, name: str, values: Tensor) -> None:
@@ -130,32 +168,63 @@ def require_finite(what: str, name: str, values: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a criterion came to."""
-
-    masks: dict[str, Tensor]
-    """Bool [num_units] by group name, or of the parameter's shape by parameter name; True = keep."""
-
-    scores: dict[str, Tensor]
-    """Higher = keep; by group name, [num_units]."""
-
-
-def find_targets(model: PreTrainedModel, graph: ModelGraph, config: PruningConfig) -> Targets:
+def find_targets(model: PreTrainedModel, graph: ModelGraph, config: PruningConfig, budget: Budget | None) -> Targets:
     """Return what a config is for.
 
+    Args:
+        model: The model.
+        graph: What is known about it.
+        config: The config.
+        budget: Of the whole model, if the config has one: then all structures compete with each other.
+
     Raises:
-        TargetError: If the model lacks a structure, a group is frozen, a pattern matches nothing, or the limits forbid
-            the sparsity.
+        TargetError: If the model lacks a structure, a group is frozen, a pattern matches nothing, weights are shared
+            or not finite, or the limits forbid the sparsity.
     """
-    groups: dict[str, Sequence[DimensionGroup]] = {}
-    modules: list[str] = []
-    for each in select(model, graph.groups, config):
-        if each.kind == WEIGHTS:
-            modules += [name for name, _ in each.modules]
+    chosen = select(model, graph.groups, config)
+    modules = {name: module for each in chosen for name, module in each.modules}
+    weights = {f"{n}.weight": _evidence(model, n, each.config) for each in chosen for n, _ in each.modules}
+    together = budget is not None or not isinstance(config.structures, Mapping)
+    pools = [_pool(each, weights, budget) for each in ([chosen] if together else [[one] for one in chosen])]
+    for pool in pools:
+        pool.check_reachable()
+    groups = {group.name: group for each in chosen for group in each.groups}
+    return Targets(pools=pools, groups=groups, weights=weights, modules=modules)
+
+
+def _evidence(model: PreTrainedModel, name: str, config: PruningConfig) -> WeightEvidence:
+    layer = own_layer(model, name, WHAT)
+    require_finite("weights", name, layer.parameter.detach())
+    groups = getattr(layer.module, "groups", 1)
+    return WeightEvidence(f"{name}.weight", layer.parameter, layer.kind, config, groups)
+
+
+def _pool(selections: Sequence[Selection], weights: Mapping[str, WeightEvidence], budget: Budget | None) -> Pool:
+    config = selections[0].config
+    layers: dict[str, Layer] = {}
+    for each in selections:
+        layers |= limits_of(each.groups, each.config)
+        mine = {name: weights[name] for name in each.layers() if name in weights}
+        layers |= {name: evidence.cut.limits(each.config) for name, evidence in mine.items()}
+    length = criteria.get(config.criterion).run_length
+    return Pool(
+        name=selections[0].name,
+        kinds=kinds_of(selections),
+        config=config,
+        layers=layers,
+        runs={name: run for name in layers if name in weights and (run := weights[name].cut.run(length)) > 1},
+        budget=budget,
+    )
+
+
+def jobs_of(targets: Targets) -> list[tuple[PruningConfig, list[Pool]]]:
+    """Return the pools by criterion and options, in the order of the rules, each with a config that has both."""
+    found: list[tuple[PruningConfig, list[Pool]]] = []
+    for pool in targets.pools:
+        like = (pool.config.criterion, pool.config.options)
+        same = next((pools for config, pools in found if (config.criterion, config.options) == like), None)
+        if same is None:
+            found.append((pool.config, [pool]))
         else:
-            groups[each.kind] = each.groups
-            if isinstance(config.structures, Mapping):
-                limits = {group.name: limits_of(group, config) for group in each.groups}
-                check_reachable(f"structures[{each.kind!r}]", config.structures[each.kind], limits, config.allocation)
-    return Targets(groups, modules)
+            same.append(pool)
+    return found

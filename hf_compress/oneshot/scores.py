@@ -7,20 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.errors import TargetError
-from hf_compress.instruments.gate import Gate, check_gateable, unit_weights
+from hf_compress.instruments.gate import check_gateable, gated
 from hf_compress.oneshot.calibration import check_finite, without_gradients_of
-from hf_compress.oneshot.linear import LinearLayer, UnitReader, unit_readers
+from hf_compress.oneshot.linear import unit_readers
 from hf_compress.oneshot.request import Found, Job
-from hf_compress.pruning.method import CurrentMethod
-from hf_compress.registry import criteria
 
 
-def magnitude(job: Job) -> Found:
-    """Score units by their own weights, as while training. No batch is run."""
-    method = criteria.get(job.config.criterion)
-    assert issubclass(method, CurrentMethod)
-    groups = job.all_groups().items()
-    return _allocated(job, {name: method.of(unit_weights(job.model, group)) for name, group in groups})
+def by_weights(job: Job) -> Found:
+    """Score units as while training, by their own weights or by chance. No batch is run."""
+    return _allocated(job, own_scores(job))
+
+
+def own_scores(job: Job) -> dict[str, Tensor]:
+    """Return the scores of a method that reads weights alone, or nothing, by layer: [num_units]."""
+    method = job.method()
+    found = {}
+    for name, evidence in job.evidence().items():
+        method.start(name, evidence)
+        found[name] = method.score(name, evidence)
+    return found
 
 
 def wanda(job: Job) -> Found:
@@ -28,25 +33,15 @@ def wanda(job: Job) -> Found:
 
     Source: Sun et al. 2023, arXiv:2306.11695, eq. 1, summed over a unit's columns.
     """
-    readers = {name: unit_readers(job.model, group) for name, group in job.all_groups().items()}
+    readers = {name: unit_readers(job.model, group) for name, group in job.groups.items()}
     layers = {each.layer.name: each.layer for found in readers.values() for each in found}
     job.calibration.stages(layers)
-    norms = input_norms(job, layers)
-    scores = {}
-    for name, found in readers.items():
-        scores[name] = torch.stack([_by_unit(each, norms[each.layer.name]) for each in found]).sum(0)
-    return _allocated(job, scores)
-
-
-def _by_unit(reader: UnitReader, norms: Tensor) -> Tensor:
-    columns = reader.layer.weight().abs().double().sum(0) * norms.to(reader.layer.weight().device)
-    return columns.cpu()[reader.index].sum(1)
-
-
-def input_norms(job: Job, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
-    """Return ``||x_j||_2`` over all tokens by layer, [inputs] in float64."""
     squares = job.calibration.squares(layers, "Measuring inputs")
-    return {name: sums.sqrt() for name, sums in squares.items()}
+    method, scores = job.method(), {}
+    for name, evidence in job.evidence().items():
+        method.tensors[name] = torch.cat([squares[each.layer.name] for each in readers[name]])
+        scores[name] = method.score(name, evidence)
+    return _allocated(job, scores)
 
 
 def gate_gradients(job: Job) -> Found:
@@ -86,27 +81,23 @@ def collect_gradients(job: Job, *, per_example: bool) -> dict[str, Tensor]:
     Raises:
         TargetError: If a group cannot be gated or gets no gradient.
     """
-    groups = job.all_groups()
+    groups = job.groups
     check_gateable(job.model, list(groups.values()))
     parts: dict[str, list[Tensor]] = {name: [] for name in groups}
-    gates: dict[str, Gate] = {}
-    try:
-        for name, group in groups.items():
-            gates[name] = Gate(group, job.model, needs_gradient=True)
-        with without_gradients_of(list(job.model.parameters())):
-            for number, loss in job.calibration.losses("Measuring gradients", per_example=per_example):
-                found = _gradients(loss, [gate.value for gate in gates.values()])
-                for name, gradient in zip(gates, found, strict=True):
-                    if gradient is None:
-                        raise TargetError(
-                            f"prune_oneshot: the loss of batch {number} does not depend on {name!r}. Exclude it, or "
-                            "give batches that reach it."
-                        )
-                    check_finite(number, f"gradients of {name}", gradient)
-                    parts[name].append(gradient.double().cpu())
-    finally:
-        for gate in gates.values():
-            gate.remove()
+    with (
+        gated(job.model, groups, needs_gradient=True) as gates,
+        without_gradients_of(list(job.model.parameters())),
+    ):
+        for number, loss in job.calibration.losses("Measuring gradients", per_example=per_example):
+            found = _gradients(loss, [gate.value for gate in gates.values()])
+            for name, gradient in zip(gates, found, strict=True):
+                if gradient is None:
+                    raise TargetError(
+                        f"prune_oneshot: the loss of batch {number} does not depend on {name!r}. Exclude it, or "
+                        "give batches that reach it."
+                    )
+                check_finite(number, f"gradients of {name}", gradient)
+                parts[name].append(gradient.double().cpu())
     return {name: torch.stack(rows) for name, rows in parts.items()}
 
 
@@ -121,7 +112,7 @@ def block_influence(job: Job) -> Found:
 
     Source: ShortGPT, Men et al. 2024, arXiv:2403.03853, eq. 1.
     """
-    modules = {name: job.model.get_submodule(name) for group in job.all_groups().values() for name in group.modules}
+    modules = {name: job.model.get_submodule(name) for group in job.groups.values() for name in group.modules}
     sums = dict.fromkeys(modules, 0.0)
     tokens = dict.fromkeys(modules, 0)
 
@@ -136,7 +127,7 @@ def block_influence(job: Job) -> Found:
     if unseen is not None:
         raise TargetError(f"prune_oneshot: {unseen!r} sees no token of these batches. Exclude it, or give others.")
     influence = {name: 1 - sums[name] / tokens[name] for name in modules}
-    scores = {n: torch.tensor([influence[name] for name in g.modules]) for n, g in job.all_groups().items()}
+    scores = {n: torch.tensor([influence[name] for name in g.modules]) for n, g in job.groups.items()}
     return _allocated(job, scores)
 
 

@@ -19,7 +19,7 @@ class Layer:
     """How many units there are."""
 
     min_units: int = 1
-    """Units kept at least."""
+    """Units kept at least, or all if there are fewer; 0 lets the whole layer go."""
 
     max_sparsity: float = 1.0
     """Largest fraction removed."""
@@ -28,10 +28,10 @@ class Layer:
     """Kept counts are multiples of this, or all units."""
 
     fixed_units: tuple[int, ...] = ()
-    """Units that stay."""
+    """Units that stay, whatever their scores."""
 
-    tied: str = ""
-    """Layers with the same text keep the same share of their units; an empty text ties nothing."""
+    tied_to: tuple[str, ...] = ()
+    """Layers that must keep the same share of their units."""
 
     shape: str = ""
     """Layers with the same text have the same form."""
@@ -44,6 +44,10 @@ class Layer:
         wanted = math.ceil(self.num_units * (1 - self.max_sparsity) - 1e-9)
         wanted = max(self.min_units, wanted, len(self.fixed_units))
         return min(-(-wanted // self.multiple_of) * self.multiple_of, self.num_units)
+
+    def counts(self) -> list[int]:
+        """Return the numbers of units that may be kept, ascending."""
+        return sorted({*range(self.floor(), self.num_units + 1, self.multiple_of), self.num_units})
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,31 @@ def classes_of(layers: Mapping[str, Layer], allocation: str) -> list[list[Bundle
 
 def bundles(layers: Mapping[str, Layer]) -> list[Bundle]:
     """Return the layers, those that are tied together in one bundle."""
-    tied: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        tied.setdefault(layer.tied or f"\0{name}", []).append(name)
-    return [_bundle(names, [layers[name] for name in names]) for names in tied.values()]
+    return [_bundle(names, [layers[name] for name in names]) for names in ties(layers)]
+
+
+def ties(layers: Mapping[str, Layer]) -> list[tuple[str, ...]]:
+    """Return the names of layers that keep the same share, together, in the order of ``layers``; most are alone.
+
+    Raises:
+        TargetError: If a layer is tied to one that is not there.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in layers:
+        if name in found:
+            continue
+        names = [name]
+        for each in names:  # grows while it is read
+            for other in layers[each].tied_to:
+                if other not in layers:
+                    raise TargetError(
+                        f"{each!r} must keep the same share of its units as {other!r}, which takes no part. Give both, "
+                        "or neither."
+                    )
+                if other not in names:
+                    names.append(other)
+        found |= dict.fromkeys(names, tuple(names))
+    return list(dict.fromkeys(found.values()))
 
 
 def _bundle(names: Iterable[str], layers: list[Layer]) -> Bundle:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.errors import ConfigError, TargetError
+from hf_compress.pruning.allocate import Layer, ties
 
 Cost = Callable[[Mapping[str, int]], int]
 """Kept units by group name -> parameters, operations or another integer. It must not fall when more is kept."""
@@ -23,36 +24,8 @@ NUM_BUCKETS = 10_000
 """Steps into which ``within_latency`` divides the time that is free to spend."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupLimits:
-    """What one group must respect."""
-
-    min_units: int = 1
-    """Units kept at least; 0 lets the whole block go."""
-
-    max_units: int | None = None
-    """Units kept at most; None sets no limit."""
-
-    multiple_of: int = 1
-    """Kept counts are multiples of this, or all units."""
-
-    fixed_units: tuple[int, ...] = ()
-    """Units that stay, whatever their scores."""
-
-    tied_to: tuple[str, ...] = ()
-    """Groups that must keep the same share of their units."""
-
-    def counts(self, num_units: int) -> list[int]:
-        """Return the numbers of units that a group of ``num_units`` may keep, ascending."""
-        least = max(self.min_units, len(self.fixed_units))
-        most = num_units if self.max_units is None else min(self.max_units, num_units)
-        first = -(-least // self.multiple_of) * self.multiple_of
-        found = set(range(first, most + 1, self.multiple_of))
-        return sorted(found | ({num_units} if least <= num_units <= most else set()))
-
-
-Limits = Mapping[str, GroupLimits]
-"""By group name; a group without an entry has ``GroupLimits()``."""
+Limits = Mapping[str, Layer]
+"""By group name; a group without an entry has those of a ``Layer``."""
 
 
 @dataclass(frozen=True)
@@ -70,60 +43,26 @@ class Choice:
         return dict(zip(self.names, self.levels[level], strict=True))
 
 
-def choices_of(sizes: Mapping[str, int], limits: Limits) -> list[Choice]:
-    """Return what there is to choose, in the order of ``sizes``.
+def choices_of(layers: Mapping[str, Layer]) -> list[Choice]:
+    """Return what there is to choose, in the order of ``layers``.
 
     Args:
-        sizes: Number of units by group name.
-        limits: What each group must respect.
+        layers: The size of each group, and what it must respect, by name.
 
     Raises:
-        TargetError: If limits exclude each other, or a group is tied to one that is not there.
+        TargetError: If a group is tied to one that is not there.
     """
-    unknown = sorted(set(limits) - set(sizes))
-    if unknown:
-        raise TargetError(f"limits[{unknown[0]!r}]: no scores are given for this group; groups: {sorted(sizes)}.")
-    found: list[Choice] = []
-    seen: set[str] = set()
-    for name in sizes:
-        if name not in seen:
-            names = _tied(name, sizes, limits)
-            seen.update(names)
-            found.append(Choice(names, _levels(names, sizes, limits)))
-    return found
+    return [Choice(names, _levels({name: layers[name] for name in names})) for names in ties(layers)]
 
 
-def _tied(name: str, sizes: Mapping[str, int], limits: Limits) -> tuple[str, ...]:
-    names = [name]
-    for each in names:  # grows while it is read
-        for other in _limits(limits, each).tied_to:
-            if other not in sizes:
-                raise TargetError(
-                    f"limits[{each!r}]: it must keep the same share as {other!r}, for which there are no scores. Give "
-                    "scores for both, or for neither."
-                )
-            if other not in names:
-                names.append(other)
-    return tuple(names)
-
-
-def _levels(names: tuple[str, ...], sizes: Mapping[str, int], limits: Limits) -> tuple[tuple[int, ...], ...]:
-    allowed = {name: _limits(limits, name).counts(sizes[name]) for name in names}
-    if len(names) == 1:
-        levels: list[tuple[int, ...]] = [(count,) for count in allowed[names[0]]]
-    else:
-        parts = math.gcd(*(sizes[name] for name in names))
-        shares = [tuple(sizes[name] // parts * part for name in names) for part in range(parts + 1)]
-        sets = [set(allowed[name]) for name in names]
-        levels = [share for share in shares if all(n in can for n, can in zip(share, sets, strict=True))]
-    if not levels:
-        told = "; ".join(f"{name!r} of {sizes[name]} units: {_limits(limits, name)}" for name in names)
-        raise TargetError(f"limits: no number of units satisfies all of them. {told}. Loosen one.")
-    return tuple(levels)
-
-
-def _limits(limits: Limits, name: str) -> GroupLimits:
-    return limits.get(name) or GroupLimits()
+def _levels(layers: Mapping[str, Layer]) -> tuple[tuple[int, ...], ...]:
+    allowed = [set(layer.counts()) for layer in layers.values()]
+    if len(allowed) == 1:
+        return tuple((count,) for count in sorted(allowed[0]))
+    sizes = [layer.num_units for layer in layers.values()]
+    parts = math.gcd(*sizes)
+    shares = [tuple(size // parts * part for size in sizes) for part in range(parts + 1)]
+    return tuple(share for share in shares if all(n in can for n, can in zip(share, allowed, strict=True)))
 
 
 class RankedScores:
@@ -131,15 +70,22 @@ class RankedScores:
 
     Args:
         scores: By group name, [num_units], finite. Units of negative score are kept only where limits ask for them.
-        limits: Name the units that must stay.
+        limits: What each group must respect, by name.
 
     Raises:
-        ConfigError: If there are no scores, or one is not finite.
+        ConfigError: If there are no scores, or one is not finite, or they are not as many as the limits say.
+        TargetError: If limits are given for other groups.
     """
 
     def __init__(self, scores: Mapping[str, Tensor], limits: Limits) -> None:
         if not scores:
             raise ConfigError("scores: none are given, so there is nothing to choose; pass {group name: tensor}.")
+        unknown = sorted(set(limits) - set(scores))
+        if unknown:
+            raise TargetError(f"limits[{unknown[0]!r}]: no scores are given for this group; groups: {sorted(scores)}.")
+        self.layers: dict[str, Layer] = {}
+        """What each group must respect, by name."""
+
         self._order: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         for name, score in scores.items():
@@ -150,13 +96,14 @@ class RankedScores:
                     "finite numbers [num_units]."
                 )
             rank = values.clone()
-            rank[list(_limits(limits, name).fixed_units)] = math.inf
+            layer = self.layers[name] = limits.get(name) or Layer(num_units=len(values))
+            if layer.num_units != len(values):
+                raise ConfigError(
+                    f"limits[{name!r}]: they are those of {layer.num_units} units, but there are {len(values)} scores."
+                )
+            rank[list(layer.fixed_units)] = math.inf
             self._order[name] = rank.argsort(descending=True, stable=True)
             self._sums[name] = torch.cat([values.new_zeros(1), values[self._order[name]].cumsum(0)])
-
-    def sizes(self) -> dict[str, int]:
-        """Return the number of units by group name."""
-        return {name: len(order) for name, order in self._order.items()}
 
     def kept(self, choice: Choice) -> Tensor:
         """Return the sum of the scores that each level of a choice keeps, float64 [num_levels]."""
@@ -197,7 +144,7 @@ def within_cost(scores: Mapping[str, Tensor], limits: Limits, cost: Cost, budget
         TargetError: If the limits do not allow a cost so low; the message says which is the lowest.
     """
     ranked = RankedScores(scores, limits)
-    problem = _CostProblem(ranked, choices_of(ranked.sizes(), limits), cost, budget)
+    problem = _CostProblem(ranked, choices_of(ranked.layers), cost, budget)
     lowest = problem.exact([0] * len(problem.choices))
     if lowest > budget:
         raise TargetError(

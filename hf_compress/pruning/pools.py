@@ -14,21 +14,22 @@ from hf_compress.pruning.allocate import (
     achieved_sparsity,
     allocate,
     bundles,
+    check_reachable,
     keep_best,
     protected,
     tolerance,
 )
 from hf_compress.pruning.method import DeferringMethod, Evidence, Method, is_useful
 from hf_compress.pruning.timetable import Timetable
-from hf_compress.pruning.whole_model import Budget, limits_of_layers
+from hf_compress.pruning.whole_model import Budget
 
 LEFTOVER = 1e-6
 """Part of the highest score: what units that are gone may score at most."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pool:
-    """What one structure loses in one part of the model."""
+    """What one structure loses in one part of the model; under a budget, what all structures lose."""
 
     name: str
     """The structure, with the number of the rule where one applies: ``ffn``, ``ffn_rule0``."""
@@ -39,12 +40,8 @@ class Pool:
     config: PruningConfig
     """What holds here, rules applied."""
 
-    method: Method
-
     layers: Mapping[str, Layer]
     """By name."""
-
-    timetable: Timetable
 
     runs: Mapping[str, int]
     """Layer name -> number of neighbouring units that compete with each other only; layers that are missing have no
@@ -63,6 +60,85 @@ class Pool:
         """The sparsity in the end; None if a budget says or the method finds out."""
         structures = self.config.structures
         return structures[self.kind] if isinstance(structures, Mapping) else None
+
+    def check_reachable(self) -> None:
+        """Check that the limits of the layers leave room for the sparsity, and that it is more than rounding.
+
+        Raises:
+            TargetError: If not.
+        """
+        if self.sparsity is not None:
+            check_reachable(f"structures[{self.kind!r}]", self.sparsity, self.layers, self.config.allocation)
+
+    def within_budget(
+        self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], share: float, *, last: bool
+    ) -> dict[str, Tensor]:
+        """Return masks within the budget, by scores.
+
+        Without regrowth, what is gone comes back only where nothing else fits into what is left of the budget.
+
+        Args:
+            scores: By layer, finite.
+            now: The masks so far.
+            share: Of the way to the budget.
+            last: Whether these masks stay.
+        """
+        assert self.budget is not None
+        lowest = min(float(score.min()) for score in scores.values())
+        lifted = {name: score - min(lowest, 0.0) for name, score in scores.items()}
+        if not self.config.regrow:  # steps of large units overshoot: what is left over is filled with what is gone
+            least = LEFTOVER * max(float(score.max()) for score in lifted.values())
+            lifted = {name: score.where(now[name], score.clamp_max(least)) for name, score in lifted.items()}
+        return self.budget.masks(lifted, self.layers, share, last=last)
+
+    def allocate(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return masks of a sparsity, by scores."""
+        pattern = self.config.pattern()
+        protect = dict(scores)
+        for name, run in self.runs.items():
+            # Of a share that is no whole number, the rest competes: rounded up, the last runs would pay for all others.
+            keep = pattern[0] if pattern is not None else math.floor((1 - sparsity) * run + 1e-9)
+            protect[name] = protected(scores[name], run, keep)
+        return allocate(protect, sparsity, self.layers, self.config.allocation)
+
+    def check_achieved(self, masks: Mapping[str, Tensor], after: str) -> None:
+        """Check at the end that the sparsity was reached.
+
+        Args:
+            masks: The final masks.
+            after: What to add to the message: when training ended, and why the target may have been missed.
+
+        Raises:
+            TargetError: If it was not.
+        """
+        missed = None if self.budget is None else self.budget.missed(masks)
+        if missed is not None:
+            raise TargetError(f"{missed} {after}")
+        if self.sparsity is None:
+            return
+        got, allowed = self.achieved(masks), self.tolerance()
+        nothing = self.sparsity > 0 and got == 0
+        if nothing or abs(got - self.sparsity) > allowed + 1e-9:
+            raise TargetError(
+                f"PruningConfig.structures[{self.kind!r}]: asked for sparsity {self.sparsity}, reached {got:.4f} "
+                f"(tolerance {allowed:.4f}) {after}"
+            )
+
+    def achieved(self, masks: Mapping[str, Tensor]) -> float:
+        """Return the fraction of units, or of single weights, that masks remove."""
+        return achieved_sparsity(masks, self.layers)
+
+    def tolerance(self) -> float:
+        """Return how far the achieved sparsity may lie from the one asked for."""
+        return tolerance(self.layers, self.config.allocation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledPool(Pool):
+    """A pool that loses its units while the model trains."""
+
+    method: Method
+    timetable: Timetable
 
     def masks(
         self, step: int, evidence: Mapping[str, Evidence], now: Mapping[str, Tensor]
@@ -123,36 +199,6 @@ class Pool:
                 masks[name] = keep_best(scores[name], min(steps * stride, self.layers[name].num_units))
         return masks
 
-    def within_budget(
-        self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], share: float, *, last: bool
-    ) -> dict[str, Tensor]:
-        """Return masks within the budget, by scores.
-
-        Without regrowth, what is gone comes back only where nothing else fits into what is left of the budget.
-
-        Args:
-            scores: By layer, finite.
-            now: The masks so far.
-            share: Of the way to the budget.
-            last: Whether these masks stay.
-        """
-        assert self.budget is not None
-        lowest = min(float(score.min()) for score in scores.values())
-        lifted = {name: score - min(lowest, 0.0) for name, score in scores.items()}
-        if not self.config.regrow:  # steps of large units overshoot: what is left over is filled with what is gone
-            least = LEFTOVER * max(float(score.max()) for score in lifted.values())
-            lifted = {name: score.where(now[name], score.clamp_max(least)) for name, score in lifted.items()}
-        return self.budget.masks(lifted, limits_of_layers(self.layers), share, last=last)
-
-    def allocate(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """Return masks of a sparsity, by scores."""
-        pattern = self.config.pattern()
-        protect = dict(scores)
-        for name, run in self.runs.items():
-            keep = pattern[0] if pattern is not None else math.floor((1 - sparsity) * run + 0.5)
-            protect[name] = protected(scores[name], run, keep)
-        return allocate(protect, sparsity, self.layers, self.config.allocation)
-
     def _check_scores(self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], sparsity: float) -> None:
         for name, score in scores.items():
             if not bool(torch.isfinite(score).all()):
@@ -165,36 +211,3 @@ class Pool:
                 f"PruningCallback: the scores of all {self.kind!r} are 0 when the first are to go, so nothing says "
                 "which. Were all gradients zero or not finite so far? Check the loss and its precision, or begin later."
             )
-
-    def check_achieved(self, masks: Mapping[str, Tensor], after: str) -> None:
-        """Check at the end that the sparsity was reached.
-
-        Args:
-            masks: The final masks.
-            after: What to add to the message: when training ended, and why the target may have been missed.
-
-        Raises:
-            TargetError: If it was not.
-        """
-        missed = None if self.budget is None else self.budget.missed(masks)
-        if missed is not None:
-            raise TargetError(f"{missed} {after}")
-        if self.sparsity is None:
-            return
-        got, allowed = self.achieved(masks), self.tolerance()
-        nothing = self.sparsity > 0 and got == 0
-        if nothing or abs(got - self.sparsity) > allowed + 1e-9:
-            raise TargetError(
-                f"PruningConfig.structures[{self.kind!r}]: asked for sparsity {self.sparsity}, reached {got:.4f} "
-                f"(tolerance {allowed:.4f}) {after}"
-            )
-
-    def achieved(self, masks: Mapping[str, Tensor]) -> float:
-        """Return the fraction of units, or of single weights, that masks remove."""
-        return achieved_sparsity(masks, self.layers)
-
-    def tolerance(self) -> float:
-        """Return how far the achieved sparsity may lie from the one asked for."""
-        rounding = sum(self.layers[name].num_units / run for name, run in self.runs.items()) / 2
-        total = sum(layer.num_units for layer in self.layers.values())
-        return tolerance(self.layers, self.config.allocation) + rounding / total

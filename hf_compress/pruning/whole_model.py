@@ -6,8 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hf_compress.errors import ConfigError
-from hf_compress.pruning.allocate import Layer
-from hf_compress.pruning.budget import Cost, GroupLimits, Limits, within_cost
+from hf_compress.pruning.budget import Cost, Limits, within_cost
 
 
 class Budget(Protocol):
@@ -38,24 +37,6 @@ class Budget(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state`` returned."""
         ...
-
-
-def limits_of_layers(layers: Mapping[str, Layer]) -> dict[str, GroupLimits]:
-    """Return what layers must respect in the form that budgets take."""
-
-    def tied_to(name: str) -> tuple[str, ...]:
-        tie = layers[name].tied
-        return tuple(other for other, each in layers.items() if tie and each.tied == tie and other != name)
-
-    return {
-        name: GroupLimits(
-            min_units=layer.floor(),
-            multiple_of=layer.multiple_of,
-            fixed_units=layer.fixed_units,
-            tied_to=tied_to(name),
-        )
-        for name, layer in layers.items()
-    }
 
 
 class CostBudget:

@@ -1,19 +1,17 @@
 """The callbacks that a recipe describes."""
 
-import os
+from collections.abc import Sequence
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
-from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.callbacks.distillation import DistillationCallback, Source
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
 
 
-def make_callbacks(
-    recipe: Recipe, teacher: PreTrainedModel | str | os.PathLike[str] | None = None
-) -> list[TrainerCallback]:
+def make_callbacks(recipe: Recipe, teacher: Source | Sequence[Source] | None = None) -> list[TrainerCallback]:
     """Return the callbacks of a recipe, for ``Trainer(callbacks=...)``.
 
     Args:
@@ -36,8 +34,8 @@ def make_callbacks(
     if recipe.distillation is not None:
         if teacher is None:
             raise ConfigError(
-                "Recipe.teacher: got None; allowed: the Hub name or folder of a model, since the recipe distills. "
-                "Set teacher, or leave distillation out."
+                "Recipe.teacher: got None; allowed: the Hub name or folder of a model, 'self' or 'unmasked', since the "
+                "recipe distills. Set teacher, or leave distillation out."
             )
         callbacks.append(DistillationCallback(recipe.distillation, teacher))
     elif teacher is not None:

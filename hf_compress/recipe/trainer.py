@@ -21,13 +21,15 @@ from transformers import (
     set_seed,
 )
 
+from hf_compress.callbacks.teacher import base_of
+from hf_compress.callbacks.teachers import STUDENT
 from hf_compress.config import Recipe
 from hf_compress.config.recipe import LABELED_TASKS
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.recipe.encode import Encoder, encode, text_limit
 from hf_compress.recipe.evaluate import best_class, count_correct
 from hf_compress.recipe.labels import number_labels
-from hf_compress.recipe.models import Loaded, load_config, load_student, load_tokenizer
+from hf_compress.recipe.models import Loaded, load_config, load_student, load_tokenizer, loading
 from hf_compress.recipe.splits import Splits, drop_incomplete, load_splits
 
 
@@ -89,7 +91,7 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Prepared:
         labels: tuple[str, ...] = ()
         if recipe.task in LABELED_TASKS:
             column = str(_label_column(recipe))
-            known = [model_config, *([load_config(recipe.teacher)] if recipe.teacher is not None else [])]
+            known = [model_config, *(_teacher_config(name) for name in recipe.teachers() if name not in STUDENT)]
             splits = drop_incomplete(splits, [*recipe.dataset.text_columns, column])
             splits, labels = number_labels(splits, column, [_names(config) for config in known])
         splits = encode(splits, recipe.task, Encoder(tokenizer, recipe.dataset, text_limit(tokenizer, model_config)))
@@ -170,6 +172,12 @@ def _accuracy(predicted: Any) -> dict[str, float]:
 def _label_column(recipe: Recipe) -> str | None:
     assert recipe.dataset is not None
     return recipe.dataset.label_column or LABELED_TASKS.get(str(recipe.task))
+
+
+def _teacher_config(name: str) -> Any:
+    with loading(name):
+        base = base_of(name)
+    return load_config(base)
 
 
 def _names(config: Any) -> list[str]:

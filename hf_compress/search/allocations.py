@@ -12,10 +12,11 @@ from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.gate import check_gateable, unit_weights
-from hf_compress.instruments.select import limits_of, select
+from hf_compress.instruments.limits import limits_of
+from hf_compress.instruments.select import select
 from hf_compress.pruning.allocate import allocate, bundles, check_reachable
 from hf_compress.pruning.method import CurrentMethod
-from hf_compress.pruning.whole_model import CostBudget, limits_of_layers
+from hf_compress.pruning.whole_model import CostBudget
 from hf_compress.registry import criteria
 
 Masks = dict[str, Tensor]
@@ -43,7 +44,7 @@ class Allocations:
         chosen = select(model, graph.groups, config)
         self.groups = {group.name: group for each in chosen for group in each.groups}
         check_gateable(model, list(self.groups.values()))
-        self._limits = {each.kind: {g.name: limits_of(g, config) for g in each.groups} for each in chosen}
+        self._limits = {each.kind: limits_of(each.groups, config) for each in chosen}
         self._layers = {name: layer for layers in self._limits.values() for name, layer in layers.items()}
         self.bundles = [each.names for layers in self._limits.values() for each in bundles(layers)]
         """Groups that keep the same share; most are alone."""
@@ -97,7 +98,7 @@ class Allocations:
         assert self._budget is not None
         lowest = min(float(value.min()) for value in values.values())
         priced = {name: (value - lowest) * self._prices[name] for name, value in values.items()}
-        return self._budget.masks(priced, limits_of_layers(self._layers), 1.0, last=True)
+        return self._budget.masks(priced, self._layers, 1.0, last=True)
 
     def shares(self, masks: Masks) -> list[float]:
         """Return what each of ``bundles`` keeps of its units."""

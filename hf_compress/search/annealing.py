@@ -3,8 +3,7 @@
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,9 @@ from transformers.utils import logging
 from hf_compress.config import WEIGHTS, AnnealingConfig, PruningConfig
 from hf_compress.errors import ConfigError, TargetError, choices
 from hf_compress.graph.capture import evaluating
-from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.gate import Gate
-from hf_compress.oneshot.prune import check_prunable
+from hf_compress.instruments.gate import Gate, gated
+from hf_compress.oneshot.prune import prunable_graph
 from hf_compress.pruning.method import CurrentMethod
 from hf_compress.registry import criteria
 from hf_compress.search.allocations import Allocations, Masks
@@ -127,9 +125,9 @@ def simulated_annealing(
         multiple_of=multiple_of,
     )
     check_searchable("simulated_annealing", config)
-    check_prunable("simulated_annealing", model, example_inputs)
+    graph = prunable_graph("simulated_annealing", model, example_inputs)
     scores = None if isinstance(criterion, str) else criterion
-    result = anneal(model, ModelGraph(model, example_inputs), evaluate, config, scores, annealing)
+    result = anneal(model, graph, evaluate, config, scores, annealing)
     if not result.history:
         raise TargetError(
             f"simulated_annealing: there is only one way to share out what stays of {', '.join(config.structures)}; "
@@ -161,7 +159,7 @@ def anneal(
         TargetError: See there.
     """
     allocations = Allocations(model, graph, config, scores)
-    with _gated(model, allocations.groups) as gates:
+    with gated(model, allocations.groups, needs_gradient=False) as gates:
         return _Search(model, evaluate, allocations, gates, annealing or AnnealingConfig()).run()
 
 
@@ -183,18 +181,6 @@ def check_searchable(caller: str, config: PruningConfig) -> None:
             f"{caller}: the search ranks units by weights alone or by scores that are given, but {config.criterion!r} "
             f"reads something else; {choices(config.criterion, known)}."
         )
-
-
-@contextmanager
-def _gated(model: PreTrainedModel, groups: Mapping[str, DimensionGroup]) -> Iterator[dict[str, Gate]]:
-    gates: dict[str, Gate] = {}
-    try:
-        for name, group in groups.items():
-            gates[name] = Gate(group, model, needs_gradient=False)
-        yield gates
-    finally:
-        for gate in gates.values():
-            gate.remove()
 
 
 class _Search:

@@ -14,7 +14,8 @@ from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.config import WIDTHS, AnnealingConfig, PruningConfig, PruningRule
 from hf_compress.errors import ConfigError, TargetError, choices
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.select import limits_of, select
+from hf_compress.instruments.limits import limits_of
+from hf_compress.instruments.select import select
 from hf_compress.oneshot.prune import check_prunable
 from hf_compress.pruning.allocate import bundles, check_reachable
 from hf_compress.search.annealing import Evaluate, SearchResult, anneal, check_searchable
@@ -178,7 +179,7 @@ class _Ledger:
     def _open(self, model: PreTrainedModel, graph: ModelGraph) -> None:
         sparsities = self._sparsities()
         for each in select(model, graph.groups, self._config):
-            limits = {group.name: limits_of(group, self._config) for group in each.groups}
+            limits = limits_of(each.groups, self._config)
             check_reachable(f"structures[{each.kind!r}]", sparsities[each.kind], limits, "global")
         self._first = self._in_groups(graph)
         self._left = dict(self._first)
@@ -238,7 +239,7 @@ def _allotted(
     own: dict[str, float] = {}
     rules: list[PruningRule] = []
     for each in select(model, graph.groups, config):
-        *others, last = bundles({group.name: limits_of(group, config) for group in each.groups})
+        *others, last = bundles(limits_of(each.groups, config))
         own[each.kind] = sparsities[last.names[0]]
         for bundle in others:
             pattern = f"^({'|'.join(map(re.escape, bundle.names))})$"

@@ -23,7 +23,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_compress import PruningCallback, PruningConfig, profile, shrink
+from hf_compress import (
+    DistillationCallback,
+    DistillationConfig,
+    PruningCallback,
+    PruningConfig,
+    profile,
+    shrink,
+)
 
 REGROWING = ("movement",)
 """Methods that choose anew at every update among all units, in their publications."""
@@ -175,8 +182,10 @@ def dense_of(task: str, settings: Settings) -> dict[str, Any]:
     return {"accuracy": share, "examples": count}
 
 
-def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: int) -> dict[str, Any]:
-    """Prune and train with one method; return what came of it."""
+def run_of(
+    task: str, settings: Settings, method: str, sparsity: float, seed: int, teaching: DistillationConfig | None = None
+) -> dict[str, Any]:
+    """Prune and train with one method, the dense model as teacher if there is to be one; return what came of it."""
     set_seed(seed)
     if settings.start == "pretrained":
         model = _pretrained(task)
@@ -192,7 +201,10 @@ def run_of(task: str, settings: Settings, method: str, sparsity: float, seed: in
         update_every=max(settings.steps // 50, 1),
         regrow=method in REGROWING,
     )
-    trainer = trainer_of(model, task, settings, settings.steps, seed, callbacks=[PruningCallback(config)])
+    callbacks: list[Any] = [PruningCallback(config)]
+    if teaching is not None:
+        callbacks.append(DistillationCallback(teaching, teacher=str(_folder(task, settings))))
+    trainer = trainer_of(model, task, settings, settings.steps, seed, callbacks=callbacks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         trainer.train()

@@ -30,8 +30,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.limits import group_limits
 from hf_compress.latency.masks import fit_speedup, masks_within_latency, measure_speedup
-from hf_compress.latency.measure import Timer, group_limits, measure_latency, shrunk_copy, time_in_turns
+from hf_compress.latency.measure import Timer, measure_latency, shrunk_copy, time_in_turns
 from hf_compress.latency.table import LatencyTable
 from hf_compress.report.environment import environment
 

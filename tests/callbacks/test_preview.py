@@ -68,7 +68,7 @@ def test_it_says_what_then_happens(trainer: Any) -> None:
     assert quantization["layers"] == 13
     assert quantization["begins at step"] == 3
     assert quantization["bytes as integers"] < quantization["bytes of these weights"] / 3
-    assert told.sections["distillation"]["distillation loss of the first batch"] > 0
+    assert told.sections["distillation"]["logits loss of the first batch"] > 0
 
 
 def test_it_prints_and_is_plain_data(trainer: Any) -> None:
@@ -121,7 +121,7 @@ def test_statistics_of_norms_are_given_back(make_trainer: Any) -> None:
     model.resnet.embedder.eval()
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     told = preview(make_trainer(model, data, [DistillationCallback(DistillationConfig(), resnet(1))]))
-    assert told.sections["distillation"]["distillation loss of the first batch"] > 0
+    assert told.sections["distillation"]["logits loss of the first batch"] > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
 

@@ -1,5 +1,7 @@
 """The pruner on models, without a Trainer: which units, what is read, what stays."""
 
+import math
+
 import pytest
 import tiny_models
 import torch
@@ -93,6 +95,18 @@ def test_wanda_compares_single_weights_within_their_output_row() -> None:
     for name in pruner.masks:
         zeros = (model.get_parameter(name) == 0).sum(1)
         assert (zeros == model.get_parameter(name).shape[1] // 2).all()
+
+
+def test_no_row_pays_for_the_rounding_of_the_others() -> None:
+    """Of 32 inputs, 17.6 are to stay: at least 17 in every row."""
+    model = tiny_models.bert()
+    pruner = pruner_of(model, structures={"weights": 0.45}, criterion="wanda", allocation="per_layer")
+    train(model, pruner)
+    pruner.fold()
+    for name in pruner.masks:
+        kept = model.get_parameter(name) != 0
+        assert int(kept.sum()) == math.floor(0.55 * kept.numel() + 0.5)
+        assert int(kept.sum(1).min()) >= math.floor(0.55 * kept.shape[1])
 
 
 def test_wanda_reads_the_inputs_of_the_layer() -> None:

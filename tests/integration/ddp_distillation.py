@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from taught_tasks import ALPHA, TASKS, TEMPERATURE, differences
 from tiny_models import bert, llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress.callbacks.distillation import DistillationCallback
+from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.ranks import all_reduce_mean
-from hf_compress.config import DistillationConfig
+from hf_compress.config import DistillationConfig, PruningConfig
 from hf_compress.errors import TrainingError
 
 CONFIG = DistillationConfig(alpha=0.7, temperature=2.0)
@@ -103,6 +105,36 @@ def check_gradients(make: Any, data: Any, shift: bool, folder: str) -> None:
     assert abs(log["loss"] - 0.3 * log["task_loss"] - 0.7 * log["distillation_loss"]) < 1e-3 * log["loss"], log
 
 
+def check_against_a_loss_by_hand(folder: str) -> None:
+    """Batches of the ranks count different numbers of tokens, and the last window has one batch less."""
+
+    def make(model: Any, data: Any, callbacks: Any, trainer_class: type[Trainer], **args: Any) -> Trainer:
+        sizes = {"max_steps": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
+        return trainer_of(model, data, callbacks, folder, trainer_class, **sizes, **args)
+
+    config = DistillationConfig(alpha=ALPHA, temperature=TEMPERATURE)
+    for name in ("classes", "next tokens", "t5", "bart", "answers"):
+        for options in ({}, {"label_smoothing_factor": 0.2, "per_item": True}):
+            if options and name == "answers":  # the Trainer smooths nothing but "labels"
+                continue
+            found = differences(make, TASKS[name], lambda teacher: DistillationCallback(config, teacher), **options)
+            assert max(found) <= 1e-6, (name, options, found)
+
+
+def check_the_student_as_teacher(data: Any, folder: str) -> None:
+    """A copy is what copy.deepcopy gives, and masks agree where the student teaches itself without them."""
+    student = bert()
+    pruning = {"structures": {"heads": 0.5, "ffn": 0.5}, "begin": 0, "end": 1, "update_every": 1}
+    gradients = []
+    for teacher in ("self", copy.deepcopy(student), "unmasked", ["self", "unmasked"]):
+        callbacks = [PruningCallback(PruningConfig(**pruning)), DistillationCallback(CONFIG, teacher)]
+        gradient, _ = gradient_in_training(student, data, folder, callbacks=callbacks, max_steps=2)
+        mean = all_reduce_mean(gradient)
+        torch.testing.assert_close(mean, gradient, rtol=1e-6, atol=1e-8)
+        gradients.append(gradient)
+    assert torch.equal(gradients[0], gradients[1])
+
+
 def check_guard(data: Any, folder: str) -> None:
     """DDP calls the gradient hook with None instead of not at all."""
     trainer = trainer_of(bert(), data, [DistillationCallback(CONFIG, bert())], folder, IgnoresLoss)
@@ -129,6 +161,8 @@ def main(folder: str) -> None:
     rank = float(dist.get_rank())
     assert all_reduce_mean(torch.tensor([rank, 2 * rank])).tolist() == [0.5, 1.0]
     check_guard(sentences, f"{folder}/guard")
+    check_against_a_loss_by_hand(f"{folder}/tasks")
+    check_the_student_as_teacher(sentences, f"{folder}/self")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Budgets of the whole model in a real Trainer: parameters, operations, measured time."""
 
-import functools
 
 import pytest
 import torch
@@ -112,7 +111,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_compress.latency.cache.default_directory", lambda: tmp_path / "tables")
     factors = {"weights": 1.0}
     timer = FakeTimer(lambda weights: 1.0 + 1e-3 * weights * factors["weights"])
-    monkeypatch.setattr(budget, "LatencyBudget", functools.partial(LatencyBudget, timer=timer))
+    monkeypatch.setattr(budget, "time_in_turns", timer)
     return factors
 
 

@@ -10,11 +10,10 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from resumable import StopAt
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 
 from hf_compress.callbacks.distillation import DistillationCallback
 from hf_compress.config import DistillationConfig
@@ -281,14 +280,6 @@ def test_checkpoints_are_those_of_the_plain_model_plus_our_state(
     assert weights == plain_weights
     assert files - plain_files == {"hf_compress_state.safetensors", "hf_compress_state.json"}
     assert plain_files <= files
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -6,6 +6,7 @@ from masked_models import prunable
 
 from hf_compress import ConfigError, GraphError, TargetError, make_example_inputs, shrink
 from hf_compress.graph.model import ModelGraph
+from hf_compress.instruments.limits import group_limits
 from hf_compress.latency import masks as latency
 from hf_compress.latency.masks import (
     fit_speedup,
@@ -14,8 +15,8 @@ from hf_compress.latency.masks import (
     measure_speedup,
     tried_masks,
 )
-from hf_compress.latency.measure import group_limits, measure_latency, shrunk_copy
-from hf_compress.pruning.budget import GroupLimits
+from hf_compress.latency.measure import measure_latency, shrunk_copy
+from hf_compress.pruning.allocate import Layer
 
 SIZES = {"intermediate_size": 96, "num_hidden_layers": 3}
 
@@ -82,7 +83,7 @@ def test_the_best_of_all_masks_is_found(graph, table) -> None:
     """Two groups of four heads: all 25 pairs of numbers, tried."""
     first, second = (g.name for g in prunable(graph.groups, "heads")[:2])
     scores = {first: torch.tensor([4.0, 3.0, 2.0, 1.0]), second: torch.tensor([9.0, 0.5, 0.4, 0.3])}
-    limits = dict.fromkeys(scores, GroupLimits(min_units=0))
+    limits = {name: Layer(num_units=len(score), min_units=0) for name, score in scores.items()}
     pairs = {(a, b): table.predict({first: a, second: b}) for a in range(5) for b in range(5)}
     lowest, head = pairs[0, 0], pairs[0, 1] - pairs[0, 0]
     for heads in range(9):

@@ -9,10 +9,10 @@ from masked_models import outputs, prunable, random_masks
 from hf_compress import ConfigError, TargetError, make_example_inputs, shrink
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.gate import Gate
+from hf_compress.instruments.limits import group_limits
 from hf_compress.latency.measure import (
     ROUNDS_OF_TOTALS,
     TOGETHER,
-    group_limits,
     measure_latency,
     shrunk_copy,
 )

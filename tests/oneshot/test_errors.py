@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_compress import ConfigError, GraphError, PruningCallback, PruningConfig, ShrinkError, TargetError, prune_oneshot
 from hf_compress.oneshot import obs, weights
-from hf_compress.oneshot.prune import CRITERIA
+from hf_compress.oneshot.settings import CRITERIA
 
 HEADS = PruningConfig(structures={"heads": 0.5})
 NEED_BATCHES = ["wanda", "obs", "kwon", "taylor", "fisher", "block_influence"]
@@ -183,12 +183,16 @@ def test_first_sizes_that_differ_cannot_be_taken_apart() -> None:
     ("keywords", "message"),
     [
         ({"criterion": "movement"}, "'movement' needs training; without, .*'taylor'"),
-        ({"structures": {"layers": 0.5}, "criterion": "l2"}, "does not work on 'layers' without training"),
         ({"structures": {"experts": 0.5}}, "got 'experts'; allowed"),
         ({"structures": {"weights": 0.5}, "criterion": "taylor"}, "does not work on 'weights' without training"),
         ({"structures": {"weights": 0.5, "ffn": 0.5}, "criterion": "l2"}, "beside other structures"),
-        ({"structures": {"weights": 0.5}, "criterion": "obs"}, "allowed: 'per_layer'"),
-        ({"structures": {"weights": 0.5}, "criterion": "l2", "granularity": "row"}, "'element', or N:M"),
+        ({"structures": {"weights": 0.5}, "criterion": "wanda"}, "within each output.*allowed: 'per_layer'"),
+        ({"criterion": "obs", "options": {"block_size": 64}}, "no effect on heads by 'element'; allowed: 128"),
+        (
+            {"structures": {"weights": 0.5}, "criterion": "obs", "granularity": "row", "options": {"block_size": 64}},
+            "no effect on weights by 'row'",
+        ),
+        ({"criterion": "l2", "seed": 1}, "seed=1; allowed: 0 unless the criterion is 'random'"),
         ({"num_batches": 0}, "num_batches=0"),
         ({"num_batches": "2"}, "num_batches='2'; allowed: an int >= 1"),
         ({"num_batches": 1.5}, "num_batches=1.5"),
@@ -209,7 +213,8 @@ def test_settings_that_do_not_go_together(keywords: Any, message: str) -> None:
         {"end": 0.9},
         {"schedule": "linear"},
         {"update_every": 5},
-        {"rules": [{"match": ["0"], "min_units": 2}]},
+        {"gradients": "distillation"},
+        {"rules": [{"match": ["0"], "end": 0.9}]},
     ],
 )
 def test_settings_of_training_have_no_effect(settings: Any) -> None:
@@ -217,11 +222,19 @@ def test_settings_of_training_have_no_effect(settings: Any) -> None:
         prune(trained("bert"), GOOD, PruningConfig(structures={"ffn": 0.5}, **settings))
 
 
-@pytest.mark.parametrize("settings", [{"min_units": 2}, {"max_layer_sparsity": 0.9}])
-def test_settings_of_units_have_no_effect_on_weights(settings: Any) -> None:
-    config = PruningConfig(structures={"ffn": 0.5}, **settings)
-    with pytest.raises(ConfigError, match="no effect on single weights"):
-        prune(trained("bert"), GOOD, config, structures={"weights": 0.5}, criterion="l2")
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"criterion": "movement"}, r"rules\[0\]\.criterion: 'movement' needs training"),
+        ({"begin": 3}, r"rules\[0\]\.begin: got 3, which has no effect without training"),
+        ({"structures": {"weights": 0.5}}, "'weights' beside other structures"),
+        ({"criterion": "taylor", "structures": {"weights": 0.5}}, r"rules\[0\]\.structures: 'taylor' does not work on"),
+    ],
+)
+def test_rules_that_cannot_be_carried_out(rule: Any, message: str) -> None:
+    config = PruningConfig(structures={"ffn": 0.5}, criterion="l2", rules=[{"match": ["0"], **rule}])
+    with pytest.raises(ConfigError, match=message):
+        prune(trained("bert"), GOOD, config)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from hf_compress import (
     prune_oneshot,
     shrink,
 )
-from hf_compress.oneshot.prune import CRITERIA, OneShotResult
+from hf_compress.oneshot.prune import OneShotResult
+from hf_compress.oneshot.settings import CRITERIA
 
 UNIT_CRITERIA = [name for name, each in CRITERIA.items() if each.units is not None]
 WEIGHT_CRITERIA = [name for name, each in CRITERIA.items() if each.weights is not None]
@@ -160,7 +161,7 @@ def permuted(model: PreTrainedModel, orders: dict[str, Tensor]) -> PreTrainedMod
     return result
 
 
-@pytest.mark.parametrize("criterion", [name for name in UNIT_CRITERIA if name != "block_influence"])
+@pytest.mark.parametrize("criterion", [name for name in UNIT_CRITERIA if name not in ("block_influence", "random")])
 def test_the_order_of_units_does_not_matter(criterion: str) -> None:
     model = trained("bert")
     groups = [group for group in dimension_groups(model) if group.kind in ("heads", "ffn")]
@@ -262,10 +263,21 @@ def test_the_summary_counts_what_stays() -> None:
 KEEP = {"criterion": "level", "schedule": "one_shot", "begin": 0, "end": 1}
 
 
-@pytest.mark.parametrize("settings", [{"allocation": "per_layer"}, {"granularity": "2:4"}])
+@pytest.mark.parametrize(
+    ("sparsity", "settings"),
+    [
+        (0.5, {"allocation": "per_layer"}),
+        (0.45, {"allocation": "per_layer"}),  # no whole number in any row
+        (0.5, {"granularity": "2:4"}),
+        (0.5, {"granularity": "column"}),
+        (0.5, {"granularity": "block", "block_size": (4, 8), "max_layer_sparsity": 0.75}),
+    ],
+)
 @pytest.mark.parametrize("criterion", ["level", "wanda", "obs"])
-def test_training_keeps_zeros_only_with_a_callback(make_trainer: Any, criterion: str, settings: Any) -> None:
-    config = PruningConfig(structures={"weights": 0.5}, criterion=criterion, **settings)
+def test_training_keeps_zeros_only_with_a_callback(
+    make_trainer: Any, criterion: str, sparsity: float, settings: Any
+) -> None:
+    config = PruningConfig(structures={"weights": sparsity}, criterion=criterion, **settings)
     data = [{name: values[i] for name, values in batch.items()} for batch in batches(2) for i in range(8)]
     left = {}
     for kept in (True, False):

@@ -13,6 +13,7 @@ from hf_compress.pruning.allocate import (
     check_reachable,
     keep_best,
     protected,
+    ties,
     tolerance,
 )
 from hf_compress.registry import allocators
@@ -60,6 +61,30 @@ def test_fixed_units_stay_whatever_their_score() -> None:
     assert masks["b"].tolist() == [False, True, False, False]
 
 
+def test_ties_reach_on_and_must_all_be_there() -> None:
+    names = {"a": ("b",), "b": ("d",), "c": (), "d": ()}
+    limits = {name: Layer(num_units=4, tied_to=others) for name, others in names.items()}
+    assert ties(limits) == [("a", "b", "d"), ("c",)]
+    del limits["d"]
+    with pytest.raises(TargetError, match="'b' must keep the same share of its units as 'd', which takes no part"):
+        ties(limits)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"min_units": 0}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ({"min_units": 0, "multiple_of": 3}, [0, 3, 6, 7]),
+        ({"min_units": 4, "multiple_of": 3}, [6, 7]),
+        ({"max_sparsity": 0.5}, [4, 5, 6, 7]),
+        ({"fixed_units": (0, 1, 2), "multiple_of": 2}, [4, 6, 7]),
+        ({"min_units": 9}, [7]),
+    ],
+)
+def test_numbers_of_units_that_limits_allow(limits, expected) -> None:
+    assert Layer(num_units=7, **limits).counts() == expected
+
+
 def test_layers_without_any_unit_are_allowed_where_nothing_has_to_stay() -> None:
     masks = allocate(SCORES, 0.5, layers(FOURS, min_units=0), "global")
     assert not masks["a"].any() and masks["b"].all()
@@ -68,7 +93,8 @@ def test_layers_without_any_unit_are_allowed_where_nothing_has_to_stay() -> None
 def test_tied_layers_keep_the_same_share() -> None:
     """Of 4 and of 8 units, always as many fourths."""
     scores = {"a": torch.tensor([9.0, 8.0, 1.0, 1.0]), "b": torch.arange(8.0), "c": torch.full((4,), 4.0)}
-    sizes = {name: Layer(num_units=len(score), tied="" if name == "c" else "ab") for name, score in scores.items()}
+    others = {"a": ("b",), "b": ("a",), "c": ()}
+    sizes = {name: Layer(num_units=len(score), tied_to=others[name]) for name, score in scores.items()}
     for sparsity in (0.0, 0.25, 0.5, 0.6, 0.75):
         masks = allocate(scores, sparsity, sizes, "global")
         assert 2 * int(masks["a"].sum()) == int(masks["b"].sum())
@@ -91,8 +117,9 @@ def test_every_allocation_reaches_the_sparsity_within_its_limits(name, sizes, sp
     """Conformance: any registered allocation, any sizes."""
     generator = torch.Generator().manual_seed(seed)
     scores = {f"g{i}": torch.rand(n, generator=generator) for i, n in enumerate(sizes)}
+    others = tuple(scores) if tied else ()
     limits = {
-        key: Layer(num_units=len(score), multiple_of=multiple, tied="all" if tied else "", shape=str(len(score)))
+        key: Layer(num_units=len(score), multiple_of=multiple, tied_to=others, shape=str(len(score)))
         for key, score in scores.items()
     }
     try:

@@ -10,9 +10,9 @@ from masked_models import prunable
 
 from hf_compress import ConfigError, TargetError, make_example_inputs, profile, shrink
 from hf_compress.graph.model import ModelGraph
-from hf_compress.latency.measure import group_limits
+from hf_compress.instruments.limits import group_limits
+from hf_compress.pruning.allocate import Layer
 from hf_compress.pruning.budget import (
-    GroupLimits,
     RankedScores,
     TimedLevel,
     choices_of,
@@ -31,7 +31,7 @@ def kept_score(scores, masks) -> float:
 def best_by_trying(scores, limits, cost, budget) -> float:
     """The highest score within the budget, by trying all numbers of units."""
     ranked = RankedScores(scores, limits)
-    choices = choices_of(ranked.sizes(), limits)
+    choices = choices_of(ranked.layers)
     best = -math.inf
     for levels in itertools.product(*(range(len(choice.levels)) for choice in choices)):
         kept = {k: v for choice, level in zip(choices, levels, strict=True) for k, v in choice.kept(level).items()}
@@ -47,7 +47,7 @@ def random_scores(sizes, seed) -> dict[str, torch.Tensor]:
 
 def largest_step(scores, limits) -> float:
     ranked = RankedScores(scores, limits)
-    choices = choices_of(ranked.sizes(), limits)
+    choices = choices_of(ranked.layers)
     return max(float(ranked.kept(c).diff().max()) for c in choices if len(c.levels) > 1)
 
 
@@ -61,7 +61,7 @@ def largest_step(scores, limits) -> float:
 )
 def test_with_fixed_prices_less_than_one_step_is_lost(sizes, prices, multiple, share, seed) -> None:
     scores = random_scores(sizes, seed)
-    limits = {name: GroupLimits(min_units=0, multiple_of=multiple) for name in scores}
+    limits = {name: Layer(num_units=len(score), min_units=0, multiple_of=multiple) for name, score in scores.items()}
 
     def cost(kept) -> int:
         return 7 + sum(price * kept[name] for price, name in zip(prices, kept, strict=False))
@@ -79,7 +79,7 @@ def test_with_coupled_prices_nearly_the_best_is_kept(share, seed) -> None:
     """A residual stream that all matrices share, as in a Transformer: costs are products."""
     scores = random_scores([6, 5, 5, 4], seed)
     scores["hidden"] = scores.pop("g0")
-    limits = {name: GroupLimits(min_units=1) for name in scores}
+    limits = {name: Layer(num_units=len(score)) for name, score in scores.items()}
 
     def cost(kept) -> int:
         inner = 3 * kept["g1"] + 3 * kept["g2"] + 8 * kept["g3"]
@@ -97,7 +97,8 @@ def test_with_coupled_prices_nearly_the_best_is_kept(share, seed) -> None:
 @given(share=st.floats(0.0, 1.0), seed=st.integers(0, 10**6))
 def test_no_group_could_take_one_more_step(share, seed) -> None:
     scores = random_scores([9, 30, 17], seed)
-    limits = {"g0": GroupLimits(multiple_of=2), "g1": GroupLimits(multiple_of=4), "g2": GroupLimits()}
+    multiples = {"g0": 2, "g1": 4, "g2": 1}
+    limits = {name: Layer(num_units=len(scores[name]), multiple_of=multiple) for name, multiple in multiples.items()}
     prices = {"g0": 100, "g1": 7, "g2": 13}
 
     def cost(kept) -> int:
@@ -107,13 +108,13 @@ def test_no_group_could_take_one_more_step(share, seed) -> None:
     budget = lowest + int(share * (cost({"g0": 9, "g1": 30, "g2": 17}) - lowest))
     kept = {name: int(mask.sum()) for name, mask in within_cost(scores, limits, cost, budget).items()}
     for name, count in kept.items():
-        more = next((n for n in limits[name].counts(len(scores[name])) if n > count), None)
+        more = next((n for n in limits[name].counts() if n > count), None)
         assert more is None or cost({**kept, name: more}) > budget
 
 
 def test_the_best_units_of_a_group_stay_and_fixed_ones_do() -> None:
     scores = {"a": torch.tensor([4.0, 1.0, 3.0, 2.0]), "b": torch.tensor([0.1, 0.2])}
-    limits = {"a": GroupLimits(fixed_units=(1,)), "b": GroupLimits(min_units=1)}
+    limits = {"a": Layer(num_units=4, fixed_units=(1,)), "b": Layer(num_units=2)}
     masks = within_cost(scores, limits, lambda kept: sum(kept.values()), 4)
     assert masks["a"].tolist() == [True, True, True, False]
     assert masks["b"].tolist() == [False, True]
@@ -121,7 +122,7 @@ def test_the_best_units_of_a_group_stay_and_fixed_ones_do() -> None:
 
 def test_tied_groups_keep_the_same_share() -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([1.0, 9.0]), "c": torch.ones(3)}
-    limits = {"a": GroupLimits(tied_to=("b",)), "b": GroupLimits(tied_to=("a",))}
+    limits = {"a": Layer(num_units=4, tied_to=("b",)), "b": Layer(num_units=2, tied_to=("a",))}
     masks = within_cost(scores, limits, lambda kept: sum(kept.values()), 5)
     assert masks["a"].tolist() == [False, False, True, True]
     assert masks["b"].tolist() == [False, True]
@@ -130,34 +131,28 @@ def test_tied_groups_keep_the_same_share() -> None:
 
 def test_units_of_negative_score_stay_only_where_limits_ask() -> None:
     scores = {"a": torch.tensor([1.0, -1.0, 2.0, -1.0]), "b": torch.tensor([-1.0, -1.0])}
-    masks = within_cost(scores, {"b": GroupLimits(min_units=1)}, lambda kept: sum(kept.values()), 100)
+    masks = within_cost(scores, {"b": Layer(num_units=2)}, lambda kept: sum(kept.values()), 100)
     assert masks["a"].tolist() == [True, False, True, False]
     assert int(masks["b"].sum()) == 1
 
 
-def test_most_units_are_a_limit_too() -> None:
-    scores = {"a": torch.arange(10.0)}
-    masks = within_cost(scores, {"a": GroupLimits(max_units=7, multiple_of=2)}, lambda kept: kept["a"], 100)
-    assert masks["a"].nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9]
-
-
 def test_a_budget_out_of_reach_says_what_is_in_reach() -> None:
     scores = {"a": torch.ones(10), "b": torch.ones(10)}
-    limits = {"a": GroupLimits(min_units=4), "b": GroupLimits(multiple_of=3)}
+    limits = {"a": Layer(num_units=10, min_units=4), "b": Layer(num_units=10, multiple_of=3)}
     with pytest.raises(TargetError, match=r"budget: 1,000 cannot be reached.* the cost is 1,006"):
         within_cost(scores, limits, lambda kept: 999 + sum(kept.values()), 1000)
 
 
 @pytest.mark.parametrize(
-    ("limits", "message"),
+    ("limits", "error", "message"),
     [
-        ({"a": GroupLimits(min_units=5, max_units=3)}, "no number of units satisfies all of them"),
-        ({"a": GroupLimits(tied_to=("c",))}, "must keep the same share as 'c'"),
-        ({"c": GroupLimits()}, r"limits\['c'\]: no scores are given"),
+        ({"a": Layer(num_units=8, tied_to=("c",))}, TargetError, "must keep the same share of its units as 'c'"),
+        ({"c": Layer(num_units=8)}, TargetError, r"limits\['c'\]: no scores are given"),
+        ({"a": Layer(num_units=9)}, ConfigError, r"limits\['a'\]: they are those of 9 units, but there are 8 scores"),
     ],
 )
-def test_impossible_limits_are_refused(limits, message) -> None:
-    with pytest.raises(TargetError, match=message):
+def test_impossible_limits_are_refused(limits, error, message) -> None:
+    with pytest.raises(error, match=message):
         within_cost({"a": torch.ones(8)}, limits, lambda kept: kept["a"], 5)
 
 

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 import trained_tokenizers
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 import hf_compress.recipe.run as runs
-from hf_compress import ConfigError, Recipe, run_recipe
+from hf_compress import ConfigError, Ramp, Recipe, run_recipe
 from hf_compress.report.results import Results
 
 
@@ -177,6 +178,40 @@ def test_a_dry_run_trains_nothing_and_writes_nothing(tmp_path, monkeypatch) -> N
     assert "21 training and 3 evaluation examples (held-out 10%)" in text
     assert "optimizer steps: 6" in text
     assert "labels: down, up" in text
+
+
+ADVANCED = {"alpha": {"start": 0.9, "stop": 0.1, "end": 0.5}, "temperature": {"start": 1.0, "stop": 4.0}}
+
+
+@pytest.mark.parametrize("teacher", ["self", "unmasked", ["self", "MODEL"], "ADAPTER"])
+def test_whoever_can_teach_a_trainer_can_teach_a_recipe(tmp_path, teacher, measured_once, monkeypatch) -> None:
+    recipe = recipe_files.classification(tmp_path, distillation=ADVANCED)
+    save_adapter(tmp_path / "model", tmp_path / "adapter")
+    names = {"MODEL": str(tmp_path / "model"), "ADAPTER": str(tmp_path / "adapter")}
+    recipe["teacher"] = (
+        [names.get(each, each) for each in teacher] if isinstance(teacher, list) else names.get(teacher, teacher)
+    )
+    made = []
+    make = runs.make_callbacks
+
+    def remember(recipe: Recipe) -> list:
+        made.append(make(recipe))
+        return made[-1]
+
+    monkeypatch.setattr(runs, "make_callbacks", remember)
+    result = run(recipe, dry_run=True)
+    assert result.preview.sections["distillation"]["alpha"] == "0.9 to 0.1, linear, from 0.0 to 0.5"
+    result = run(recipe)
+    assert made[-1][-1].teacher == Recipe.from_dict(recipe).teacher
+    assert isinstance(made[-1][-1].config.alpha, Ramp)
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == Recipe.from_dict(recipe)
+    assert ffn_units(result.folders["compressed"]) == 44
+    assert run(recipe, resume=True).metrics == result.metrics
+
+
+def save_adapter(base: Path, folder: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")).save_pretrained(folder)
 
 
 def cut_after(step: int, monkeypatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+import hf_compress.callbacks.distillation as distillation
 import hf_compress.recipe.run as runs
 from hf_compress import ConfigError, Recipe, StageConfig, TargetError, cli, dimension_groups, make_callbacks, run_recipe
 from hf_compress.recipe.stages import Stage, track, tracked_after
@@ -277,6 +278,18 @@ def test_stages_without_pruning_keep_the_size(tmp_path) -> None:
     result = run_recipe(recipe)
     assert sizes(result.folders["stage-1"]) == sizes(result.folders["compressed"]) == (64, 88)
     assert Results.load(result.folders["compressed"] / "results.json").kept == {}
+
+
+def test_in_every_stage_the_model_it_begins_with_teaches_itself(tmp_path, monkeypatch) -> None:
+    stages = [{"pruning": pruning(ffn=0.25), "distillation": {}}, {"pruning": pruning(heads=0.25), "distillation": {}}]
+    recipe = Recipe.from_dict({**staged(tmp_path, stages).to_dict(), "teacher": "self"})
+    copied = []
+    copy_of = distillation.copy_of
+    monkeypatch.setattr(distillation, "copy_of", lambda *args: copied.append(copy_of(*args)) or copied[-1])
+    result = run_recipe(recipe)
+    assert len(copied) == 2
+    kept = load_file(result.folders["stage-1"] / "model.safetensors")
+    assert all(torch.equal(kept[name], weight) for name, weight in copied[1].state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -2,45 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-import tiny_models
-from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
-
-import hf_compress
-
-SCRIPTS = Path(hf_compress.__file__).parent.parent / "scripts"
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """The script, on a tiny model and sentences whose label is their first word."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
-    monkeypatch.setenv("HF_COMPRESS_CACHE", str(tmp_path / "cache"))
-    for name in ("methods", "methods_work", "methods_plot"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import methods
-    import methods_work
-
-    source = tmp_path / "model"
-    model = tiny_models.bert(num_labels=2)
-    model.save_pretrained(source)
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "it", "is"])}
-    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(source)
-    rows = [{"text": f"{('bad', 'good')[i % 2]} it is", "label": i % 2} for i in range(64)]
-    task = methods_work.Task("Words", 2, lambda: (Dataset.from_list(rows), Dataset.from_list(rows)))
-    monkeypatch.setattr(methods_work.demo_data, "model_folder", lambda: source)
-    for each in (methods, methods_work):
-        monkeypatch.setitem(each.TASKS, "movies", task)
-    return methods
+def bench(small_tasks):
+    return small_tasks("methods")
 
 
 def arguments(path, *more) -> list[str]:

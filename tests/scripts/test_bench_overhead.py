@@ -131,5 +131,13 @@ def test_measurements_are_printed_as_json() -> None:
     command = [sys.executable, str(BENCH / "overhead_work.py"), "time", "tiny", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert list(found) == ["plain", "gates", "weight masks", "int8 QAT", "distillation", "teacher forward"]
+    assert list(found) == [
+        "plain",
+        "gates",
+        "weight masks",
+        "int8 QAT",
+        "distillation",
+        "cached teacher",
+        "teacher forward",
+    ]
     assert all(len(rounds) == 2 and all(wall > 0 for wall, _ in rounds) for rounds in found.values())

@@ -72,7 +72,8 @@ class Grain(AveragedMethod):
     """First-order importance, less in layers of which little is left: ``|d loss / d gate| * tanh(density / alpha)``.
 
     Small layers empty themselves and vanish whole, which is what makes a model faster. The source averages with a
-    decay of 0.998 over some ten thousand steps (``score_decay``), and takes the gradients of the distillation loss.
+    decay of 0.998 over some ten thousand steps (``score_decay``), and takes the gradients of the loss of logits alone:
+    ``PruningConfig(gradients="distillation")``.
 
     Options: see ``GrainOptions``.
 

@@ -29,7 +29,7 @@ class ObsOptions(MethodOptions):
     """What is added to the diagonal of the Hessian, relative to its mean, in [0, 1]."""
 
     block_size: int = 128
-    """Columns whose single weights compete, for ``weights``."""
+    """Columns whose single weights compete, for ``weights`` by elements or patterns."""
 
     def _validate(self) -> None:
         self._check_number("damping", 0, 1)
@@ -43,7 +43,7 @@ class Obs(OneShotMethod):
     Options: see ``ObsOptions``.
 
     Source: units: Kurtic et al. 2023, arXiv:2302.04089 (ZipLM); single weights: Frantar and Alistarh 2023,
-    arXiv:2301.00774 (SparseGPT).
+    arXiv:2301.00774 (SparseGPT); rows, columns and blocks of weights as units of a layer.
     """
 
     options = ObsOptions

@@ -64,40 +64,50 @@ class L0(DeferringMethod):
         self._layers.append(name)
         self.tensors[f"{name}/draws"] = torch.zeros((), dtype=torch.long)
         for each in ("linear", "quadratic"):
-            self.tensors[f"{self._layers[0]}/{each}"] = torch.zeros(1)
+            self.tensors[f"{self._layers[0]}/{each}"] = torch.zeros(1, device=device)
 
     def step(self, name: str, evidence: Evidence) -> None:
         """Keep the gradient of the gates as they were sampled."""
         self._gradients[name] = evidence.gate_gradients()
 
     def end_step(self) -> None:
-        """Move logits down and multipliers up the Lagrangian."""
+        """Move logits down and multipliers up the Lagrangian; gradients that are not finite move nothing.
+
+        Nothing waits for the device, so the next step draws anew in either case.
+        """
         gradients, self._gradients = self._gradients, {}
-        if self.over or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+        if self.over or not gradients:
             return
         first = self._layers[0]
         linear, quadratic = (self.tensors[f"{first}/{each}"] for each in ("linear", "quadratic"))
+        finite = torch.stack([torch.isfinite(each).all().to(linear.device) for each in gradients.values()]).all()
         gap = self.expected_sparsity() - self.share * (self.setting.sparsity or 0.0)
-        pressure = float(linear + 2 * quadratic * gap)
+        pressure = linear + 2 * quadratic * gap.float()
         total = sum(len(self.tensors[name]) for name in self._layers)
         for name, gradient in gradients.items():
             logits = self.tensors[name].detach().requires_grad_()
             loss = (gate(logits, self._noise(name)) * gradient.detach()).sum()
-            (slope,) = torch.autograd.grad(loss - pressure * density(logits).sum() / total, logits)
-            adam_step(self.tensors, name, slope, self.settings.learning_rate)
+            push = pressure.to(logits.device) * density(logits).sum() / total
+            (slope,) = torch.autograd.grad(loss - push.squeeze(), logits)
+            self._move(name, slope, finite, self.settings.learning_rate)
             self.tensors[f"{name}/draws"] += 1
         for each, ascent in (("linear", gap), ("quadratic", gap**2)):
-            adam_step(self.tensors, f"{first}/{each}", torch.tensor([-ascent]), self.settings.multiplier_rate)
+            self._move(f"{first}/{each}", -ascent.float(), finite, self.settings.multiplier_rate)
 
-    def expected_sparsity(self) -> float:
-        """Return the expected share of gates that are 0, over all layers."""
-        logits = torch.cat([self.tensors[name] for name in self._layers])
-        return 1 - float(density(logits).mean())
+    def _move(self, name: str, slope: Tensor, finite: Tensor, learning_rate: float) -> None:
+        adam_step(self.tensors, name, slope.where(finite.to(slope.device), math.nan), learning_rate)
+
+    def expected_sparsity(self) -> Tensor:
+        """Return the expected share of gates that are 0, over all layers, [1], on the device of the first one."""
+        device = self.tensors[self._layers[0]].device
+        logits = torch.cat([self.tensors[name].to(device) for name in self._layers])
+        mean = density(logits).mean().reshape(1)
+        return 1 - (mean if device.type == "mps" else mean.double())  # Apple's GPUs have no float64
 
     def _noise(self, name: str) -> Tensor:
         """Return this step's uniform noise in (0, 1), [num_units]; the same however often it is asked for."""
-        draws = int(self.tensors[f"{name}/draws"])
-        generator = torch.Generator().manual_seed(self.setting.seed + zlib.crc32(f"{name}/{draws}".encode()))
+        draws = self.tensors[f"{name}/draws"] = self.tensors[f"{name}/draws"].cpu()  # where it is read without waiting
+        generator = torch.Generator().manual_seed(self.setting.seed + zlib.crc32(f"{name}/{int(draws)}".encode()))
         logits = self.tensors[name]
         return torch.rand(len(logits), generator=generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
 

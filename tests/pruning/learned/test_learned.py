@@ -1,5 +1,7 @@
 """Learned methods against sampling, autograd, torch's own Adam, and problems whose solution is known."""
 
+import math
+
 import pytest
 import torch
 from evidence import GivenEvidence, random_evidence
@@ -109,7 +111,34 @@ def test_the_multipliers_of_l0_drive_the_expected_sparsity_to_the_target() -> No
     for each in steps:
         method.step("layer", each)
         method.end_step()
-    assert method.expected_sparsity() == pytest.approx(0.6, abs=0.05)
+    assert float(method.expected_sparsity()) == pytest.approx(0.6, abs=0.05)
+
+
+def test_l0_moves_nothing_where_any_gradient_is_not_finite() -> None:
+    method = made("l0", sparsity=0.5)
+    for name in ("one", "other"):
+        method.start(name, pushing([1.0] * 50))
+    before = {name: tensor.clone() for name, tensor in method.tensors.items()}
+    method.share = 1.0
+    for gradient in (math.inf, 1.0):
+        method.step("one", pushing([1.0] * 50))
+        method.step("other", pushing([gradient] * 50))
+        method.end_step()
+        moved = [name for name, tensor in before.items() if not torch.equal(tensor, method.tensors[name])]
+        where = {"one", "other", "one/linear", "one/quadratic"} if gradient == 1.0 else set()
+        assert {name for name in moved if not name.endswith("draws")} == where
+
+
+def test_l0_reads_nothing_back_from_the_device() -> None:
+    """Tensors without values cannot be read: what does not fail on them does not wait for a device."""
+    method = made("l0", sparsity=0.5)
+    evidence = GivenEvidence(*(torch.empty(shape, device="meta") for shape in ((4, 1), (4, 1), (4,), (4,))))
+    method.start("layer", evidence)
+    for _ in range(2):
+        method.step("layer", evidence)
+        method.end_step()
+        training, evaluation = method.factors("layer")
+        assert training.device == evaluation.device == method.score("layer", evidence).device == torch.device("meta")
 
 
 def test_slim_factors_shrink_where_the_loss_does_not_hold_them() -> None:

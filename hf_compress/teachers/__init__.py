@@ -1,0 +1,1 @@
+"""What teachers say, written to disk once and read back in every epoch."""
