@@ -125,6 +125,16 @@ class Recorder(TrainerCallback):
         self.weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
+class StopAt(TrainerCallback):
+    """Ends training after a step; None: does not."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.step is not None and state.global_step >= self.step
+
+
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two sets of tensors are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

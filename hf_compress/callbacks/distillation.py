@@ -117,6 +117,7 @@ class DistillationCallback(CompressionCallback):
             names = []  # the Trainer has it, and does not call it
         mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
         if features is not None:
+            undo.callback(features.tap.close)  # KeyboardInterrupt runs no hook
             features.prepare(teacher, mixer.head)
         mixer.listeners = self.listeners
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.

@@ -56,15 +56,17 @@ class FeatureDistillation:
             ConfigError: If layers cannot be paired.
             TrainingError: If features are missing or do not fit each other.
         """
+        self.tap.check_checkpointing()
         model: Any = self.run.trainer.model
         inputs = first_batch(self.run.trainer)
         with torch.no_grad(), unchanged(model), torch.random.fork_rng(), self.run.trainer.accelerator.autocast():
             student = self.of(model.eval(), inputs)
             lesson = teacher.teach(inputs, head)
             for term in self.terms:
-                for features in lesson.features[:1]:
-                    term.prepare(student, features, inputs)
+                for number, features in enumerate(lesson.features):
+                    term.prepare(student, features, inputs, number)
             self.losses(student, lesson.features, inputs, torch.ones(0))
+        self._kept_at = -1  # masks may come from a checkpoint after this
 
     def of(self, model: Any, inputs: Mapping[str, Any]) -> Features:
         """Return the features of the student for some inputs."""
@@ -86,9 +88,11 @@ class FeatureDistillation:
         """
         found, kept = {}, self._kept_layers(student)
         for term in self.terms:
-            values = torch.stack([term.losses(student, each, inputs, kept) for each in teachers]).mean(0)
+            each = [term.losses(student, other, inputs, kept, number) for number, other in enumerate(teachers)]
+            values = torch.stack(each).mean(0)
             if shares.numel() == 0:
                 shares = torch.full((len(values),), 1 / len(values), device=values.device)
+            values = values.to(shares.device)
             if len(values) % len(shares) != 0:
                 raise TrainingError(
                     f"distillation: features of {len(values)} texts belong to {len(shares)} examples, and it is not "

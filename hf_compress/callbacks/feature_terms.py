@@ -1,7 +1,7 @@
 """A feature loss at work: which layers of two models it pairs, and what it comes to for every example."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class FeatureTerm:
         self.loss: FeatureLoss = distillation_losses.get(config.loss)
         self._student = student
         self._projections = projections
-        self._candidates: dict[tuple[str, int, int], Tensor] = {}
+        self._candidates: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        """Of each stack, on the CPU and on the device."""
         candidates: Any = config.candidates
         self._dynamic = DynamicPairing(
             candidates=candidates, teacher_layers=config.teacher_layers, by=config.chosen_by, ordered=config.ordered
@@ -54,54 +55,75 @@ class FeatureTerm:
             return {WANTED[each] for each in self.config.of}
         return {str(self.loss.reads)}
 
-    def prepare(self, student: Features, teacher: Features, inputs: Mapping[str, Any]) -> None:
-        """Make the projections that are needed; every rank must call it.
+    def prepare(self, student: Features, teacher: Features, inputs: Mapping[str, Any], number: int = 0) -> None:
+        """Check that there is something to compare, and make the projections that are needed; every rank must call it.
+
+        Args:
+            student: Its features in a pass in which all layers ran.
+            teacher: Its features.
+            inputs: What the student was called with.
+            number: Of the teacher, if there are several.
 
         Raises:
             ConfigError: If layers cannot be paired.
             TrainingError: If features do not fit each other.
         """
-        if not self.loss.needs_equal_width:
-            return
         for stack, kind, own, theirs in self._parts(student, teacher):
-            mask = self._mask(stack, inputs, own)
-            for i, j in self._fixed_pairs(len(own), len(theirs)):
-                mine, other = own[i], theirs[j]
-                if mine is None or other is None:
-                    continue
-                if self.config.projection == "always" or mine.shape[-1] != other.shape[-1]:
-                    name = self._map(stack, kind, i)
-                    self._projections.fit(name, mine, other, mask, self.config.learning_rate)
+            possible = self._pairs(stack, own, theirs)
+            pairs = tuple((i, j) for i, j in possible if own[i] is not None and theirs[j] is not None)
+            if len(pairs) < 1 + self.loss.successive:
+                raise TrainingError(
+                    f"distillation: {self.name!r} finds {len(pairs)} pairs of layers with {self.loss.reads} in the "
+                    f"{stack} and needs {1 + self.loss.successive}. Pair other layers (layers={self.config.layers!r} "
+                    "now), or set FeatureConfig.stack to another one."
+                )
+            self._check_positions(stack, pairs, own, theirs)
+            if self.loss.needs_equal_width:
+                self._fit(stack, kind, pairs, own, theirs, inputs, number)
 
     def losses(
-        self, student: Features, teacher: Features, inputs: Mapping[str, Any], kept: Mapping[str, Sequence[bool]]
+        self,
+        student: Features,
+        teacher: Features,
+        inputs: Mapping[str, Any],
+        kept: Mapping[str, Sequence[bool]],
+        number: int = 0,
     ) -> Tensor:
         """Return the loss of every example, [batch]: the mean over pairs of layers, kinds and stacks.
+
+        Layers that LayerDrop leaves out take no part; zeros if it leaves nothing.
 
         Args:
             student: Its features, with gradients.
             teacher: Its features.
             inputs: What the student was called with.
             kept: By stack, the layers of the student that are not pruned.
+            number: Of the teacher, if there are several.
 
         Raises:
-            TrainingError: If features do not fit each other, or no pair of layers is left.
+            TrainingError: If features do not fit each other, or pruning has left no pair of layers.
         """
-        found = []
+        found, batch = [], 0
         for stack, kind, own, theirs in self._parts(student, teacher):
-            mask = self._mask(stack, inputs, own)
-            present = [there and layer is not None for there, layer in zip(kept[stack], own, strict=True)]
+            batch = next(len(layer) for layer in theirs if layer is not None)
+            if all(layer is None for layer in own):
+                continue
 
-            def compare(mine: Any, other: Any, mask: Tensor = mask) -> Tensor:
+            mask_of = self._masks(stack, inputs)
+
+            def compare(mine: Any, other: Any, mask_of: Callable[[Tensor], Tensor] = mask_of) -> Tensor:
+                mask = mask_of(mine[0] if self.loss.successive else mine)
                 return self.loss(mine, other, mask, **self._options(teacher))
 
             own = [
-                None if layer is None else self._projected(self._map(stack, kind, i), layer)
+                None if layer is None else self._projected(self._map(stack, kind, i, number), layer)
                 for i, layer in enumerate(own)
             ]
             pick = self._dynamic_pairs if self.config.layers == DYNAMIC else self._given_pairs
-            found.append(pick(stack, own, theirs, present, compare))
-        return torch.stack(found).mean(0)
+            values = pick(stack, own, theirs, kept[stack], compare)
+            if values is not None:
+                found.append(values)
+        return torch.stack(found).mean(0) if found else torch.zeros(batch)
 
     def _parts(self, student: Features, teacher: Features) -> list[tuple[str, str, Layers, Layers]]:
         """Return (stack, kind, layers of the student, layers of the teacher) for everything compared."""
@@ -110,17 +132,21 @@ class FeatureTerm:
         return [self._part(name, kind, student, teacher) for name in stacks for kind in kinds]
 
     def _part(self, name: str, kind: str, student: Features, teacher: Features) -> tuple[str, str, Layers, Layers]:
-        own = self._layers(_stack(name, student, "student"), kind)
+        mine, others = _stack(name, student, "student"), _stack(name, teacher, "teacher")
+        pairs = self._pairs(name, range(mine.num_layers), range(others.num_layers))
+        own = self._layers(mine, kind, {i for i, _ in pairs})
         device = next((layer.device for layer in own if layer is not None), None)
-        theirs = self._layers(_stack(name, teacher, "teacher"), kind)
+        theirs = self._layers(others, kind, {j for _, j in pairs})
         return name, kind, own, [None if layer is None else layer.to(device) for layer in theirs]
 
-    def _layers(self, stack: Stack, kind: str) -> Layers:
+    def _layers(self, stack: Stack, kind: str, wanted: Collection[int]) -> Layers:
+        """Return what is compared of the wanted layers; None for the others."""
         if self.loss.reads == "hidden_states":
-            return list(stack.hidden)
+            return [each if i in wanted else None for i, each in enumerate(stack.hidden)]
+        present = [each if i in wanted else None for i, each in enumerate(stack.attention)]
         if self.loss.reads == "attentions":
-            return [None if each is None else each.probabilities() for each in stack.attention]
-        heads = [None if each is None else getattr(each, kind) for each in stack.attention]
+            return [None if each is None else each.probabilities() for each in present]
+        heads = [None if each is None else getattr(each, kind) for each in present]
         return [None if each is None else each.transpose(1, 2).flatten(2) for each in heads]
 
     def _options(self, teacher: Features) -> dict[str, Any]:
@@ -131,19 +157,62 @@ class FeatureTerm:
             options["relation_heads"] = first.shape[1]
         return options
 
-    def _mask(self, stack: str, inputs: Mapping[str, Any], layers: Layers) -> Tensor:
-        like = next((layer for layer in layers if layer is not None), None)
-        if like is None:
-            raise TrainingError(f"distillation: no layer of the student's {stack} ran, so {self.name!r} has no effect.")
-        if self.loss.reads == "attentions":
-            like = like.transpose(1, 2)
-        return position_mask(self._student, stack, inputs, like)
+    def _masks(self, stack: str, inputs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Return what gives the mask of a feature; layers may differ in their number of positions."""
+        known: dict[int, Tensor] = {}
 
-    def _map(self, stack: str, kind: str, layer: int) -> str:
-        return ".".join(part for part in (self.name, stack, kind, str(layer)) if part)
+        def mask_of(feature: Tensor) -> Tensor:
+            number = feature.shape[-2]
+            if number not in known:
+                like = feature.transpose(1, 2) if self.loss.reads == "attentions" else feature
+                known[number] = position_mask(self._student, stack, inputs, like)
+            return known[number]
+
+        return mask_of
+
+    def _check_positions(self, stack: str, pairs: Pairs, own: Layers, theirs: Layers) -> None:
+        for i, j in pairs:
+            mine, other = own[i], theirs[j]
+            if mine is not None and other is not None and mine.shape[-2] != other.shape[-2]:
+                asked = "candidates as {student: [teacher, ...]}" if self.config.layers == DYNAMIC else "other layers"
+                raise TrainingError(
+                    f"distillation: {self.name!r} cannot compare layer {i} of the student's {stack}, which has "
+                    f"{mine.shape[-2]} positions, with the teacher's layer {j}, which has {other.shape[-2]}. Give "
+                    f"{asked}, or a teacher that gets the same inputs."
+                )
+        lengths = {layer.shape[-2] for i, _ in pairs if (layer := own[i]) is not None}
+        if self.loss.successive and len(lengths) > 1:
+            raise TrainingError(
+                f"distillation: {self.name!r} compares a layer with the next, but those of the student's {stack} have "
+                f"unequal numbers of positions, {sorted(lengths)}. Pair layers of equal ones, or use another loss."
+            )
+
+    def _fit(
+        self, stack: str, kind: str, pairs: Pairs, own: Layers, theirs: Layers, inputs: Mapping[str, Any], number: int
+    ) -> None:
+        mask_of, usual = self._masks(stack, inputs), self._fixed_pairs(len(own), len(theirs))
+        start = dict(reversed(pairs)) | {i: j for i, j in usual if (i, j) in pairs}
+        for i, j in sorted(start.items()):
+            mine, other = own[i], theirs[j]
+            if mine is None or other is None:
+                continue
+            if self.config.projection == "always" or mine.shape[-1] != other.shape[-1]:
+                name = self._map(stack, kind, i, number)
+                self._projections.fit(name, mine, other, mask_of(mine), self.config.learning_rate)
+
+    def _map(self, stack: str, kind: str, layer: int, number: int) -> str:
+        teacher = f"teacher {number}" if number else ""
+        return ".".join(part for part in (self.name, stack, kind, str(layer), teacher) if part)
 
     def _projected(self, name: str, layer: Tensor) -> Tensor:
         return self._projections.apply(name, layer) if name in self._projections.rates else layer
+
+    def _pairs(self, stack: str, own: Sequence[Any], theirs: Sequence[Any]) -> Pairs:
+        """Return the pairs that may be compared."""
+        if self.config.layers != DYNAMIC:
+            return self._fixed_pairs(len(own), len(theirs))
+        allowed = self._candidate_mask(stack, len(own), len(theirs), torch.device("cpu"))[0]
+        return tuple((i, j) for i, j in allowed.nonzero().tolist())
 
     def _fixed_pairs(self, num_student: int, num_teacher: int) -> Pairs:
         """Return pairs; for dynamic ones those that projections start from."""
@@ -153,42 +222,69 @@ class FeatureTerm:
         return pair_layers(how, num_student, num_teacher)
 
     def _given_pairs(
-        self, stack: str, own: Layers, theirs: Layers, present: Sequence[bool], compare: Compare
-    ) -> Tensor:
-        pairs = [(i, j) for i, j in self._fixed_pairs(len(own), len(theirs)) if present[i] and theirs[j] is not None]
+        self, stack: str, own: Layers, theirs: Layers, kept: Sequence[bool], compare: Compare
+    ) -> Tensor | None:
+        pairs = [(i, j) for i, j in self._fixed_pairs(len(own), len(theirs)) if kept[i] and theirs[j] is not None]
+        if len(pairs) < 1 + self.loss.successive:
+            raise self._nothing_left(stack)
+        pairs = [(i, j) for i, j in pairs if own[i] is not None]
         if self.loss.successive:
             values = [compare((own[i], own[k]), (theirs[j], theirs[m])) for (i, j), (k, m) in itertools.pairwise(pairs)]
         else:
             values = [compare(own[i], theirs[j]) for i, j in pairs]
-        if not values:
-            raise TrainingError(
-                f"distillation: {self.name!r} has no pair of layers left in the {stack}: pruning or LayerDrop has "
-                f"taken all of the student's out. Pair more layers (layers={self.config.layers!r} now)."
-            )
-        return torch.stack(values).mean(0)
+        return torch.stack(values).mean(0) if values else None
 
     def _dynamic_pairs(
-        self, stack: str, own: Layers, theirs: Layers, present: Sequence[bool], compare: Compare
-    ) -> Tensor:
-        mine = [layer for layer, there in zip(own, present, strict=True) if there and layer is not None]
-        others = [layer for layer in theirs if layer is not None]
-        if not mine or len(others) != len(theirs):
-            raise TrainingError(f"distillation: {self.name!r} finds no layers to pair in the {stack} in this pass.")
-        where = [i for i, there in enumerate(present) if there]
-        candidates = self._candidate_mask(stack, len(own), len(theirs), mine[0].device)[where]
-        with torch.no_grad():
-            costs = torch.stack([torch.stack([compare(a, b).mean() for b in others]) for a in mine])
-        choice = self._dynamic.choose(costs, candidates)
-        chosen_own, chosen_theirs = torch.stack(mine)[choice.student], torch.stack(others)[choice.teacher]
-        values = [compare(a, b) for a, b in zip(chosen_own, chosen_theirs, strict=True)]
+        self, stack: str, own: Layers, theirs: Layers, kept: Sequence[bool], compare: Compare
+    ) -> Tensor | None:
+        device = next(layer.device for layer in own if layer is not None)
+        allowed, candidates = self._candidate_mask(stack, len(own), len(theirs), device)
+        rows = [i for i, there in enumerate(kept) if there and bool(allowed[i].any())]
+        if not rows:
+            raise self._nothing_left(stack)
+        mine = {i: layer for i in rows if (layer := own[i]) is not None}
+        others = {j: layer for j, layer in enumerate(theirs) if layer is not None}
+        if not mine or not bool(allowed[list(mine)][:, list(others)].any()):
+            return None
+        if len(mine) < len(own) or len(others) < len(theirs):
+            candidates = candidates[list(mine)][:, list(others)]
+        # One pair is chosen on the device, so it is read by a tensor. What cannot be stacked is compared at once.
+        stacks = all(len({layer.shape for layer in each.values()}) == 1 for each in (mine, others))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stacks):
+            some = next(compare(mine[i], others[j]) for i in mine for j in others if allowed[i, j])
+            costs = torch.stack(
+                [
+                    torch.stack([compare(a, b) if allowed[i, j] else torch.zeros_like(some) for j, b in others.items()])
+                    for i, a in mine.items()
+                ]
+            )
+        choice = self._dynamic.choose(costs.detach().mean(-1), candidates)
+        if stacks:
+            chosen = (
+                torch.stack(list(mine.values()))[choice.student],
+                torch.stack(list(others.values()))[choice.teacher],
+            )
+            values = torch.stack([compare(a, b) for a, b in zip(*chosen, strict=True)])
+        else:
+            values = costs[choice.student, choice.teacher]
         used = choice.used & choice.possible
-        return (torch.stack(values) * used[:, None]).sum(0) / used.sum().clamp(min=1)
+        return (values * used[:, None]).sum(0) / used.sum().clamp(min=1)
 
-    def _candidate_mask(self, stack: str, num_student: int, num_teacher: int, device: torch.device) -> Tensor:
+    def _candidate_mask(
+        self, stack: str, num_student: int, num_teacher: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         key = (stack, num_student, num_teacher)
-        if key not in self._candidates:
-            self._candidates[key] = self._dynamic.candidate_mask(num_student, num_teacher).to(device)
-        return self._candidates[key]
+        known = self._candidates.get(key)
+        if known is None or known[1].device != device:
+            mask = self._dynamic.candidate_mask(num_student, num_teacher) if known is None else known[0]
+            known = self._candidates[key] = (mask, mask.to(device))
+        return known
+
+    def _nothing_left(self, stack: str) -> TrainingError:
+        return TrainingError(
+            f"distillation: {self.name!r} has no pair of layers left in the {stack}: pruning has taken all of the "
+            f"student's out. Pair more layers (layers={self.config.layers!r} now), or prune fewer."
+        )
 
 
 def _stack(name: str, features: Features, who: str) -> Stack:

@@ -184,7 +184,8 @@ class Mixer:
         if self.features is not None and taken is not None:
             # An example counts as often as the task loss counts its positions.
             shares = counted.reshape(len(counted), -1).sum(1) / count
-            found |= self.features.losses(taken, lesson.features, inputs, shares)
+            # Where the loss is computed outside the model, it has not got the labels, which show a decoder's padding.
+            found |= self.features.losses(taken, lesson.features, {**inputs, "labels": labels}, shares)
         return found
 
     def _of_logits(self, name: str, own: Tensor, theirs: Tensor | SparseLogits, counted: Tensor) -> Tensor:
@@ -206,6 +207,8 @@ class Mixer:
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         distillation_loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+        if not distillation_loss.requires_grad:  # LayerDrop has left no layer to compare
+            distillation_loss = distillation_loss + 0.0 * task_loss
         alpha = value_at(self.config.alpha, self.run)
         self._watch(task_loss.detach(), distillation_loss, losses, alpha)
         return (1 - alpha) * task_loss + alpha * distillation_loss

@@ -150,6 +150,17 @@ class FeatureTap:
                 )
         return Features({name: stack for name, stack in stacks.items() if stack.num_layers})
 
+    def check_checkpointing(self) -> None:
+        """Check that attention gets gradients when the model trains as it is set up now.
+
+        Raises:
+            TrainingError: If its layers are checkpointed with ``use_reentrant=True``.
+        """
+        if self.wants != {"hidden_states"} and self._is_reentrant():
+            raise TrainingError(
+                f"distillation: attention of the {next(iter(self._stacks))} is wanted, but {_REENTRANT}"
+            )
+
     def close(self) -> None:
         """Stop watching and forget what was seen; does nothing after ``read``."""
         self._watch.close()
@@ -180,7 +191,8 @@ class FeatureTap:
 
     def _attention(self, stack: str, calls: list[tuple[int, SelfAttention | None]]) -> list[SelfAttention | None]:
         if not calls:
-            return []
+            lists = self._runs.lists(stack)
+            return [None] * next(iter(lists.values())) if len(lists) == 1 and self._runs.may_drop() else []
         modules = [module for module, _ in calls]
         lists = {place.layers: place.count for place in (self._places[module][1] for module in modules)}
         lists.update(self._runs.lists(stack))
@@ -226,7 +238,8 @@ class FeatureTap:
         ]
 
     def _is_reentrant(self) -> bool:
-        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in self._plain.modules()]
+        modules = [module for module in self._plain.modules() if getattr(module, "gradient_checkpointing", False)]
+        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
         return any(getattr(each, "keywords", {}).get("use_reentrant") for each in functions)
 
 
@@ -245,10 +258,14 @@ class LayerRuns:
             known[id(module)][1]: module for module in model.modules() if id(module) in declared and id(module) in known
         }
 
+    def may_drop(self) -> bool:
+        """Return whether a pass may leave layers out."""
+        dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+        return self._model.training and any(getattr(self._config, name, None) for name in dropped)
+
     def open(self) -> None:
         """Begin to watch, if layers may be dropped at all."""
-        dropped = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-        if self._model.training and any(getattr(self._config, name, None) for name in dropped):
+        if self.may_drop():
             for place, layer in self._layers.items():
                 self._handles.append(layer.register_forward_pre_hook(partial(self._note, place)))
 

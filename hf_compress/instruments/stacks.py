@@ -168,6 +168,8 @@ def position_mask(model: nn.Module, stack: str, inputs: Mapping[str, Any], like:
     mask = inputs.get(name)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=like.device)
+    if isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape[0] * mask.shape[1] == batch:
+        mask = mask.flatten(0, 1)  # several texts in each example: multiple choice
     fitted = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     if fitted is not None and fitted.shape[1] > length:
         fitted = _frames(plain, fitted, length)

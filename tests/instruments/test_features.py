@@ -209,6 +209,13 @@ def test_reentrant_checkpointing_is_refused_for_attention(wants) -> None:
         assert only_stack(pass_through(model, text(), wants)).num_layers == 2
     states = only_stack(pass_through(model, text(), {"hidden_states"})).hidden
     assert all(x.requires_grad for x in states)
+    FeatureTap(model, {"hidden_states"}).check_checkpointing()
+    tap = FeatureTap(model, wants)
+    with pytest.raises(TrainingError, match=r"attention of the encoder is wanted, but under .*use_reentrant"):
+        tap.check_checkpointing()
+    model.gradient_checkpointing_disable()
+    tap.check_checkpointing()
+    assert only_stack(pass_through(model, text(), wants)).num_layers == 2
 
 
 def test_hidden_states_taken_inside_of_reentrant_checkpoints_are_refused() -> None:
@@ -522,3 +529,9 @@ def test_a_query_that_may_attend_to_nothing_attends_to_everything() -> None:
         maps = SelfAttention(x, x, None, 0.5, given, None, False, None, True).probabilities()
         torch.testing.assert_close(maps[:, :, 1], torch.full((1, 2, 3), 1 / 3))
         torch.testing.assert_close(maps[0, 0, 0], (x[0, 0, 0] @ x[0, 0].T * 0.5).softmax(-1))
+
+
+def test_choices_of_an_example_have_masks_of_their_own() -> None:
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [0, 1, 1]]])
+    found = position_mask(tiny_models.bert(), "encoder", {"attention_mask": mask}, torch.zeros(4, 3, 2))
+    assert torch.equal(found, mask.flatten(0, 1).bool())
