@@ -178,7 +178,7 @@ class Mixer:
             counted = counted & lesson.known.to(counted.device)
         count = num_items if self.per_item and num_items is not None else counted.sum().clamp(min=1)
         found = {}
-        if self.config.loss is not None:
+        if self.config.loss is not None and lesson.logits is not None:
             name = self.head.loss_name(self.config.loss, own, labels)
             found["logits"] = self._of_logits(name, own, lesson.logits, counted) / count
         if self.features is not None and taken is not None:

@@ -62,7 +62,9 @@ def base_of(name: str) -> str:
     return str(_adapter_of(name).get("base_model_name_or_path", name))
 
 
-def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, source: str) -> None:
+def check_teacher(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, source: str, *, same_task: bool = True
+) -> None:
     """Check that what the teacher says means the same to the student.
 
     Args:
@@ -70,6 +72,7 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer:
         student: The student, without wrappers.
         tokenizer: The Trainer's tokenizer; anything else is ignored.
         source: Hub name or folder of the teacher's tokenizer, which is compared with the student's; "" if unknown.
+        same_task: Whether both must have the same labels.
 
     Raises:
         TrainingError: If inputs, labels or vocabulary differ, or if both share parameters.
@@ -80,24 +83,25 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer:
             f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
             "use a teacher that reads the same inputs."
         )
-    check_same_task(teacher.config, student)
+    check_same_task(teacher.config, student, labels=same_task)
     if source and isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizer(source, tokenizer)
 
 
-def check_same_task(theirs: Any, student: PreTrainedModel) -> None:
+def check_same_task(theirs: Any, student: PreTrainedModel, *, labels: bool = True) -> None:
     """Check that labels and vocabulary of the teacher are those of the student.
 
     Args:
         theirs: Config of the teacher.
         student: The model that learns.
+        labels: Whether labels are compared; the vocabulary always is.
 
     Raises:
         TrainingError: If they differ.
     """
     own: Any = student.config
     head: Any = student.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if head is None:
+    if labels and head is None:
         _check_labels(theirs, own)
     sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (theirs, own)]
     if None not in sizes and sizes[0] != sizes[1]:

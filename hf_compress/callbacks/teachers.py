@@ -44,8 +44,8 @@ STUDENT = (SELF, UNMASKED)
 class Lesson:
     """What a teacher says to a batch."""
 
-    logits: Tensor | SparseLogits
-    """Of the student's shape."""
+    logits: Tensor | SparseLogits | None
+    """Of the student's shape; None if only features are compared."""
 
     known: Tensor | None = None
     """Positions that the teacher speaks of, bool, [batch, length]; None if it speaks of all."""
@@ -95,16 +95,23 @@ class LiveTeacher:
         student: The model that learns, without wrappers.
         trainer: Its Trainer.
         wants: What a ``FeatureTap`` takes from it; nothing by default.
+        speaks: Whether its logits are compared; if not, it may have another head, or none.
     """
 
     def __init__(
-        self, model: nn.Module, student: PreTrainedModel, trainer: Trainer, wants: Collection[str] = ()
+        self,
+        model: nn.Module,
+        student: PreTrainedModel,
+        trainer: Trainer,
+        wants: Collection[str] = (),
+        speaks: bool = True,
     ) -> None:
         self.model = model
         self.plain = plain_model(model, "the teacher")
         self.student = student
         self.trainer = trainer
         self._tap = FeatureTap(model, wants) if wants else None
+        self._speaks = speaks
         self._inputs_checked: set[str] = set()
         self._answer_checked = False
 
@@ -123,6 +130,8 @@ class LiveTeacher:
                 with closing(self._tap):
                     outputs = self._run(self._tap.prepare(taken))
                     features = (self._tap.read(outputs),)
+        if not self._speaks:
+            return Lesson(None, features=features)
         logits = head.logits(outputs, taken, "teacher")
         if not self._answer_checked:
             self._answer_checked = True
@@ -181,14 +190,17 @@ class Ensemble:
                     "distillation: a cache that holds only the largest logits (top_k) cannot be averaged with other "
                     "teachers. Make it without top_k, or use it alone."
                 )
+            if lesson.logits is None:
+                continue
             logits = lesson.logits.float()
             if total is not None:
                 check_same_shape(total, logits)
             total = logits if total is None else total + logits.to(total.device)
-        assert total is not None
         features = tuple(each for lesson in lessons for each in lesson.features)
         known = [lesson.known for lesson in lessons if lesson.known is not None]
-        return Lesson(total / len(lessons), torch.stack(known).all(0) if known else None, features)
+        return Lesson(
+            None if total is None else total / len(lessons), torch.stack(known).all(0) if known else None, features
+        )
 
     def end_step(self) -> None:
         """Let all of them check."""
@@ -243,9 +255,10 @@ def ready_teacher(
         model = load_teacher(source, student, config.teacher_dtype)
     plain = plain_model(model)
     claim(plain, trainer)
-    check_teacher(plain, student, trainer.processing_class, source)
+    speaks = config.loss is not None
+    check_teacher(plain, student, trainer.processing_class, source, same_task=speaks)
     _move(model, plain, config.teacher_device, trainer.args.device)
-    return LiveTeacher(model, student, trainer, wants)
+    return LiveTeacher(model, student, trainer, wants, speaks)
 
 
 def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: torch.device) -> None:

@@ -42,6 +42,21 @@ BASELINES = ("random", "l2")
 EXPECTED_AHEAD = ("taylor", "movement", "grain")
 """What has to beat both baselines clearly."""
 
+WHY = {
+    "admm": "pulls units that it chooses by their norm towards zero, and removes all of them at once at the end",
+    "apoz": "counts zeros behind the activation function, and GELU gives hardly any",
+    "fpgm": "asks which units are unlike the others, not what the loss makes of them",
+    "l0": "learns a probability for every gate, which takes more steps than these",
+    "l1": "norms of pretrained units are nearly equal, and say little of what the loss makes of them",
+    "l2": "norms of pretrained units are nearly equal, and say little of what the loss makes of them",
+    "level": "magnitudes of pretrained units are nearly equal, and say little of what the loss makes of them",
+    "mean_activation": "sees how active a unit is, not whether anything is made of it",
+    "movement": "adds up signed gradients, whose mean is near zero once the model fits: in some hundred steps the "
+    "units that matter most drift furthest, in either direction; its publication takes ten thousand steps and more",
+    "slim": "learns its factors against a penalty, which takes more steps than these",
+}
+"""Why a method may be no better than chance in a comparison of a few hundred steps."""
+
 Runs = list[dict[str, Any]]
 
 
@@ -109,6 +124,7 @@ def verdicts(data: dict[str, Any], task: str) -> list[str]:
     behind = [name for name in sorted(scores) if name != "random" and scores[name] <= scores["random"]]
     if behind:
         lines.append(f"- Not ahead of chance: {', '.join(f'`{name}`' for name in behind)}.")
+        lines += [f"    - `{name}`: {WHY[name]}." for name in behind if name in WHY]
     return lines
 
 
@@ -219,6 +235,7 @@ def main() -> None:
         data["runs"].append(run)
         print(json.dumps(run), file=sys.stderr, flush=True)
         write(given.json, data)
+    write(given.json, data)
     print(report(data))
 
 

@@ -366,3 +366,20 @@ def test_fused_attention_is_refused_before_the_first_step(make_trainer: Any, mon
         trainer.train()
     assert not calls
     check_nothing_left(student, teacher)
+
+
+def test_where_only_features_are_compared_the_teacher_needs_no_head(
+    tiny_bert, classification_data, make_trainer
+) -> None:
+    """A base model, or one of another task, has the same features as the model with the student's head."""
+    found = []
+    config = DistillationConfig(loss=None, features=[{"loss": "hidden_mse"}])
+    whole = tiny_bert(seed=1)
+    other = tiny_bert(seed=1, num_labels=7)
+    other.bert.load_state_dict(whole.bert.state_dict())
+    for teacher in (whole, whole.bert, other):
+        student = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        make_trainer(student, classification_data(16), [DistillationCallback(config, teacher)]).train()
+        found.append(student.state_dict())
+    for weights in found[1:]:
+        assert all(torch.equal(weights[name], value) for name, value in found[0].items())
