@@ -222,7 +222,10 @@ def cut_after(step: int, monkeypatch) -> None:
 def test_a_resumed_run_ends_as_the_straight_one(tmp_path, monkeypatch, measured_once) -> None:
     sections = {
         "quantization": {"begin": 2},
-        "distillation": {"alpha": 0.5},
+        "distillation": {
+            "alpha": 0.5,
+            "features": [{"loss": "hidden_mse", "layers": "dynamic", "projection": "always"}],
+        },
         "teacher": str(tmp_path / "model"),
         "training": {**recipe_files.TRAINING, "save_steps": 1},
     }
