@@ -53,6 +53,10 @@ class CachedTeacher:
         """Check that all examples were found."""
         self.cache.check()
 
+    def check(self) -> None:
+        """Check that all examples were found."""
+        self.cache.check()
+
     def fingerprint(self) -> str:
         """Return what tells caches apart."""
         return self.cache.fingerprint()

@@ -152,6 +152,8 @@ class DistillationCallback(CompressionCallback):
         return self._mixer.averages() if self._mixer is not None else {}
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        if self._mixer is not None:
+            self._mixer.teacher.check()  # what it has spoiled should not be saved
         features = self._mixer.features if self._mixer is not None else None
         return features.projections.state() if features is not None else {}, {"teacher": self._teacher_digest}
 
@@ -183,7 +185,7 @@ class DistillationCallback(CompressionCallback):
     def _ready_teacher(self, run: Run) -> Teacher:
         """Return the teacher, checked, on its device."""
         members = [self._ready(source, run) for source in self._sources]
-        return members[0] if len(members) == 1 else Ensemble(members)
+        return members[0] if len(members) == 1 else Ensemble(members, ordered=bool(self.config.features))
 
     def _ready(self, source: Any, run: Run) -> Teacher:
         trainer: Any = run.trainer

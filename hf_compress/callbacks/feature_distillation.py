@@ -62,6 +62,7 @@ class FeatureDistillation:
         with torch.no_grad(), unchanged(model), torch.random.fork_rng(), self.run.trainer.accelerator.autocast():
             student = self.of(model.eval(), inputs)
             lesson = teacher.teach(inputs, head)
+            teacher.check()
             for term in self.terms:
                 for number, features in enumerate(lesson.features):
                     term.prepare(student, features, inputs, number)

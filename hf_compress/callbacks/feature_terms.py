@@ -108,7 +108,7 @@ class FeatureTerm:
             batch = next(len(layer) for layer in theirs if layer is not None)
             if all(layer is None for layer in own):
                 continue
-
+            self._check_gradient(stack, own)
             mask_of = self._masks(stack, inputs)
 
             def compare(mine: Any, other: Any, mask_of: Callable[[Tensor], Tensor] = mask_of) -> Tensor:
@@ -124,6 +124,14 @@ class FeatureTerm:
             if values is not None:
                 found.append(values)
         return torch.stack(found).mean(0) if found else torch.zeros(batch)
+
+    def _check_gradient(self, stack: str, own: Layers) -> None:
+        if torch.is_grad_enabled() and not any(layer.requires_grad for layer in own if layer is not None):
+            compared = [i for i, layer in enumerate(own) if layer is not None]
+            raise TrainingError(
+                f"distillation: {self.name!r} has no effect: layers {compared} of the student's {stack} get no "
+                "gradient, because everything up to them is frozen. Compare later layers, or train earlier ones."
+            )
 
     def _parts(self, student: Features, teacher: Features) -> list[tuple[str, str, Layers, Layers]]:
         """Return (stack, kind, layers of the student, layers of the teacher) for everything compared."""

@@ -4,9 +4,11 @@ Only its computation knows, and the distillation loss has to follow it, or gradi
 terms differently. So the first micro-batch is asked.
 """
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -68,12 +70,25 @@ def loss_of_twice_as_many(
     compute: Callable[..., Tensor], outputs: Any, labels: Any, kwargs: Mapping[str, Any], device: torch.device
 ) -> Tensor:
     """Return the loss with ``num_items_in_batch`` doubled; whatever ``compute`` does to its arguments, to copies."""
-    copies = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (outputs, labels, dict(kwargs)))
+    copies = tree_map(_copy, (outputs, labels, dict(kwargs)))
     outputs, labels, given = copies
     given["num_items_in_batch"] = 2 * given["num_items_in_batch"]
     forked = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), torch.random.fork_rng(forked, device_type="cuda" if device.type == "cpu" else device.type):
-        return compute(outputs, labels, **given)
+    # What it draws, the call that counts must draw again: else noise would look like a dependence on the count.
+    state, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(forked, device_type="cuda" if device.type == "cpu" else device.type):
+            return compute(outputs, labels, **given).detach()
+    finally:
+        random.setstate(state)
+        numpy.random.set_state(arrays)
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy that may be differentiated if the original may be."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def values_say(loss: Tensor, of_twice_as_many: Tensor) -> bool | None:

@@ -17,7 +17,7 @@ from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import DistillationConfig
 from hf_compress.distillation.positions import check_same_shape
 from hf_compress.distillation.sparse import sparse_kl
-from hf_compress.errors import TrainingError
+from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.features import Features
 from hf_compress.registry import distillation_losses
 from hf_compress.teachers.outputs import SparseLogits
@@ -58,6 +58,9 @@ class Mixer:
         self.taken: Features | None = None
         """Inputs and features of a pass whose loss is computed outside the model."""
         self.num_computed = self.num_used = self.num_steps = 0
+        self.gradients: Tensor | None = None
+        """Sum of the magnitudes of the gradients that have arrived; read after the first step."""
+        self.was_checked = False
         self.sums: dict[str, Tensor] = {}
         """By name, losses since the last log, scaled as the Trainer scales the loss."""
 
@@ -136,6 +139,7 @@ class Mixer:
 
     def averages(self) -> dict[str, float]:
         """Return the losses per optimizer step since the last call, over all ranks."""
+        self.teacher.check()
         if not self.sums:
             return {}
         means = all_reduce_mean(torch.stack(list(self.sums.values()))) / max(self.num_steps, 1)
@@ -148,6 +152,12 @@ class Mixer:
         """Check that distillation took part in this optimizer step."""
         if self.num_used == 0:
             raise TrainingError(f"distillation has no effect: {self._why_unused()}")
+        if not self.was_checked and self.gradients is not None and float(self.gradients) == 0.0:
+            raise TrainingError(
+                "distillation has no effect: the loss that it is part of is multiplied by 0. Trainer.compute_loss is "
+                "probably overridden; make it use outputs.loss."
+            )
+        self.was_checked = True
         self.teacher.end_step()
         self.num_computed = self.num_used = 0
         self.num_steps += 1
@@ -200,13 +210,20 @@ class Mixer:
         chosen = counted.flatten().nonzero().squeeze(1)
         picked = own.flatten(0, -2)[chosen]
         if isinstance(theirs, SparseLogits):
+            if name != "kl":
+                raise ConfigError(
+                    f"DistillationConfig.loss: this task compares logits by {name!r}, but the cache holds only the "
+                    "largest logits (top_k), which allow 'kl' between distributions over classes. Make the cache "
+                    "without top_k."
+                )
             indices, values = (each.flatten(0, -2)[chosen] for each in (theirs.indices, theirs.values))
             return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
         total: Tensor = distillation_losses.get(name)(picked, theirs.flatten(0, -2)[chosen], temperature).sum()
         return total
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
-        distillation_loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+        # A tensor of its own even if there is one loss: that may be differentiated while this one's gradient arrives.
+        distillation_loss = torch.stack(list(losses.values())).sum()
         if not distillation_loss.requires_grad:  # LayerDrop has left no layer to compare
             distillation_loss = distillation_loss + 0.0 * task_loss
         alpha = value_at(self.config.alpha, self.run)
@@ -226,6 +243,7 @@ class Mixer:
             if gradient is None:
                 return
             self.num_used += 1
+            self.gradients = gradient.detach().abs() + (0.0 if self.gradients is None else self.gradients)
             scaler = self.run.trainer.accelerator.scaler
             one = total.detach().new_ones(())
             loss_scale = scaler.scale(one) if scaler is not None else one  # get_scale() would wait for the device

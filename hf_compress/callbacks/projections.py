@@ -38,7 +38,8 @@ class Projections:
         """
         weights = mask.flatten().float().unsqueeze(1)
         own, theirs = student.detach().flatten(0, 1).float(), teacher.detach().flatten(0, 1).float()
-        products = all_reduce_mean(torch.cat([own, theirs], dim=1).mul(weights).T @ (own * weights))
+        with torch.autocast(own.device.type, enabled=False):  # rounding errors would be larger than the ridge
+            products = all_reduce_mean(torch.cat([own, theirs], dim=1).mul(weights).T @ (own * weights))
         covariance, mixed = products[: own.shape[1]].double(), products[own.shape[1] :].double()
         ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
         eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

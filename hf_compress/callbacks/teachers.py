@@ -1,6 +1,7 @@
 """Who teaches: one model, several, a copy of the student, or the student itself without its masks."""
 
 import copy
+import inspect
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from hf_compress.callbacks.access import plain_model
 from hf_compress.callbacks.heads import Head
@@ -30,8 +32,13 @@ from hf_compress.instruments.attach import attachment_of, suspended
 from hf_compress.instruments.features import Features, FeatureTap
 from hf_compress.teachers.outputs import SparseLogits
 
+logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
+
 SELF = "self"
 """Teacher: a frozen copy of the student, made when the Trainer was."""
+
+FIRST_STEPS = 2
+"""Optimizer steps after which a teacher's numbers are checked at once, later only where the device is waited for."""
 
 UNMASKED = "unmasked"
 """Teacher: the student as it is, without masks, fake quantization and dropout; it needs no memory."""
@@ -78,6 +85,14 @@ class Teacher(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Check all that was put off; called where the device is waited for anyway.
+
+        Raises:
+            TrainingError: If something went wrong since the last time.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """Return a text that tells teachers apart."""
         ...
@@ -113,7 +128,9 @@ class LiveTeacher:
         self._tap = FeatureTap(model, wants) if wants else None
         self._speaks = speaks
         self._inputs_checked: set[str] = set()
-        self._answer_checked = False
+        self._largest: Tensor | None = None
+        """The largest number it has said since it was last checked; NaN if any was none."""
+        self._num_steps = 0
 
     def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Run the model."""
@@ -130,20 +147,37 @@ class LiveTeacher:
                 with closing(self._tap):
                     outputs = self._run(self._tap.prepare(taken))
                     features = (self._tap.read(outputs),)
-        if not self._speaks:
-            return Lesson(None, features=features)
-        logits = head.logits(outputs, taken, "teacher")
-        if not self._answer_checked:
-            self._answer_checked = True
-            if bool(logits.isnan().any()):
-                raise TrainingError(
-                    "distillation: the teacher's logits are not numbers (NaN) on the first batch. Check its weights, "
-                    "or load it with dtype=torch.float32."
-                )
+        logits = head.logits(outputs, taken, "teacher") if self._speaks else None
+        self._notice(logits, features)
         return Lesson(logits, features=features)
 
+    def _notice(self, logits: Tensor | None, features: Sequence[Features]) -> None:
+        """Remember the largest number, without waiting for it; -inf among logits excludes a class."""
+        with torch.no_grad():
+            seen = [torch.linalg.vector_norm(x, torch.inf) for each in features for x in each.tensors()]
+            seen += [logits.amax()] if logits is not None and logits.numel() else []
+            seen += [self._largest] if self._largest is not None else []
+            if seen:
+                self._largest = torch.stack([x.float() for x in seen]).amax()
+
     def end_step(self) -> None:
-        """Nothing was put off."""
+        """Check the first steps."""
+        self._num_steps += 1
+        if self._num_steps <= FIRST_STEPS:
+            self.check()
+
+    def check(self) -> None:
+        """Check that all it has said since the last check were numbers; waits for the device.
+
+        Raises:
+            TrainingError: If not.
+        """
+        largest, self._largest = self._largest, None
+        if largest is not None and not float(largest) < float("inf"):
+            raise TrainingError(
+                f"distillation: the teacher ({self.describe()}) gave NaN or infinite values. Check its weights, or "
+                "load it with dtype=torch.float32; if its outputs were right before, go back to an earlier checkpoint."
+            )
 
     def fingerprint(self) -> str:
         """Return a digest of the model's parameters."""
@@ -177,8 +211,10 @@ class UnmaskedStudent(LiveTeacher):
 class Ensemble:
     """Several teachers, whose logits are averaged: the geometric mean of their distributions (Hinton et al. 2015)."""
 
-    def __init__(self, members: Sequence[Teacher]) -> None:
+    def __init__(self, members: Sequence[Teacher], ordered: bool = False) -> None:
         self.members = members
+        self.ordered = ordered
+        """Whether it matters who is first, as where each has projections of its own."""
 
     def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Ask all of them."""
@@ -207,9 +243,15 @@ class Ensemble:
         for member in self.members:
             member.end_step()
 
+    def check(self) -> None:
+        """Let all of them check."""
+        for member in self.members:
+            member.check()
+
     def fingerprint(self) -> str:
-        """Return those of all, in any order."""
-        return " ".join(sorted(member.fingerprint() for member in self.members))
+        """Return those of all."""
+        found = [member.fingerprint() for member in self.members]
+        return " ".join(found if self.ordered else sorted(found))
 
     def describe(self) -> str:
         """Return what they are."""
@@ -257,8 +299,21 @@ def ready_teacher(
     claim(plain, trainer)
     speaks = config.loss is not None
     check_teacher(plain, student, trainer.processing_class, source, same_task=speaks)
+    _warn_of_lost_inputs(plain, student, trainer)
     _move(model, plain, config.teacher_device, trainer.args.device)
     return LiveTeacher(model, student, trainer, wants, speaks)
+
+
+def _warn_of_lost_inputs(teacher: PreTrainedModel, student: PreTrainedModel, trainer: Trainer) -> None:
+    """Say so where the Trainer drops columns that only the teacher reads."""
+    columns = set(getattr(trainer.train_dataset, "column_names", None) or ())
+    known, own = (set(inspect.signature(type(each).forward).parameters) for each in (teacher, student))
+    lost = sorted((columns & known) - own - {"labels"})
+    if lost and trainer.args.remove_unused_columns:
+        logger.warning(
+            f"distillation: the teacher reads {', '.join(lost)}, which the Trainer drops because the student does not: "
+            "the teacher is asked without. Use a teacher that reads what the student does, or cache its outputs."
+        )
 
 
 def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: torch.device) -> None:

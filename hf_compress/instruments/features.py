@@ -1,7 +1,7 @@
 """What feature distillation compares, taken from ordinary forward passes of a student or a teacher."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter, signature
@@ -51,6 +51,14 @@ class Features:
 
     stacks: dict[str, Stack]
     """"encoder", "decoder" or both."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield everything that was taken."""
+        for stack in self.stacks.values():
+            yield from (each for each in stack.hidden if each is not None)
+            for each in stack.attention:
+                if each is not None:
+                    yield from (x for x in (each.query, each.key, each.value) if x is not None)
 
 
 class FeatureTap:

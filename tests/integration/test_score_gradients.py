@@ -33,10 +33,10 @@ def pruning(**changes):
 
 @pytest.fixture
 def run(tiny_bert, classification_data, make_trainer):
-    def train(gradients, alpha, on_gpu=False, **options):
+    def train(gradients, alpha, on_gpu=False, features=True, **options):
         callback = pruning(gradients=gradients)
         scores = Scores(callback)
-        features = [{"loss": "hidden_mse"}] if gradients == "distillation" else []
+        features = [{"loss": "hidden_mse"}] if gradients == "distillation" and features else []
         teaching = DistillationCallback(DistillationConfig(alpha=alpha, features=features), tiny_bert(seed=1))
         model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         trainer = make_trainer(model, classification_data(32), [callback, scores, teaching], **options)
@@ -65,6 +65,12 @@ def test_neither_the_task_nor_features_move_the_scores(run, options) -> None:
     for name, scores in alone.items():
         torch.testing.assert_close(separate[name], 0.25 * scores, rtol=2e-2 if "bf16" in options else 1e-4, atol=1e-9)
         assert not torch.allclose(mixed[name], 0.25 * scores, rtol=0.05)
+
+
+def test_the_loss_of_logits_may_be_the_only_one(run) -> None:
+    with_features, without = run("distillation", 0.25), run("distillation", 0.25, features=False)
+    for name, scores in with_features.items():
+        torch.testing.assert_close(without[name], scores, rtol=1e-5, atol=1e-9)
 
 
 def test_the_loss_scale_of_fp16_is_divided_out(run) -> None:
