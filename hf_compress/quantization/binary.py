@@ -54,4 +54,6 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (inside,) = ctx.saved_tensors
-        return gradients[0] * inside
+        (gradient,) = gradients
+        masked: Tensor = gradient * inside
+        return masked

@@ -38,8 +38,8 @@ def mse_range(values: Tensor, counts: Tensor | None, grid: Grid, limits: Range, 
     Shares 1 / n, 2 / n, ..., 1 of the limits are tried: both ends at once; for affine grids then the lower end alone,
     and the upper end alone.
 
-    Source: the search of LSQ+, Bhalgat et al. 2020, arXiv:2004.09576, section 3.3 (equation 9), on a fixed grid of
-    candidates; the same objective as Banner et al. 2019, arXiv:1810.05723.
+    Source: the search of LSQ+, Bhalgat et al. 2020, arXiv:2004.09576, section 3, on a
+    fixed grid of candidates; the same objective as Banner et al. 2019, arXiv:1810.05723.
 
     Args:
         values: [blocks, values].

@@ -66,7 +66,7 @@ def equalizing_factors(first: Tensor, second: Tensor) -> Tensor:
 def corrected_bias(weight: Tensor, rounded: Tensor, mean_input: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the bias that takes back what rounding the weight adds to the mean output: b - (W^ - W) E[x].
 
-    Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2 (equation 17).
+    Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2.
 
     Args:
         weight: The weight W, [outputs, inputs].

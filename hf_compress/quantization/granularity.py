@@ -121,8 +121,8 @@ class Granularity:
             raise TargetError(f"quantization per {self.kind}: a single number has no last dimension; use 'tensor'.")
         if self.kind == "group" and shape[-1] % self.size:
             raise TargetError(
-                f"quantization per group: {shape[-1]} inputs ({tuple(shape)}) are no multiple of size={self.size}; choose "
-                "a size that divides them, exclude this layer, or shrink with multiple_of=size."
+                f"quantization per group: {shape[-1]} inputs ({tuple(shape)}) are no multiple of size={self.size}; "
+                "choose a size that divides them, exclude this layer, or shrink with multiple_of=size."
             )
 
 

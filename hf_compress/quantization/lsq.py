@@ -29,11 +29,9 @@ def initial_step(blocks: Tensor, grid: Grid, keep: Tensor | None = None) -> Tens
         float32 [blocks], at least ``EPS``.
     """
     magnitudes = blocks.detach().to(torch.float32).abs()
-    if keep is None:
-        mean = magnitudes.mean(1)
-    else:
-        mean = magnitudes.masked_fill(~keep, 0.0).sum(1) / keep.sum(1).clamp_min(1)
-    return (2 * mean / grid.high**0.5).clamp_(min=EPS)
+    keep = torch.ones_like(magnitudes, dtype=torch.bool) if keep is None else keep
+    mean: Tensor = magnitudes.masked_fill(~keep, 0.0).sum(1) / keep.sum(1).clamp_min(1)
+    return mean.mul(2 / grid.high**0.5).clamp_(min=EPS)
 
 
 @torch.no_grad()
@@ -42,8 +40,8 @@ def initial_step_and_offset(
 ) -> tuple[Tensor, Tensor]:
     """Return the first step and offset of LSQ+: those with which rounding changes the values least.
 
-    Source: Bhalgat et al. 2020, arXiv:2004.09576, section 3.3 (equation 9); by search instead of gradient descent, see
-    ``clipping.mse_range``.
+    Source: Bhalgat et al. 2020, arXiv:2004.09576, section 3 (initialization by least squares); by
+    search instead of gradient descent, see ``clipping.mse_range``.
 
     Args:
         blocks: Activations of the first batch, [blocks, values].
@@ -91,8 +89,8 @@ def learned_step(
     end that v was clipped to elsewhere; for b, 0 inside and 1 elsewhere.
 
     Source: LSQ, Esser et al. 2020, arXiv:1902.08153, equations 1 to 3 and 5; LSQ+, Bhalgat et al. 2020,
-    arXiv:2004.09576, equations 3 to 7. An offset that has been learned need not be a multiple of the step, so zero may
-    be off the grid; an integer kernel needs b rounded to one, at the end of training.
+    arXiv:2004.09576, section 3; here both learned parameters get the factor g. A learned offset need not be a multiple of
+    the step, so zero may be off the grid; an integer kernel needs b rounded to one, at the end of training.
 
     Args:
         x: Values, any shape.
