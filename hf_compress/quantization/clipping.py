@@ -14,6 +14,9 @@ from hf_compress.quantization.histogram import Histogram
 Range = tuple[Tensor, Tensor]
 """Low and high, [blocks] each."""
 
+FAINT = 1e-4
+"""Counts of a bin that would make a KL divergence infinite; what MXNet's and ONNX Runtime's calibration smooth with."""
+
 
 def extremes(blocks: Tensor, keep: Tensor | None = None) -> Range:
     """Return the least and the largest value of each block, in its dtype.
@@ -100,7 +103,8 @@ def entropy_range(histogram: Histogram, grid: Grid, limits: Range, *, num_candid
     """Return the range whose quantized distribution tells most of the original one: least KL divergence.
 
     For thresholds t, the distribution P of absolute values, those beyond t counted as t, is compared with Q: the values
-    below t on ``grid.high + 1`` levels, each level's count spread evenly over its bins that are not empty.
+    below t on ``grid.high + 1`` levels, each level's count spread evenly over its bins that are not empty. Where
+    the bin next to t is empty, Q has ``FAINT`` counts there, or no threshold in a gap before an outlier would do.
 
     Source: Migacz 2017, "8-bit inference with TensorRT" (GTC), entropy calibration; it tries every bin as a
     threshold, here ``num_candidates`` of them are tried.
@@ -147,7 +151,7 @@ def _bins_below(counts: Tensor, percentile: float) -> Tensor:
 
 
 def _divergence(counts: Tensor, kept: int, levels: int) -> Tensor:
-    """Return KL(P || Q) for the first ``kept`` bins, [blocks]; inf where Q is 0 and P is not."""
+    """Return KL(P || Q) for the first ``kept`` bins, [blocks]."""
     inside = counts[:, :kept]
     original = inside.clone()
     original[:, -1] += counts[:, kept:].sum(1)
@@ -156,6 +160,7 @@ def _divergence(counts: Tensor, kept: int, levels: int) -> Tensor:
     empty = counts.new_zeros(len(counts), levels)
     mass, bins = empty.scatter_add(1, level, inside), empty.scatter_add(1, level, filled)
     quantized = (mass / bins.clamp_min(1)).gather(1, level) * filled
+    quantized = torch.where((original > 0) & (quantized == 0), FAINT, quantized)
     p = original / original.sum(1, keepdim=True).clamp_min(1)
     q = quantized / quantized.sum(1, keepdim=True).clamp_min(1)
     return torch.where(original > 0, p * (p / q).log(), 0.0).sum(1)

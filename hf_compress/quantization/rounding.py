@@ -169,7 +169,8 @@ def _round_columns(
                 if zero_point is not None and fresh.zero_point is not None:
                     zero_point[:, k] = fresh.zero_point[:, 0]
             here = _Steps(scale[:, k], None if zero_point is None else zero_point[:, k])
-            integers[:, j] = to_integers(weight[:, j], grid, *here)
+            # In float32, as plain rounding does: the end of a symmetric range is a tie.
+            integers[:, j] = to_integers(weight[:, j].to(torch.float32), grid, *here)
             errors[:, j - start] = (weight[:, j] - to_values(integers[:, j], *here, torch.float64)) / factor[j, j]
             weight[:, j:stop] -= errors[:, j - start, None] * factor[j, j:stop]
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
