@@ -73,7 +73,8 @@ def dorefa_gradient(x: Tensor, num_bits: int, generator: torch.Generator | None 
 
 
 def _levels(num_bits: int) -> int:
-    if isinstance(num_bits, bool) or num_bits not in range(2, 9):
+    whole = isinstance(num_bits, int) and not isinstance(num_bits, bool)
+    if not whole or num_bits not in range(2, 9):
         raise ConfigError(f"dorefa: got num_bits={num_bits!r}; allowed: an int from 2 to 8. For 1 use binarize.")
     return int((1 << num_bits) - 1)
 

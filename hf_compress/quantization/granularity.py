@@ -5,7 +5,7 @@ arithmetic: the tensor itself, or with groups in a dimension of their own, which
 broadcast to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -110,6 +110,20 @@ class Granularity:
         else:
             spread = [*(shape[:-1] if self.kind == "token" else [1] * (len(shape) - 1)), 1]
         return parameters.view(spread)
+
+    def apply(self, function: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """Return ``function(view of x, *parameters laid out by spread)`` in the shape of ``x``.
+
+        Args:
+            function: Elementwise, e.g. ``lambda x, scale, zero: fake_quantize(x, grid, scale, zero)``.
+            x: Any tensor.
+            parameters: [blocks] each; None is passed on.
+
+        Raises:
+            TargetError: If the shape cannot be divided so, or has another number of blocks.
+        """
+        spread = (None if each is None else self.spread(each, x.shape) for each in parameters)
+        return self.restore(function(self.view(x), *spread))
 
     def _check(self, shape: Sequence[int]) -> None:
         if self.kind == "channel" and not -len(shape) <= self.dim < len(shape):

@@ -38,7 +38,8 @@ class Grid:
     compressed-tensors' int8 use the full range, ONNX Runtime's and TensorRT's int8 weights the restricted one."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_bits, bool) or self.num_bits not in range(2, 9):
+        whole = isinstance(self.num_bits, int) and not isinstance(self.num_bits, bool)
+        if not whole or self.num_bits not in range(2, 9):
             raise ConfigError(f"Grid.num_bits: got {self.num_bits!r}; allowed: an int from 2 to 8.")
         if self.restricted and not (self.signed and self.symmetric):
             raise ConfigError(

@@ -58,6 +58,7 @@ class Observer(ABC):
             TargetError: If the shape does not suit the granularity or what was observed before.
         """
         blocks = self.granularity.blocks(x)
+        self.state = {name: tensor.to(x.device) for name, tensor in self.state.items()}  # a checkpoint's are on the CPU
         if self.state and len(blocks) != len(next(iter(self.state.values()))):
             raise TargetError(
                 f"{type(self).__name__}: got {len(blocks)} blocks (shape {tuple(x.shape)}, per "
@@ -205,6 +206,19 @@ class HistogramObserver(Observer):
         power = isinstance(num_bins, int) and 16 <= num_bins <= 1 << 20 and num_bins & (num_bins - 1) == 0
         _check(f"{type(self).__name__}.num_bins", num_bins, power, "a power of two from 16 to 2^20")
         self.num_bins = num_bins
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved ``state``; an empty one starts anew.
+
+        Raises:
+            TargetError: If it is the state of another kind of observer, or has another number of bins.
+        """
+        super().load(state)
+        if state and state["counts"].shape[1] != self.num_bins:
+            raise TargetError(
+                f"{type(self).__name__}: got a state with {state['counts'].shape[1]} bins; allowed: {self.num_bins}. "
+                "Resume with the num_bins that the checkpoint was made with."
+            )
 
     def histogram(self) -> Histogram:
         """Return the counts."""

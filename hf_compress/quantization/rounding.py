@@ -80,7 +80,8 @@ def gptq(
 
     Args:
         weight: [O, I]; columns of removed inputs must be zero.
-        inverse: The inverse of the damped Hessian, ``(H + damping * mean(diag H) * 1)^-1``, [I, I].
+        inverse: The inverse of the damped Hessian, ``(H + damping * mean(diag H) * 1)^-1``, [I, I], as
+            ``hf_compress.pruning.obs.inverse_hessian`` returns it.
         grid: The format.
         group_size: Inputs that share a step; 0 = all of a row. Without ``order`` a group's range is chosen when its
             turn comes, from weights that have taken earlier errors over; with it, from the original weights, so that

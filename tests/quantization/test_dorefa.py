@@ -83,7 +83,7 @@ def test_gradients_are_right_on_average_and_the_generator_decides() -> None:
     assert flat.grad.tolist() == pytest.approx([0.0, 1.0, -2.0, 3.0, 0.5])  # each example is its own maximum
 
 
-@pytest.mark.parametrize("num_bits", [1, 9, True])
+@pytest.mark.parametrize("num_bits", [1, 9, True, 4.0])
 def test_other_numbers_of_bits_are_refused(num_bits: int) -> None:
     for function in (dorefa_weight, dorefa_activation, dorefa_gradient):
         with pytest.raises(ConfigError, match="num_bits"):

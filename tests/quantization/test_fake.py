@@ -40,7 +40,7 @@ def test_integers_are_those_of_torchao_for_every_granularity(grid: Grid, granula
     scale, zero_point = grid.parameters(blocks.amin(1), blocks.amax(1))
     view = granularity.view(x)
     spread = [None if each is None else granularity.spread(each, x.shape) for each in (scale, zero_point)]
-    integers = granularity.restore(to_integers(view, grid, *spread))
+    integers = granularity.apply(lambda v, s, z: to_integers(v, grid, s, z), x, scale, zero_point)
     shape = [size // part for size, part in zip(x.shape, block, strict=True)]
     zeros = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
     given = (scale.view(shape), zeros.view(shape))

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.quantization.granularity import PER_TENSOR, PER_TOKEN, per_channel, per_group
@@ -226,6 +227,17 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_nothing_waits_for_the_device(name: str, symmetric: bool) -> None:
+    with FakeTensorMode():  # has no values: whatever asks for one raises
+        observer = make(name, Grid(symmetric=symmetric), per_group(4))
+        for _ in range(2):
+            observer.observe(torch.empty(6, 8), torch.empty(6, 1, dtype=torch.bool))
+        scale, _ = observer.grid.parameters(*observer.range())
+        assert scale.shape == (12,)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_neither_needed_nor_kept(name: str) -> None:
     x = batches(1)[0].requires_grad_()
     observer = make(name)
@@ -261,6 +273,10 @@ def test_mistakes_are_refused() -> None:
         observer.observe(torch.zeros(5, 4))
     with pytest.raises(TargetError, match=r"\['high', 'low'\]"):
         make("ema").load(observer.state)
+    observer = make("mse", num_bins=64)
+    observer.observe(torch.ones(3))
+    with pytest.raises(TargetError, match="64 bins; allowed: 4096"):
+        make("mse").load(observer.state)
     for name, options in (
         ("ema", {"momentum": 1.0}),
         ("percentile", {"percentile": 50.0}),
