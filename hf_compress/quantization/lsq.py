@@ -12,6 +12,10 @@ from torch import Tensor
 from hf_compress.errors import ConfigError
 from hf_compress.quantization.clipping import extremes, mse_range
 from hf_compress.quantization.grid import EPS, Grid
+from hf_compress.quantization.histogram import histogram_of
+
+NUM_BINS = 4096
+"""More values than this are counted first where a step is searched for: at 8 bits, 8 bins or more to a step."""
 
 
 @torch.no_grad()
@@ -42,7 +46,7 @@ def initial_step_and_offset(
 
     For given integers the best step and offset are a regression line, and for these the best integers the nearest
     ones: both are found in turns, from the range of the values and from the one of ``clipping.mse_range``. No turn
-    makes the squared error larger; the better end wins.
+    makes the squared error larger; the better end wins. Many values are first counted in ``NUM_BINS`` bins.
 
     Source: the objective of Bhalgat et al. 2020, arXiv:2004.09576, section 3 (initialization by least squares), which
     minimizes it by gradient descent.
@@ -59,6 +63,9 @@ def initial_step_and_offset(
     values = blocks.detach().to(torch.float32)
     weights = torch.ones_like(values) if keep is None else keep.to(torch.float32)
     low, high = extremes(values, keep)
+    if values.shape[1] > NUM_BINS:
+        histogram = histogram_of(values, keep, NUM_BINS)
+        values, weights = histogram.centers(), histogram.counts.to(torch.float32)
     low, high = low.masked_fill(low > high, 0.0), high.masked_fill(low > high, 0.0)
     affine = Grid(num_bits=grid.num_bits, signed=grid.signed, symmetric=False)
     best: tuple[Tensor, Tensor, Tensor] | None = None

@@ -99,9 +99,8 @@ def gptq(
     factor = _factor(inverse.double()[permuted][:, permuted])
     plain = round_to_nearest(weight, grid, group_size=group_size, choose=choose)
     steps = _Steps(plain.scale, plain.zero_point)
-    integers = torch.empty_like(plain.integers)
-    integers[:, permuted], steps = _round_columns(
-        weight.double()[:, permuted],
+    rounded, steps = _round_columns(
+        weight.double().T[permuted].contiguous(),
         factor,
         grid,
         steps,
@@ -109,6 +108,8 @@ def gptq(
         choose if order is None and group_size else None,
         max(block_size // size, 1) * size if group_size else block_size,
     )
+    integers = torch.empty_like(plain.integers)
+    integers[:, permuted] = rounded.T
     fed_forward = _result(weight, integers, steps, torch.zeros_like(plain.error))
     changes = [(_values(each.integers, each) - weight.double())[:, permuted] for each in (plain, fed_forward)]
     errors = [torch.linalg.solve_triangular(factor.T, change.T, upper=False).square().sum(0) for change in changes]
@@ -133,7 +134,7 @@ class _Steps(NamedTuple):
 
 
 def _round_columns(
-    weight: Tensor,
+    columns: Tensor,
     factor: Tensor,
     grid: Grid,
     steps: _Steps,
@@ -141,10 +142,12 @@ def _round_columns(
     choose: Choose | None,
     block_size: int,
 ) -> tuple[Tensor, _Steps]:
-    """Round a weight whose columns are in their order; changes it.
+    """Round the columns of a weight in their order; changes them.
+
+    They lie along the first dimension here: contiguous in memory, they are updated twice as fast.
 
     Args:
-        weight: float64 [O, I].
+        columns: float64 [I, O].
         factor: Upper Cholesky factor of H^-1, same order.
         grid: The format.
         steps: Of the original weight, [O, G].
@@ -153,29 +156,29 @@ def _round_columns(
         block_size: A multiple of the group's size, where ``choose`` is given.
 
     Returns:
-        Integers [O, I], and the steps that were used.
+        Integers [I, O], and the steps that were used, [O, G].
     """
-    scale = steps.scale.clone()
-    zero_point = None if steps.zero_point is None else steps.zero_point.clone()
-    integers = torch.empty_like(weight, dtype=grid.dtype)
-    for start in range(0, weight.shape[1], block_size):
-        stop = min(start + block_size, weight.shape[1])
-        errors = torch.zeros_like(weight[:, start:stop])
+    scale = steps.scale.T.contiguous()
+    zero_point = None if steps.zero_point is None else steps.zero_point.T.contiguous()
+    integers = torch.empty_like(columns, dtype=grid.dtype)
+    for start in range(0, len(columns), block_size):
+        stop = min(start + block_size, len(columns))
+        errors = torch.zeros_like(columns[start:stop])
         for j in range(start, stop):
             k = groups[j]
             if choose is not None and (j == 0 or groups[j - 1] != k):
-                group = weight[:, j : j + groups.count(k)]
+                group = columns[j : j + groups.count(k)].T
                 fresh = _steps(group, grid, group.shape[1], choose)
-                scale[:, k] = fresh.scale[:, 0]
+                scale[k] = fresh.scale[:, 0]
                 if zero_point is not None and fresh.zero_point is not None:
-                    zero_point[:, k] = fresh.zero_point[:, 0]
-            here = _Steps(scale[:, k], None if zero_point is None else zero_point[:, k])
+                    zero_point[k] = fresh.zero_point[:, 0]
+            here = _Steps(scale[k], None if zero_point is None else zero_point[k])
             # In float32, as plain rounding does: the end of a symmetric range is a tie.
-            integers[:, j] = to_integers(weight[:, j].to(torch.float32), grid, *here)
-            errors[:, j - start] = (weight[:, j] - to_values(integers[:, j], *here, torch.float64)) / factor[j, j]
-            weight[:, j:stop] -= errors[:, j - start, None] * factor[j, j:stop]
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return integers, _Steps(scale, zero_point)
+            integers[j] = to_integers(columns[j].to(torch.float32), grid, *here)
+            errors[j - start] = (columns[j] - to_values(integers[j], *here, torch.float64)) / factor[j, j]
+            columns[j:stop].addcmul_(factor[j, j:stop, None], errors[j - start], value=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return integers, _Steps(scale.T.contiguous(), None if zero_point is None else zero_point.T.contiguous())
 
 
 def _factor(inverse: Tensor) -> Tensor:

@@ -121,6 +121,19 @@ def test_the_first_offset_suits_skewed_values(num_bits: int) -> None:
     )
 
 
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+def test_the_first_offset_of_many_values_is_as_good(num_bits: int) -> None:
+    grid, x = Grid(num_bits=num_bits), torch.nn.functional.silu(values(1, 30_000) * 2)
+    step, offset = initial_step_and_offset(x, grid)
+    error = ((learned_step(x, grid, step[:, None], offset[:, None]) - x) ** 2).mean()
+    ends = itertools.product(np.linspace(-0.3, -0.1, 9), x.max().item() * np.linspace(0.3, 1.0, 15))
+    errors = []
+    for low, high in ends:
+        scale = (high - low) / (2**num_bits - 1)
+        errors.append((((x - low) / scale).round().clamp(0, 2**num_bits - 1) * scale + low - x).square().mean())
+    assert error < 1.05 * min(errors)
+
+
 @pytest.mark.parametrize("first", [0.1, 3.0])
 def test_training_a_step_finds_a_better_one(first: float) -> None:
     x, grid = values(1, 2000), Grid(num_bits=2)
