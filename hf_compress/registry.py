@@ -57,6 +57,9 @@ allocators: Registry[Any] = Registry("allocation")
 schemes: Registry[Any] = Registry("quantization scheme")
 """Number formats of weights and inputs, filled by ``hf_compress.quantization.quantizers``."""
 
+observers: Registry[Any] = Registry("observer")
+"""Ways to choose a quantization range from tensors, filled by ``hf_compress.quantization.observers``."""
+
 distillation_losses: Registry[Any] = Registry("distillation loss")
 """Losses between student and teacher, filled by ``hf_compress.distillation``."""
 
