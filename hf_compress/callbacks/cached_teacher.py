@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from hf_compress.callbacks.base import Run
 from hf_compress.callbacks.heads import Head
 from hf_compress.callbacks.preview import first_batch
-from hf_compress.callbacks.teacher import check_same_task
+from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.callbacks.teachers import Lesson
 from hf_compress.config import DistillationConfig, Ramp
 from hf_compress.config.distillation import AUTO
@@ -35,7 +35,7 @@ class CachedTeacher:
         self.temperature = _temperature(cache, config)
         kept: Any = dict(cache.manifest.teacher.get("config") or {})
         if "model_type" in kept:
-            check_same_task(AutoConfig.for_model(kept.pop("model_type"), **kept), run.model)
+            check_same_task(Task.of(AutoConfig.for_model(kept.pop("model_type"), **kept)), run.model)
         self.cache.outputs(first_batch(run.trainer), temperature=self.temperature)
         self.cache.check()
 

@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
@@ -83,32 +84,9 @@ def check_teacher(
             f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
             "use a teacher that reads the same inputs."
         )
-    check_same_task(teacher.config, student, labels=same_task)
+    check_same_task(Task.of(teacher.config), student, labels=same_task)
     if source and isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizer(source, tokenizer)
-
-
-def check_same_task(theirs: Any, student: PreTrainedModel, *, labels: bool = True) -> None:
-    """Check that labels and vocabulary of the teacher are those of the student.
-
-    Args:
-        theirs: Config of the teacher.
-        student: The model that learns.
-        labels: Whether labels are compared; the vocabulary always is.
-
-    Raises:
-        TrainingError: If they differ.
-    """
-    own: Any = student.config
-    head: Any = student.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if labels and head is None:
-        _check_labels(theirs, own)
-    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (theirs, own)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise TrainingError(
-            f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; token ids must mean the same "
-            "to both. Use a teacher with the student's tokenizer."
-        )
 
 
 @contextmanager
@@ -239,27 +217,6 @@ def _check_apart(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         raise TrainingError(
             f"the teacher shares {len(shared)} parameters with the student (first: {shared[0]}); it must be another "
             "model. Pass a copy made before training: copy.deepcopy(model)."
-        )
-
-
-def _check_labels(theirs: Any, own: Any) -> None:
-    if theirs.num_labels != own.num_labels:
-        raise TrainingError(
-            f"the teacher has {theirs.num_labels} labels, the student {own.num_labels}; they must have the same. "
-            "Use a teacher that was fine-tuned for the student's task."
-        )
-    names = [[config.id2label[index] for index in sorted(config.id2label)] for config in (theirs, own)]
-    default = [f"LABEL_{index}" for index in range(own.num_labels)]
-    if default not in names and names[0] != names[1]:
-        raise TrainingError(
-            f"the teacher's labels are {names[0]}, the student's {names[1]}; names and order must be equal. Set "
-            "config.id2label and config.label2id of the student, and its data, as the teacher has them."
-        )
-    kinds = [config.problem_type for config in (theirs, own)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        raise TrainingError(
-            f"the teacher's problem_type is {kinds[0]!r}, the student's {kinds[1]!r}; they must be equal. Use a "
-            "teacher that was fine-tuned for the student's task."
         )
 
 
