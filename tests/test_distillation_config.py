@@ -107,6 +107,10 @@ UP = {"start": 1.0, "stop": 2.0}
         ({"teacher_device": ""}, "teacher_device: got ''; allowed: a text that is not empty"),
         ({"teacher_device": 0}, "teacher_device: got 0"),
         ({"teacher_device": "gpu:0"}, "teacher_device: got 'gpu:0'; allowed: a device such as 'cuda:1' or 'cpu'"),
+        ({"teacher_device": "meta"}, "teacher_device: got 'meta'; allowed: .*; meta tensors have no values"),
+        ({"features": [{"weight": 1.0}]}, r"FeatureConfig: got only \['weight'\]; missing: 'loss'\. Add them"),
+        ({"alpha": {"start": 0.5}}, r"Ramp: got only \['start'\]; missing: 'stop'"),
+        ({"alpha": {}}, r"Ramp: got only \[\]; missing: 'start', 'stop'"),
         ({"aplha": 0.5}, "DistillationConfig: unknown key 'aplha'; closest match: 'alpha'"),
     ],
 )

@@ -241,10 +241,13 @@ class DistillationConfig(_WithRamps, Config):
 
     def _check_device(self) -> None:
         self._check_text("teacher_device")
+        allowed = "a device such as 'cuda:1' or 'cpu'"
         try:
-            torch.device(str(self.teacher_device))
+            kind = torch.device(str(self.teacher_device)).type
         except RuntimeError as error:
-            raise self._error("teacher_device", self.teacher_device, "a device such as 'cuda:1' or 'cpu'") from error
+            raise self._error("teacher_device", self.teacher_device, allowed) from error
+        if kind == "meta":
+            raise self._error("teacher_device", self.teacher_device, f"{allowed}; meta tensors have no values")
 
     def uses_temperature(self) -> bool:
         """Return whether the loss of logits has a temperature; ``"auto"`` may."""
