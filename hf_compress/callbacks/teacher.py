@@ -1,7 +1,6 @@
 """Where a teacher comes from, whether it can teach this student, and how it is called."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,9 @@ from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
+from hf_compress.teachers.inputs import LABELS, named_arguments
 
 _DIGEST_VALUES = 64
-
-LABELS = ("labels", "start_positions", "end_positions")
-"""Arguments that only the task loss reads; an encoder-decoder model makes the decoder's input of the first."""
 
 COMPUTED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 """Arguments of a model that are usually made by layers of a model."""
@@ -146,7 +143,7 @@ def taught_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Ma
         student: The student.
         inputs: Keyword arguments that the student was called with; those the teacher does not know are left out.
     """
-    known = inspect.signature(type(teacher).forward).parameters
+    known = named_arguments(type(teacher), inputs)
     taken = {name: value for name, value in inputs.items() if name in known or type(teacher) is own_class(student)}
     taken.pop("num_items_in_batch", None)
     if not teacher.config.is_encoder_decoder:
