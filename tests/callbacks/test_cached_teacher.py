@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_compress import DistillationCallback, DistillationConfig, TrainingError, cache_teacher_outputs
+from hf_compress import ConfigError, DistillationCallback, DistillationConfig, TrainingError, cache_teacher_outputs
 from hf_compress.teachers.manifest import MANIFEST, read_manifest
 
 
@@ -46,3 +46,13 @@ def test_a_config_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(TrainingError, match=message):
         train(**changes)
+
+
+@pytest.mark.parametrize("settings", [{"teacher_dtype": "bfloat16"}, {"teacher_device": "cpu"}])
+def test_settings_without_effect_on_a_cache_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    config = DistillationConfig(**settings)
+    for given in (tmp_path, str(tmp_path), [tmp_path, "unmasked"]):
+        with pytest.raises(ConfigError, match=rf"DistillationConfig\.{next(iter(settings))}: got .* cache"):
+            DistillationCallback(config, given)
+    DistillationCallback(config, [tmp_path, "self"])
