@@ -24,6 +24,9 @@ DYNAMIC = PAIRINGS[-1]
 TEMPERATURE = 2.0
 """Used unless another is asked for."""
 
+_HEADS = "relation_heads"
+"""The one option of a loss of ours."""
+
 _NUMBER = re.compile(r"-?[0-9]+")
 
 
@@ -136,6 +139,9 @@ class FeatureConfig(_WithRamps):
             for name in ("projection", "learning_rate"):
                 self._only_default(name, f"where the loss is {self.loss!r}, which compares any widths")
         self._check_relations(loss)
+        self._check_options(loss)
+
+    def _check_options(self, loss: Any) -> None:
         if not isinstance(self.options, Mapping):
             raise self._error("options", self.options, "a mapping of settings of the loss")
         known = [name for name in loss.options if name != "key_mask"]
@@ -143,6 +149,9 @@ class FeatureConfig(_WithRamps):
             if name not in known:
                 named = choices(name, known) if known else "it has none"
                 raise ConfigError(f"FeatureConfig.options: unknown key {name!r} for {self.loss!r}; {named}.")
+        heads = self.options.get(_HEADS, 1)
+        if not _is_int(heads) or heads < 1:
+            raise self._error(f"options[{_HEADS!r}]", heads, "an int >= 1")
 
     def _checked_loss(self) -> Any:
         self._check_choice("loss", [name for name in distillation_losses if not _reads_logits(name)])
@@ -156,15 +165,21 @@ class FeatureConfig(_WithRamps):
         allowed = ("query", "key", "value")
         if not isinstance(self.of, tuple) or not self.of or not all(each in allowed for each in self.of):
             raise self._error("of", self.of, "a list of some of 'query', 'key', 'value'")
+        if _repeats(self.of):
+            raise self._error("of", self.of, "each of them once", "Twice would compare the same twice.")
 
     def _check_layers(self) -> None:
         for name in ("layers", "candidates"):
-            object.__setattr__(self, name, _with_int_keys(getattr(self, name)))
+            object.__setattr__(self, name, self._with_int_keys(name))
         if isinstance(self.layers, Mapping):
             if not self.layers or not all(_is_int(i) for pair in self.layers.items() for i in pair):
                 raise self._error("layers", self.layers, "a mapping {student layer: teacher layer} that is not empty")
         else:
             self._check_choice("layers", PAIRINGS)
+        if distillation_losses.get(self.loss).successive and (self.layers in ("last", DYNAMIC) or len(self.layers) < 2):
+            raise self._error(
+                "layers", self.layers, f"at least two fixed pairs where the loss is {self.loss!r}, of two layers each"
+            )
         if self.layers != DYNAMIC:
             for name in ("candidates", "ordered", "chosen_by", "teacher_layers"):
                 self._only_default(name, f'unless layers="{DYNAMIC}"')
@@ -172,8 +187,6 @@ class FeatureConfig(_WithRamps):
         self._check_dynamic()
 
     def _check_dynamic(self) -> None:
-        if distillation_losses.get(self.loss).successive:
-            raise self._error("layers", self.layers, f"fixed pairs where the loss is {self.loss!r}, of two layers each")
         if not isinstance(self.candidates, Mapping):
             self._check_choice("candidates", ("all", "later"))
         elif self.teacher_layers is not None:
@@ -182,13 +195,29 @@ class FeatureConfig(_WithRamps):
             lists = self.candidates.values()
             if not lists or not all(_is_int(key) for key in self.candidates) or not all(map(_are_layers, lists)):
                 raise self._error("candidates", self.candidates, "a mapping {student layer: [teacher layer, ...]}")
+            for key, each in self.candidates.items():
+                if _repeats(each):
+                    raise self._error(f"candidates[{key}]", each, "each layer once")
             object.__setattr__(self, "candidates", {key: tuple(each) for key, each in self.candidates.items()})
         self._check_choice("chosen_by", ("student", "teacher"))
-        self._check_choice("ordered", (True, False))
+        if not isinstance(self.ordered, bool):
+            raise self._error("ordered", self.ordered, "True or False")
         if self.teacher_layers is not None:
             if not _are_layers(self.teacher_layers):
                 raise self._error("teacher_layers", self.teacher_layers, "a list of layers that is not empty, or None")
+            if _repeats(self.teacher_layers):
+                raise self._error("teacher_layers", self.teacher_layers, "each layer once")
             object.__setattr__(self, "teacher_layers", tuple(self.teacher_layers))
+
+    def _with_int_keys(self, name: str) -> Any:
+        """Return a mapping with numbers as keys, which JSON turns into texts; anything else as it is."""
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            return value
+        keys = [int(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key for key in value]
+        if _repeats(keys):
+            raise self._error(name, value, "each student layer once", "A text and a number name the same layer.")
+        return dict(zip(keys, value.values(), strict=True))
 
     def _only_default(self, name: str, when: str) -> None:
         default = next(field for field in dataclasses.fields(self) if field.name == name).default
@@ -271,11 +300,8 @@ def _reads_logits(name: str) -> bool:
     return bool(getattr(distillation_losses.get(name), "reads", "logits") == "logits")
 
 
-def _with_int_keys(value: Any) -> Any:
-    """Return a mapping with numbers as keys, which JSON turns into texts."""
-    if not isinstance(value, Mapping):
-        return value
-    return {int(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key: it for key, it in value.items()}
+def _repeats(values: Sequence[Any]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def _are_layers(value: Any) -> bool:
