@@ -22,7 +22,7 @@ from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
-from hf_compress.callbacks.ramps import window
+from hf_compress.callbacks.ramps import check_windows
 from hf_compress.callbacks.teachers import (
     SELF,
     UNMASKED,
@@ -104,9 +104,7 @@ class DistillationCallback(CompressionCallback):
             self._copy = copy_of(model, self.config)
 
     def _start(self, run: Run) -> None:
-        for number in (self.config.alpha, self.config.temperature):
-            if isinstance(number, Ramp):
-                window(number, run)
+        check_windows(self.config, run)
         teacher = self._ready_teacher(run)
         if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
             raise ConfigError(

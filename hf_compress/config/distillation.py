@@ -11,7 +11,7 @@ import torch
 from hf_compress.config.base import Config, Settings
 from hf_compress.errors import ConfigError, choices
 from hf_compress.registry import distillation_losses
-from hf_compress.schedule import Moment, schedules
+from hf_compress.schedule import Moment, parse_epochs, schedules
 
 AUTO = "auto"
 """The loss of logits that suits the task."""
@@ -38,13 +38,14 @@ class Ramp(Settings):
     """Value until ``begin``."""
 
     stop: float
-    """Value from ``end`` on."""
+    """Value from the last step before ``end`` on."""
 
     begin: Moment = 0.0
     """When it begins to change: a step (int), a fraction of the run (float) or ``"1.5 epochs"``."""
 
     end: Moment = 1.0
-    """When it has changed."""
+    """When it has changed. The last optimizer step before it is the first to use ``stop``: with ``begin=2, end=6`` the
+    third step of the run uses ``start`` and the sixth ``stop``, with 1.0 the last step of the run does."""
 
     schedule: str = "linear"
     """How it changes in between: a name in ``hf_compress.schedule``."""
@@ -54,6 +55,8 @@ class Ramp(Settings):
             self._check_number(name, 0, 1e6)
         for name in ("begin", "end"):
             self._check_moment(name)
+        if type(self.begin) is type(self.end) and _number(self.begin) > _number(self.end):
+            raise self._error("begin", self.begin, f"nothing later than end={self.end!r}")
         self._check_choice("schedule", schedules)
         if self.start == self.stop:
             raise self._error("stop", self.stop, f"another number than start={self.start}", "Or give the number alone.")
@@ -298,6 +301,10 @@ class DistillationConfig(_WithRamps, Config):
 def _reads_logits(name: str) -> bool:
     """Users may register plain functions, which are given logits."""
     return bool(getattr(distillation_losses.get(name), "reads", "logits") == "logits")
+
+
+def _number(when: Moment) -> float:
+    return parse_epochs(when) if isinstance(when, str) else when
 
 
 def _repeats(values: Sequence[Any]) -> bool:
