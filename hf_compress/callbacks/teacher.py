@@ -18,9 +18,12 @@ from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
+from hf_compress.latency.key import config_digest
+from hf_compress.teachers.hashing import row_hashes
 from hf_compress.teachers.inputs import LABELS, named_arguments
 
-_DIGEST_VALUES = 64
+_PART = 1 << 20
+"""Values that are hashed at once; each takes 8 bytes meanwhile."""
 
 COMPUTED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 """Arguments of a model that are usually made by layers of a model."""
@@ -101,15 +104,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def digest(model: nn.Module) -> str:
-    """Return a digest that tells models apart by the names, shapes, dtypes and some values of their parameters."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.data
-        if type(values) is Tensor and not values.is_meta:  # others are offloaded, sharded or packed
-            found.update(values.reshape(-1)[:_DIGEST_VALUES].cpu().view(torch.uint8).numpy().tobytes())
+def digest(model: PreTrainedModel) -> str:
+    """Return a digest that tells models apart by what decides over their outputs.
+
+    That is their class, their config, and names, shapes, dtypes and all values of parameters and buffers. Values are
+    hashed where they are, with the same result on every device. Those that are offloaded, sharded or packed are not.
+    """
+    found = hashlib.sha256(f"{own_class(model).__name__} {config_digest(model.config.to_dict())}".encode())
+    hashes = []
+    for name, tensor in _tensors(model):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.data
+        if type(values) is Tensor and not values.is_meta:
+            hashes += [
+                row_hashes(part.unsqueeze(0), None, "values").cpu() for part in torch.split(values.reshape(-1), _PART)
+            ]
+    if hashes:
+        found.update(torch.cat(hashes).numpy().tobytes())
     return found.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters, and those buffers that are saved; the others follow from the config."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def check_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
