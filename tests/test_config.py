@@ -11,6 +11,7 @@ from hf_compress import (
     QuantizationConfig,
     Recipe,
 )
+from hf_compress.config.data import DatasetConfig
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
@@ -100,6 +101,7 @@ def test_bad_pruning_settings_are_refused(changes, message) -> None:
         (lambda: PruningCallback({"structures": {"heads": 0.5}}), "config is a dict; pass a PruningConfig"),
         (lambda: QuantizationCallback({}), "config is a dict; pass a QuantizationConfig"),
         (lambda: Recipe(), "nothing to do"),
+        (lambda: DatasetConfig.from_dict({}), r"DatasetConfig: got only \[\]; missing: 'path'\. Add them"),
         (lambda: Recipe(pruning=PruningConfig(**PRUNING), teacher="x"), "None without a distillation section"),
         (lambda: Recipe(distillation={}, teacher=3), "Recipe.teacher: got 3; allowed: a Hub name or folder, 'self', "),
         (lambda: Recipe(distillation={}, teacher=""), "teacher: got ''"),

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_compress.callbacks.base import Run
 from hf_compress.callbacks.heads import Head
 from hf_compress.callbacks.preview import first_batch
-from hf_compress.callbacks.teacher import check_same_task
+from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.callbacks.teachers import Lesson
 from hf_compress.config import DistillationConfig, Ramp
 from hf_compress.config.distillation import AUTO
@@ -33,9 +31,7 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache, config: DistillationConfig, run: Run) -> None:
         self.cache = cache
         self.temperature = _temperature(cache, config)
-        kept: Any = dict(cache.manifest.teacher.get("config") or {})
-        if "model_type" in kept:
-            check_same_task(AutoConfig.for_model(kept.pop("model_type"), **kept), run.model)
+        check_same_task(_task(cache), run.model)
         self.cache.outputs(first_batch(run.trainer), temperature=self.temperature)
         self.cache.check()
 
@@ -64,6 +60,17 @@ class CachedTeacher:
     def describe(self) -> str:
         """Return what it is."""
         return self.cache.describe()
+
+
+def _task(cache: TeacherCache) -> Task:
+    """Return the task of the model that the answers are of, whose class may be unknown here."""
+    try:
+        return Task.stored(cache.manifest.teacher["config"])
+    except ValueError as error:
+        raise TrainingError(
+            f"{cache.directory}: damaged: the stored config of the teacher is none: {error}. Delete the directory and "
+            "make the cache anew with cache_teacher_outputs."
+        ) from error
 
 
 def _of_positions(counts: Any, head: Head) -> Any:

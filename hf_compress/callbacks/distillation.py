@@ -22,7 +22,7 @@ from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer
 from hf_compress.callbacks.preview import first_batch
-from hf_compress.callbacks.ramps import window
+from hf_compress.callbacks.ramps import check_windows
 from hf_compress.callbacks.teachers import (
     SELF,
     UNMASKED,
@@ -79,6 +79,11 @@ class DistillationCallback(CompressionCallback):
                     f"DistillationCallback: teacher is a {type(each).__name__}; allowed: a PreTrainedModel, the Hub "
                     f"name or folder of one, a TeacherCache or its folder, {SELF!r}, {UNMASKED!r}, or a list of these."
                 )
+            if each == "":
+                raise ConfigError(
+                    "DistillationCallback: teacher is an empty text; allowed: the Hub name or folder of a model, "
+                    f"{SELF!r} or {UNMASKED!r}."
+                )
         _check_effect(config, several)
         super().__init__(config)
         self.teacher = teacher
@@ -99,9 +104,7 @@ class DistillationCallback(CompressionCallback):
             self._copy = copy_of(model, self.config)
 
     def _start(self, run: Run) -> None:
-        for number in (self.config.alpha, self.config.temperature):
-            if isinstance(number, Ramp):
-                window(number, run)
+        check_windows(self.config, run)
         teacher = self._ready_teacher(run)
         if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
             raise ConfigError(
@@ -189,10 +192,9 @@ class DistillationCallback(CompressionCallback):
 
     def _ready(self, source: Any, run: Run) -> Teacher:
         trainer: Any = run.trainer
-        if isinstance(source, str | os.PathLike) and (Path(source) / MANIFEST).is_file():
-            source = TeacherCache.open(source)
-        if isinstance(source, TeacherCache):
-            return CachedTeacher(source, self.config, run)
+        if _is_cache(source):
+            opened = source if isinstance(source, TeacherCache) else TeacherCache.open(source)
+            return CachedTeacher(opened, self.config, run)
         wants = FeatureDistillation.wants(self.config.features)
         if source == UNMASKED:
             if trainer.is_fsdp_enabled:
@@ -212,12 +214,11 @@ class DistillationCallback(CompressionCallback):
 
 def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:
     """Check that the settings of the teacher have an effect."""
-    made = (nn.Module, TeacherCache)
-    named = [each for each in sources if not isinstance(each, made) and each != UNMASKED]
+    named = [each for each in sources if not isinstance(each, nn.Module) and not _is_cache(each) and each != UNMASKED]
     if config.teacher_dtype is not None and not named:
         raise ConfigError(
-            f"DistillationConfig.teacher_dtype: got {config.teacher_dtype!r}, but the teacher is a model that is there "
-            f"already; allowed: None. Load it with that dtype, or pass its name or {SELF!r}."
+            f"DistillationConfig.teacher_dtype: got {config.teacher_dtype!r}, but the teacher is a cache or a model "
+            f"that is there already; allowed: None. Load it with that dtype, or pass its name or {SELF!r}."
         )
     computing = [each for each in sources if isinstance(each, nn.Module) or each in named]
     if config.teacher_device is not None and not computing:
@@ -225,6 +226,13 @@ def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:
             f"DistillationConfig.teacher_device: got {config.teacher_device!r}; allowed: None where the teacher is the "
             "student itself or a cache."
         )
+
+
+def _is_cache(source: Any) -> bool:
+    """Return whether a teacher is what was cached of one, or the folder of that."""
+    if isinstance(source, str | os.PathLike):
+        return (Path(source) / MANIFEST).is_file()
+    return isinstance(source, TeacherCache)
 
 
 def _text(number: float | Ramp) -> Any:

@@ -1,5 +1,6 @@
 """What a model's outputs say for its task, at which positions, and which loss compares it."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ SPANS = ("start_logits", "end_logits")
 
 LOSS_OF_TASK = {"regression": "mse", "multi_label_classification": "binary_kl"}
 """Problem type -> the one loss of logits that means something for it; others compare distributions over classes."""
+
+ANSWERS = "ForQuestionAnswering"
+"""Loss type of models that look for an answer in a text, and of some that choose among answers to an image."""
 
 WHOLE_EXAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
 """Loss types of models that may be for regression or several labels, and say so in ``config.problem_type``."""
@@ -58,6 +62,13 @@ class Head:
         """
         if self.problem_type(logits, labels) in LOSS_OF_TASK:
             return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        if isinstance(labels, Tensor) and logits.dim() == 2 and labels.shape == logits.shape:
+            raise TrainingError(
+                f"distillation: {type(self.model).__name__} returns one number for each position, logits "
+                f"{list(logits.shape)} with labels {list(labels.shape)}, and no dimension of classes; allowed: [batch, "
+                "classes] with labels [batch], [batch, length, classes] with labels [batch, length], or several labels "
+                "of yes or no as floats. Such heads cannot be distilled; give both models one with classes."
+            )
         prefix = "decoder_" if self.model.config.is_encoder_decoder else ""
         return counted_positions(
             logits, labels=labels, attention_mask=inputs.get(f"{prefix}attention_mask"), shift=shift
@@ -66,13 +77,15 @@ class Head:
     def problem_type(self, logits: Tensor, labels: Any) -> str | None:
         """Return the problem type of a classification head, found out as Transformers does; None for other heads."""
         config: Any = self.model.config
+        several = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape
+        if self.model.loss_type == ANSWERS and logits.dim() == 2 and several:
+            return "multi_label_classification"
         if self.model.loss_type not in WHOLE_EXAMPLE or logits.dim() != 2:
             return None
         if getattr(config, "problem_type", None) is not None:
             return str(config.problem_type)
         if logits.shape[-1] == 1:
             return "regression"
-        several = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape
         return "multi_label_classification" if several else "single_label_classification"
 
     def is_regression(self) -> bool:
@@ -155,7 +168,7 @@ class FrameHead(Head):
 
 def head_of(model: PreTrainedModel) -> Head:
     """Return what reads the outputs of a model."""
-    if model.loss_type == "ForQuestionAnswering":
+    if SpanHead.labels_argument in inspect.signature(own_class(model).forward).parameters:
         return SpanHead(model)
     is_ctc = own_class(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values() or model.loss_type == "ForCTC"
     return FrameHead(model) if is_ctc else Head(model)

@@ -1,7 +1,6 @@
 """Where a teacher comes from, whether it can teach this student, and how it is called."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,14 +14,16 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
+from hf_compress.latency.key import config_digest
+from hf_compress.teachers.hashing import row_hashes
+from hf_compress.teachers.inputs import LABELS, named_arguments
 
-_DIGEST_VALUES = 64
-
-LABELS = ("labels", "start_positions", "end_positions")
-"""Arguments that only the task loss reads; an encoder-decoder model makes the decoder's input of the first."""
+_PART = 1 << 20
+"""Values that are hashed at once; each takes 8 bytes meanwhile."""
 
 COMPUTED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 """Arguments of a model that are usually made by layers of a model."""
@@ -83,32 +84,9 @@ def check_teacher(
             f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
             "use a teacher that reads the same inputs."
         )
-    check_same_task(teacher.config, student, labels=same_task)
+    check_same_task(Task.of(teacher.config), student, labels=same_task)
     if source and isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizer(source, tokenizer)
-
-
-def check_same_task(theirs: Any, student: PreTrainedModel, *, labels: bool = True) -> None:
-    """Check that labels and vocabulary of the teacher are those of the student.
-
-    Args:
-        theirs: Config of the teacher.
-        student: The model that learns.
-        labels: Whether labels are compared; the vocabulary always is.
-
-    Raises:
-        TrainingError: If they differ.
-    """
-    own: Any = student.config
-    head: Any = student.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if labels and head is None:
-        _check_labels(theirs, own)
-    sizes = [getattr(config.get_text_config(), "vocab_size", None) for config in (theirs, own)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise TrainingError(
-            f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; token ids must mean the same "
-            "to both. Use a teacher with the student's tokenizer."
-        )
 
 
 @contextmanager
@@ -126,15 +104,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def digest(model: nn.Module) -> str:
-    """Return a digest that tells models apart by the names, shapes, dtypes and some values of their parameters."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.data
-        if type(values) is Tensor and not values.is_meta:  # others are offloaded, sharded or packed
-            found.update(values.reshape(-1)[:_DIGEST_VALUES].cpu().view(torch.uint8).numpy().tobytes())
+def digest(model: PreTrainedModel) -> str:
+    """Return a digest that tells models apart by what decides over their outputs.
+
+    That is their class, their config, and names, shapes, dtypes and all values of parameters and buffers. Values are
+    hashed where they are, with the same result on every device. Those that are offloaded, sharded or packed are not.
+    """
+    found = hashlib.sha256(f"{own_class(model).__name__} {config_digest(model.config.to_dict())}".encode())
+    hashes = []
+    for name, tensor in _tensors(model):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.data
+        if type(values) is Tensor and not values.is_meta:
+            hashes += [
+                row_hashes(part.unsqueeze(0), None, "values").cpu() for part in torch.split(values.reshape(-1), _PART)
+            ]
+    if hashes:
+        found.update(torch.cat(hashes).numpy().tobytes())
     return found.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters, and those buffers that are saved; the others follow from the config."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def check_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
@@ -168,7 +164,7 @@ def taught_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Ma
         student: The student.
         inputs: Keyword arguments that the student was called with; those the teacher does not know are left out.
     """
-    known = inspect.signature(type(teacher).forward).parameters
+    known = named_arguments(type(teacher), inputs)
     taken = {name: value for name, value in inputs.items() if name in known or type(teacher) is own_class(student)}
     taken.pop("num_items_in_batch", None)
     if not teacher.config.is_encoder_decoder:
@@ -239,27 +235,6 @@ def _check_apart(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         raise TrainingError(
             f"the teacher shares {len(shared)} parameters with the student (first: {shared[0]}); it must be another "
             "model. Pass a copy made before training: copy.deepcopy(model)."
-        )
-
-
-def _check_labels(theirs: Any, own: Any) -> None:
-    if theirs.num_labels != own.num_labels:
-        raise TrainingError(
-            f"the teacher has {theirs.num_labels} labels, the student {own.num_labels}; they must have the same. "
-            "Use a teacher that was fine-tuned for the student's task."
-        )
-    names = [[config.id2label[index] for index in sorted(config.id2label)] for config in (theirs, own)]
-    default = [f"LABEL_{index}" for index in range(own.num_labels)]
-    if default not in names and names[0] != names[1]:
-        raise TrainingError(
-            f"the teacher's labels are {names[0]}, the student's {names[1]}; names and order must be equal. Set "
-            "config.id2label and config.label2id of the student, and its data, as the teacher has them."
-        )
-    kinds = [config.problem_type for config in (theirs, own)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        raise TrainingError(
-            f"the teacher's problem_type is {kinds[0]!r}, the student's {kinds[1]!r}; they must be equal. Use a "
-            "teacher that was fine-tuned for the student's task."
         )
 
 

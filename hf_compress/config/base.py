@@ -82,12 +82,17 @@ class Settings:
         """Build a config from ``to_dict()`` output.
 
         Raises:
-            ConfigError: For an unknown key or a value that the config does not allow.
+            ConfigError: For an unknown key, one that is missing, or a value that the config does not allow.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
                 raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {choices(key, known)}.")
+        missing = [name for name in _needed(cls) if name not in data]
+        if missing:
+            raise ConfigError(
+                f"{cls.__name__}: got only {list(data)}; missing: {', '.join(map(repr, missing))}. Add them."
+            )
         return cls(**data)
 
 
@@ -179,6 +184,12 @@ def read_file(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of {kind} fields, got {type(data).__name__}.")
     return data
+
+
+def _needed(kind: type[Settings]) -> list[str]:
+    """Return the names of the fields that have no default."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
 
 
 def _suffix(path: Path) -> str:

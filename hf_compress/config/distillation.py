@@ -11,7 +11,7 @@ import torch
 from hf_compress.config.base import Config, Settings
 from hf_compress.errors import ConfigError, choices
 from hf_compress.registry import distillation_losses
-from hf_compress.schedule import Moment, schedules
+from hf_compress.schedule import Moment, parse_epochs, schedules
 
 AUTO = "auto"
 """The loss of logits that suits the task."""
@@ -24,6 +24,9 @@ DYNAMIC = PAIRINGS[-1]
 TEMPERATURE = 2.0
 """Used unless another is asked for."""
 
+_HEADS = "relation_heads"
+"""The one option of a loss of ours."""
+
 _NUMBER = re.compile(r"-?[0-9]+")
 
 
@@ -35,13 +38,14 @@ class Ramp(Settings):
     """Value until ``begin``."""
 
     stop: float
-    """Value from ``end`` on."""
+    """Value from the last step before ``end`` on."""
 
     begin: Moment = 0.0
     """When it begins to change: a step (int), a fraction of the run (float) or ``"1.5 epochs"``."""
 
     end: Moment = 1.0
-    """When it has changed."""
+    """When it has changed. The last optimizer step before it is the first to use ``stop``: with ``begin=2, end=6`` the
+    third step of the run uses ``start`` and the sixth ``stop``, with 1.0 the last step of the run does."""
 
     schedule: str = "linear"
     """How it changes in between: a name in ``hf_compress.schedule``."""
@@ -51,6 +55,8 @@ class Ramp(Settings):
             self._check_number(name, 0, 1e6)
         for name in ("begin", "end"):
             self._check_moment(name)
+        if type(self.begin) is type(self.end) and _number(self.begin) > _number(self.end):
+            raise self._error("begin", self.begin, f"nothing later than end={self.end!r}")
         self._check_choice("schedule", schedules)
         if self.start == self.stop:
             raise self._error("stop", self.stop, f"another number than start={self.start}", "Or give the number alone.")
@@ -136,6 +142,9 @@ class FeatureConfig(_WithRamps):
             for name in ("projection", "learning_rate"):
                 self._only_default(name, f"where the loss is {self.loss!r}, which compares any widths")
         self._check_relations(loss)
+        self._check_options(loss)
+
+    def _check_options(self, loss: Any) -> None:
         if not isinstance(self.options, Mapping):
             raise self._error("options", self.options, "a mapping of settings of the loss")
         known = [name for name in loss.options if name != "key_mask"]
@@ -143,6 +152,9 @@ class FeatureConfig(_WithRamps):
             if name not in known:
                 named = choices(name, known) if known else "it has none"
                 raise ConfigError(f"FeatureConfig.options: unknown key {name!r} for {self.loss!r}; {named}.")
+        heads = self.options.get(_HEADS, 1)
+        if not _is_int(heads) or heads < 1:
+            raise self._error(f"options[{_HEADS!r}]", heads, "an int >= 1")
 
     def _checked_loss(self) -> Any:
         self._check_choice("loss", [name for name in distillation_losses if not _reads_logits(name)])
@@ -156,15 +168,21 @@ class FeatureConfig(_WithRamps):
         allowed = ("query", "key", "value")
         if not isinstance(self.of, tuple) or not self.of or not all(each in allowed for each in self.of):
             raise self._error("of", self.of, "a list of some of 'query', 'key', 'value'")
+        if _repeats(self.of):
+            raise self._error("of", self.of, "each of them once", "Twice would compare the same twice.")
 
     def _check_layers(self) -> None:
         for name in ("layers", "candidates"):
-            object.__setattr__(self, name, _with_int_keys(getattr(self, name)))
+            object.__setattr__(self, name, self._with_int_keys(name))
         if isinstance(self.layers, Mapping):
             if not self.layers or not all(_is_int(i) for pair in self.layers.items() for i in pair):
                 raise self._error("layers", self.layers, "a mapping {student layer: teacher layer} that is not empty")
         else:
             self._check_choice("layers", PAIRINGS)
+        if distillation_losses.get(self.loss).successive and (self.layers in ("last", DYNAMIC) or len(self.layers) < 2):
+            raise self._error(
+                "layers", self.layers, f"at least two fixed pairs where the loss is {self.loss!r}, of two layers each"
+            )
         if self.layers != DYNAMIC:
             for name in ("candidates", "ordered", "chosen_by", "teacher_layers"):
                 self._only_default(name, f'unless layers="{DYNAMIC}"')
@@ -172,8 +190,6 @@ class FeatureConfig(_WithRamps):
         self._check_dynamic()
 
     def _check_dynamic(self) -> None:
-        if distillation_losses.get(self.loss).successive:
-            raise self._error("layers", self.layers, f"fixed pairs where the loss is {self.loss!r}, of two layers each")
         if not isinstance(self.candidates, Mapping):
             self._check_choice("candidates", ("all", "later"))
         elif self.teacher_layers is not None:
@@ -182,13 +198,29 @@ class FeatureConfig(_WithRamps):
             lists = self.candidates.values()
             if not lists or not all(_is_int(key) for key in self.candidates) or not all(map(_are_layers, lists)):
                 raise self._error("candidates", self.candidates, "a mapping {student layer: [teacher layer, ...]}")
+            for key, each in self.candidates.items():
+                if _repeats(each):
+                    raise self._error(f"candidates[{key}]", each, "each layer once")
             object.__setattr__(self, "candidates", {key: tuple(each) for key, each in self.candidates.items()})
         self._check_choice("chosen_by", ("student", "teacher"))
-        self._check_choice("ordered", (True, False))
+        if not isinstance(self.ordered, bool):
+            raise self._error("ordered", self.ordered, "True or False")
         if self.teacher_layers is not None:
             if not _are_layers(self.teacher_layers):
                 raise self._error("teacher_layers", self.teacher_layers, "a list of layers that is not empty, or None")
+            if _repeats(self.teacher_layers):
+                raise self._error("teacher_layers", self.teacher_layers, "each layer once")
             object.__setattr__(self, "teacher_layers", tuple(self.teacher_layers))
+
+    def _with_int_keys(self, name: str) -> Any:
+        """Return a mapping with numbers as keys, which JSON turns into texts; anything else as it is."""
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            return value
+        keys = [int(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key for key in value]
+        if _repeats(keys):
+            raise self._error(name, value, "each student layer once", "A text and a number name the same layer.")
+        return dict(zip(keys, value.values(), strict=True))
 
     def _only_default(self, name: str, when: str) -> None:
         default = next(field for field in dataclasses.fields(self) if field.name == name).default
@@ -241,10 +273,13 @@ class DistillationConfig(_WithRamps, Config):
 
     def _check_device(self) -> None:
         self._check_text("teacher_device")
+        allowed = "a device such as 'cuda:1' or 'cpu'"
         try:
-            torch.device(str(self.teacher_device))
+            kind = torch.device(str(self.teacher_device)).type
         except RuntimeError as error:
-            raise self._error("teacher_device", self.teacher_device, "a device such as 'cuda:1' or 'cpu'") from error
+            raise self._error("teacher_device", self.teacher_device, allowed) from error
+        if kind == "meta":
+            raise self._error("teacher_device", self.teacher_device, f"{allowed}; meta tensors have no values")
 
     def uses_temperature(self) -> bool:
         """Return whether the loss of logits has a temperature; ``"auto"`` may."""
@@ -268,11 +303,12 @@ def _reads_logits(name: str) -> bool:
     return bool(getattr(distillation_losses.get(name), "reads", "logits") == "logits")
 
 
-def _with_int_keys(value: Any) -> Any:
-    """Return a mapping with numbers as keys, which JSON turns into texts."""
-    if not isinstance(value, Mapping):
-        return value
-    return {int(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key: it for key, it in value.items()}
+def _number(when: Moment) -> float:
+    return parse_epochs(when) if isinstance(when, str) else when
+
+
+def _repeats(values: Sequence[Any]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def _are_layers(value: Any) -> bool:

@@ -23,7 +23,7 @@ from hf_compress.teachers.inputs import InputSpec
 from hf_compress.teachers.live import model_digest, output_specs, speaking, teacher_outputs
 from hf_compress.teachers.loader import to_device, training_batches
 from hf_compress.teachers.manifest import DRAFT, MANIFEST, SCHEMA_VERSION, Content, Manifest, leftovers, read_manifest
-from hf_compress.teachers.request import StorageRequest, check_top_k, stored_parts
+from hf_compress.teachers.request import StorageRequest, check_count, check_top_k, stored_parts
 from hf_compress.teachers.shards import ShardWriter, as_bytes, known_keys
 
 SHARD_BYTES = 256 << 20
@@ -71,8 +71,11 @@ def cache_teacher_outputs(
         raise ConfigError(
             f"cache_teacher_outputs: teacher is a {type(teacher).__name__}; allowed: a transformers PreTrainedModel."
         )
-    if not isinstance(shard_bytes, int) or shard_bytes < 1:
-        raise ConfigError(f"cache_teacher_outputs: shard_bytes is {shard_bytes!r}; allowed: an int >= 1.")
+    check_count("shard_bytes", shard_bytes)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    if not isinstance(directory, str | os.PathLike) or not directory:
+        raise ConfigError(f"cache_teacher_outputs: directory is {directory!r}; allowed: the path of a directory.")
     folder = Path(directory)
     _on_first_process(lambda: _Build(teacher, request, folder, shard_bytes).run(data, batch_size))
     return TeacherCache.open(folder)

@@ -16,6 +16,9 @@ from hf_compress.teachers.hashing import combine, row_hashes
 IGNORED_LABEL = -100
 """Labels at padding; collators of Transformers put it there."""
 
+LABELS = ("labels", "start_positions", "end_positions")
+"""Arguments that only the task loss reads; an encoder-decoder model makes the decoder's input of the first."""
+
 _NOT_READ = ("num_items_in_batch", "use_cache", "return_dict", "output_attentions", "output_hidden_states")
 _DECODER_MASKS = ("decoder_attention_mask", "labels", "decoder_input_ids")
 
@@ -27,12 +30,31 @@ def read_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
         teacher: The teacher, wrappers included.
         inputs: Keyword arguments for a model.
     """
-    known = _arguments(teacher)
+    known = _arguments(teacher, inputs)
     taken = {name: value for name, value in inputs.items() if name in known and value is not None}
     labels = inputs.get("labels")
     if _has_decoder(teacher) and _is_text(labels) and taken.get("decoder_input_ids") is None:
         taken["labels"] = labels
     return taken
+
+
+def named_arguments(kind: type[nn.Module], inputs: Mapping[str, Any]) -> set[str]:
+    """Return what may be given to the forward of a class.
+
+    Models name what they read, and many choke on more, whatever ``**kwargs`` say; one that names neither its main
+    input nor any tensor of a batch takes all of it.
+
+    Args:
+        kind: Class of the model.
+        inputs: Keyword arguments for a model.
+    """
+    arguments = inspect.signature(kind.forward).parameters.values()
+    collecting = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = {each.name for each in arguments if each.kind not in collecting}
+    reads = {getattr(kind, "main_input_name", ""), *(name for name in inputs if isinstance(inputs[name], Tensor))}
+    if named.isdisjoint(reads) and any(each.kind is each.VAR_KEYWORD for each in arguments):
+        named |= set(inputs)
+    return named
 
 
 @dataclass(frozen=True)
@@ -80,7 +102,7 @@ class InputSpec:
             found = ""
         if found != "decoder_input_ids":
             pad = None
-        bare = cls(tuple(sorted(taken)), (), tuple(sorted(_arguments(teacher))), found, pad)
+        bare = cls(tuple(sorted(taken)), (), tuple(sorted(_arguments(teacher, inputs))), found, pad)
         padded = [name for name, value in taken.items() if _fits(name, value, bare.counts(inputs, _is_decoder(name)))]
         return cls(bare.hashed, tuple(sorted(padded)), bare.read, found, pad)
 
@@ -230,12 +252,11 @@ def _has_decoder(teacher: nn.Module) -> bool:
     return bool(config.is_encoder_decoder)
 
 
-def _arguments(teacher: nn.Module) -> set[str]:
+def _arguments(teacher: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
     """Return the names of a teacher's inputs, without labels of any kind."""
-    arguments = inspect.signature(type(without_wrapper(teacher)).forward).parameters.values()
-    named = {each.name for each in arguments if each.kind is not each.VAR_KEYWORD}
-    labels = find_labels(type(without_wrapper(teacher)))  # type: ignore[no-untyped-call]
-    return named - {"self", *_NOT_READ, *labels}
+    kind = type(without_wrapper(teacher))
+    labels = find_labels(kind)  # type: ignore[no-untyped-call]
+    return named_arguments(kind, inputs) - {"self", *_NOT_READ, *labels, *LABELS}
 
 
 def _is_zero(number: Any) -> bool:

@@ -187,6 +187,10 @@ def _check(manifest: Manifest) -> None:
         _require(all(size > 0 for size in output.shape), f"{output.name}: sizes must be at least 1")
         fits = content.top_k is None or (bool(output.shape) and 0 < content.top_k < output.shape[-1])
         _require(fits, f"{output.name}: top_k={content.top_k} of shape {list(output.shape)}")
+    facts = {"class": str, "config": dict}
+    for name, kind in facts.items():
+        given = manifest.teacher.get(name)
+        _require(type(given) is kind, f"teacher.{name} must be of type {kind.__name__}, not {type(given).__name__}")
     good = all(0 < each < math.inf for each in content.temperatures)
     _require(good and bool(content.temperatures) == (content.top_k is not None), "temperatures do not fit top_k")
 

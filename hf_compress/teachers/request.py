@@ -34,8 +34,8 @@ class StorageRequest:
             ConfigError: If one is not allowed or without effect.
         """
         where = "cache_teacher_outputs"
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise ConfigError(f"{where}: top_k is {top_k!r}; allowed: an int >= 1, or None to store all classes.")
+        if top_k is not None:
+            check_count("top_k", top_k, ", or None to store all classes")
         if (top_k is None) != (temperature is None):
             raise ConfigError(
                 f"{where}: top_k={top_k!r} with temperature={temperature!r}: the temperature of the loss is needed to "
@@ -63,6 +63,16 @@ class StorageRequest:
     def dtype_name(self) -> str:
         """Name of the dtype that values are stored in."""
         return _name(self.dtype)
+
+
+def check_count(name: str, value: object, otherwise: str = "") -> None:
+    """Check a number of things.
+
+    Raises:
+        ConfigError: If it is none, or below 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"cache_teacher_outputs: {name} is {value!r}; allowed: an int >= 1{otherwise}.")
 
 
 def check_top_k(top_k: int | None, outputs: Sequence[OutputSpec]) -> None:

@@ -1,5 +1,6 @@
 """Alpha and temperature that change while training runs: what is used in every step, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from hf_compress.callbacks.distillation import DistillationCallback
 
 NUM_STEPS = 8
 RAMPS: dict[str, tuple[Ramp, list[float]]] = {
-    "over the run": (Ramp(start=0.1, stop=0.9), [0.1 + 0.8 * step / 8 for step in range(8)]),
-    "down": (Ramp(start=0.9, stop=0.1, begin=2, end=6), [0.9, 0.9, 0.9, 0.7, 0.5, 0.3, 0.1, 0.1]),
-    "by fractions": (Ramp(start=0.2, stop=0.6, begin=0.25, end=0.75), [0.2, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6]),
+    "over the run": (Ramp(start=0.1, stop=0.9), [0.1 + 0.8 * step / 7 for step in range(8)]),
+    "down": (Ramp(start=0.9, stop=0.1, begin=2, end=7), [0.9, 0.9, 0.9, 0.7, 0.5, 0.3, 0.1, 0.1]),
+    "by fractions": (Ramp(start=0.2, stop=0.6, begin=0.25, end=0.875), [0.2, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6]),
     "by epochs": (
         Ramp(start=0.2, stop=1.0, begin="0.5 epochs", end="1.5 epochs"),
-        [0.2, 0.2, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0],
+        [0.2, 0.2, 0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0, 1.0, 1.0],
     ),
     "cubic": (
         Ramp(start=0.2, stop=1.0, begin=0, end=4, schedule="cubic"),
-        [0.2 + 0.8 * (1 - (1 - min(step, 4) / 4) ** 3) for step in range(8)],
+        [0.2 + 0.8 * (1 - (1 - min(step, 3) / 3) ** 3) for step in range(8)],
     ),
     "at once": (Ramp(start=0.3, stop=0.6, begin=3, end=3), [0.3, 0.3, 0.3, 0.6, 0.6, 0.6, 0.6, 0.6]),
-    "beyond the run": (Ramp(start=0.2, stop=1.0, end=16), [0.2 + 0.05 * step for step in range(8)]),
+    "in one step": (Ramp(start=0.3, stop=0.6, begin=3, end=4), [0.3, 0.3, 0.3, 0.6, 0.6, 0.6, 0.6, 0.6]),
 }
 
 
@@ -123,21 +124,31 @@ def test_preview_says_from_where_to_where(tmp_path: Path) -> None:
     assert told.sections["distillation"]["temperature"] == "1 to 4, cubic, from 1 to 1 epoch"
 
 
-@pytest.mark.parametrize("which", ["alpha", "temperature"])
+HIDDEN = {"loss": "hidden_mse", "layers": "last"}
+PLACES: dict[str, Callable[[Ramp], dict[str, Any]]] = {
+    "alpha": lambda ramp: {"alpha": ramp},
+    "temperature": lambda ramp: {"temperature": ramp},
+    r"features\[1\]\.weight": lambda ramp: {"features": [HIDDEN, {**HIDDEN, "weight": ramp}]},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     ("begin", "end", "message"),
     [
-        (6, 0.5, "begin=6 and end=0.5 are steps 6 and 4 of 8; begin must not be later than end"),
-        (8, 9, "are steps 8 and 9 of 8; begin must not be later than end, and lie within the run"),
-        ("2 epochs", 1.0, "steps 8 and 8 of 8"),
+        (6, 0.5, "begin=6 and end=0.5, which are steps 6 and 4; the run has 8 .*begin must not be later than end"),
+        (8, 9, "are steps 8 and 9; the run has 8 optimizer steps.*both lie within the run"),
+        ("2 epochs", 1.0, "steps 8 and 8; the run has 8"),
+        (0, 9, "steps 0 and 9; the run has 8"),
+        (0.5, "3 epochs", "steps 4 and 12; the run has 8"),
     ],
 )
 def test_windows_that_do_not_fit_the_run_are_refused_before_it(
-    tmp_path: Path, which: str, begin: Any, end: Any, message: str
+    tmp_path: Path, place: str, begin: Any, end: Any, message: str
 ) -> None:
     ramp = Ramp(start=0.2, stop=0.9, begin=begin, end=end)
-    trainer = trainer_of([distillation(**{which: ramp})], tmp_path, max_steps=NUM_STEPS)
-    with pytest.raises(ConfigError, match=f"Ramp: .*{message}"):
+    trainer = trainer_of([distillation(**PLACES[place](ramp))], tmp_path, max_steps=NUM_STEPS)
+    with pytest.raises(ConfigError, match=rf"^DistillationConfig\.{place}: a Ramp with .*{message}"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert not trainer.model._forward_hooks

@@ -190,6 +190,8 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         (list, {}, "teacher is an empty list; pass at least one teacher"),
         (lambda: [bert(1), 3], {}, "teacher is a int; allowed: a PreTrainedModel, .*'self', 'unmasked', or a list"),
         (lambda: None, {}, "teacher is a NoneType"),
+        (lambda: "", {}, "teacher is an empty text; allowed: the Hub name or folder"),
+        (lambda: ["self", ""], {}, "teacher is an empty text"),
     ],
 )
 def test_settings_without_effect_are_refused_at_once(

@@ -255,6 +255,12 @@ def test_wrong_data_and_teachers(tmp_path: Path, teacher: Any) -> None:
         cache_teacher_outputs(teacher, [], folder)
     with pytest.raises(ConfigError, match="teacher is a str"):
         cache_teacher_outputs("bert", [], folder)  # type: ignore[arg-type]
+    for size in (0, -1, "2", True, 1.5):
+        with pytest.raises(ConfigError, match=rf"batch_size is {size!r}; allowed: an int >= 1\."):
+            cache_teacher_outputs(teacher, [], folder, batch_size=size)  # type: ignore[arg-type]
+    for place in (None, "", 3):
+        with pytest.raises(ConfigError, match=f"directory is {place!r}; allowed: the path of a directory"):
+            cache_teacher_outputs(teacher, [], place)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match=r"returned \['last_hidden_state', 'pooler_output'\], which has no logits"):
         cache_teacher_outputs(teacher.bert, [text_batch(texts(2))], folder)
 

@@ -136,6 +136,9 @@ def changed(path: str, value: Any) -> Callable[[Any], None]:
     ("path", "value", "message"),
     [
         ("schema_version", 2, "schema_version is 2, allowed: 1"),
+        ("teacher", {}, "teacher.class must be of type str, not NoneType"),
+        ("teacher.config", "abc", "teacher.config must be of type dict, not str"),
+        ("teacher.config", [1], "teacher.config must be of type dict, not list"),
         ("schema_version", ..., "schema_version is None"),
         ("content", [], "manifest.content must have exactly"),
         ("content.extra", 1, "manifest.content must have exactly"),

@@ -6,7 +6,9 @@ import pytest
 import torch
 from teacher_batches import padded, text_batch, texts
 from tiny_models import ZOO, bart, bert, gpt2, t5, vit
+from transformers import BertForSequenceClassification
 
+from hf_compress.callbacks.teacher import taught_inputs
 from hf_compress.errors import TrainingError
 from hf_compress.teachers.inputs import InputSpec, read_inputs
 
@@ -33,6 +35,25 @@ def test_what_the_teacher_does_not_read_changes_nothing() -> None:
     assert spec.hashed == ("attention_mask", "input_ids")
     more = {"token_type_ids": torch.ones(4, 9), "idx": torch.arange(4), "labels": torch.arange(4), "use_cache": True}
     assert torch.equal(spec.keys(batch_of(rows, **more)), keys)
+
+
+def test_a_teacher_that_names_no_input_reads_all() -> None:
+    class Everything(BertForSequenceClassification):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class Some(BertForSequenceClassification):
+        def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+            return super().forward(input_ids, **kwargs)
+
+    given = batch_of(texts(4), labels=torch.arange(4), num_items_in_batch=torch.tensor(4))
+    config = bert().config
+    assert set(read_inputs(Everything(config), given)) == {"input_ids", "attention_mask"}
+    assert InputSpec.of(Everything(config), given).read == ("attention_mask", "input_ids")
+    assert set(taught_inputs(Everything(config), bert(), given)) == {"input_ids", "attention_mask"}
+    for read in (read_inputs(Some(config), given), taught_inputs(Some(config), bert(), given)):
+        assert set(read) == {"input_ids"}
+    assert "input_ids" not in read_inputs(vit(), given)
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "token_type_ids"])
