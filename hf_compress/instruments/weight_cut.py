@@ -55,10 +55,10 @@ class WeightCut:
         return self.shape[1] if length == "row" and self._granularity == "element" else 1
 
     def limits(self, config: PruningConfig) -> Layer:
-        """Return what an allocation must respect: the layer may go empty unless ``min_units`` says more."""
+        """Return what an allocation must respect."""
         return Layer(
             num_units=self.num_units,
-            min_units=config.min_units if config.min_units > 1 else 0,
+            min_units=config.min_units,
             max_sparsity=config.max_layer_sparsity,
             shape=str(self.shape),
             unit_sizes=self._unit_sizes(),
