@@ -28,6 +28,9 @@ class GivenEvidence:
     def weights(self) -> Tensor:
         return self.given_weights
 
+    def unit_sizes(self) -> None:
+        return None
+
     def gate_gradients(self) -> Tensor:
         return (self.given_weights * self.gradients).sum(dim=1)
 

@@ -111,6 +111,12 @@ class GroupEvidence(Readings):
         """Return all weights of each unit, [num_units, weights per unit]."""
         return unit_weights(self._model, self._group)
 
+    def unit_sizes(self) -> Tensor | None:
+        """Return the number of weights of each unit where units are whole layers; elsewhere all have alike."""
+        layers = [self._model.get_submodule(name) for name in self._group.modules]
+        sizes = [float(sum(parameter.numel() for parameter in layer.parameters())) for layer in layers]
+        return torch.tensor(sizes) if sizes else None
+
     def weight_gradients(self) -> Tensor:
         """Return the gradients of all weights of each unit."""
         return unit_gradients(self._model, self._group)

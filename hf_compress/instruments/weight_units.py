@@ -47,6 +47,10 @@ class WeightEvidence(Readings):
         """Return the weights by unit, [num_units, weights per unit]."""
         return self.cut.by_unit(whole(self._parameter.detach()).float())
 
+    def unit_sizes(self) -> Tensor | None:
+        """Return the number of weights of each unit; None for single ones."""
+        return self.cut.unit_sizes()
+
     def weight_gradients(self) -> Tensor:
         """Return the gradients by unit, as the optimizer gets them.
 

@@ -31,7 +31,11 @@ class Evidence(Protocol):
     num_units: int
 
     def weights(self) -> Tensor:
-        """Return all weights of each unit, [num_units, weights per unit]."""
+        """Return all weights of each unit, [num_units, weights per unit]; smaller units end in zeros."""
+        ...
+
+    def unit_sizes(self) -> Tensor | None:
+        """Return the number of weights of each unit without such zeros, [num_units]; None where all have alike."""
         ...
 
     def gate_gradients(self) -> Tensor:

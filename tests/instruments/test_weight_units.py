@@ -45,3 +45,14 @@ def test_a_layer_of_small_weights_keeps_what_min_units_says(granularity) -> None
     masks = allocate(scores, 0.5, layers, "global")
     assert int(masks["small"].sum()) == 1
     assert achieved_sparsity(masks, layers) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "block"])
+def test_level_is_the_mean_over_the_weights_of_a_block_at_the_edge_too(granularity) -> None:
+    blocks = {"block_size": (4, 4)} if granularity == "block" else {}
+    layer = nn.Linear(6, 6)
+    nn.init.constant_(layer.weight, -2.0)
+    config = PruningConfig(structures={"weights": 0.5}, criterion="level", granularity=granularity, **blocks)
+    method = criteria.get("level")(criteria.get("level").options(), Setting())
+    scores = method.score("layer", WeightUnits("layer", layer, config, method).evidence)
+    torch.testing.assert_close(scores, torch.full_like(scores, 2.0))
