@@ -45,4 +45,6 @@ def fpgm(weights: Tensor) -> Tensor:
 
     Source: He et al. 2019, arXiv:1811.00250, eq. 4.
     """
-    return torch.cdist(weights, weights).sum(dim=1)
+    # From products of matrices, as without this, distances between units near each other would be all rounding.
+    distances = torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.sum(dim=1)
