@@ -19,6 +19,7 @@ class GivenEvidence:
 
     changed: Tensor
     share_kept: float = 1.0
+    unit_sizes: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
 
     @property
@@ -27,9 +28,6 @@ class GivenEvidence:
 
     def weights(self) -> Tensor:
         return self.given_weights
-
-    def unit_sizes(self) -> None:
-        return None
 
     def gate_gradients(self) -> Tensor:
         return (self.given_weights * self.gradients).sum(dim=1)

@@ -14,6 +14,7 @@ from hf_compress import (
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
+SOFT = {"criterion": "movement", "options": {"mode": "soft"}}
 PATTERN = {"structures": {"weights": 0.5}, "granularity": "2:4"}
 TICKET = {"schedule": "lottery_ticket"}
 CONFIGS = [
@@ -219,6 +220,12 @@ def test_bad_budgets_are_refused(changes, message) -> None:
         ({**PATTERN, "allocation": "per_layer"}, "got 'per_layer'; allowed: 'global' with granularity '2:4'"),
         ({**PATTERN, "max_layer_sparsity": 0.9}, "max_layer_sparsity: got 0.9; allowed: 1.0 with granularity '2:4'"),
         ({"structures": {"weights": 0.5}, "criterion": "fpgm"}, "structures: got 'weights'; .* with criterion 'fpgm'"),
+        (
+            {**SOFT, "structures": ["weights"], "granularity": "2:4"},
+            "granularity: got '2:4'; .*A pattern removes exact",
+        ),
+        ({**SOFT, "structures": ["ffn"], "allocation": "per_layer"}, "'global' with 'movement', which finds out"),
+        ({**SOFT, "structures": ["ffn"], "initial_sparsity": 0.1}, "initial_sparsity: got 0.1; allowed: 0.0 with"),
         ({"begin": "1.5 epoch s"}, "a text such as '1.5 epochs'"),
         ({"granularity": "row"}, '"element" unless'),
         ({"structures": {"weights": 0.5}, "granularity": "4:2"}, "or N:M such as 2:4"),

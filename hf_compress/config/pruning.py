@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_compress.config.base import MOMENTS, is_moment
 from hf_compress.config.budgets import Budgets
+from hf_compress.config.effects import N_OF_M, decides, without_effect
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.structures import TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 from hf_compress.errors import ConfigError, choices
@@ -17,9 +17,6 @@ from hf_compress.schedule import LOTTERY_TICKET, POLYNOMIAL, STEPS, Moment, sche
 
 GRANULARITIES = ("element", "row", "column", "block")
 """What is pruned of a weight as one, besides N:M patterns."""
-
-_N_OF_M = re.compile(r"(\d+):(\d+)")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig(Budgets):
@@ -240,7 +237,7 @@ class PruningConfig(Budgets):
             raise self._error("criterion", self.criterion, allowed, why)
 
     def _check_weights(self) -> None:
-        pattern = _N_OF_M.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
+        pattern = N_OF_M.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
         if self.granularity not in GRANULARITIES and (pattern is None or not 0 < int(pattern[1]) < int(pattern[2])):
             raise self._error("granularity", self.granularity, f"{', '.join(GRANULARITIES)}, or N:M such as 2:4")
         size = self.block_size
@@ -252,6 +249,9 @@ class PruningConfig(Budgets):
             raise self._error("granularity", self.granularity, f'"element" unless {WEIGHTS!r} is pruned')
         if self.granularity != "block" and self.block_size != PruningConfig.block_size:
             raise self._error("block_size", size, f'{PruningConfig.block_size} unless granularity is "block"')
+        if pattern is not None and decides(self.criterion, self.options):
+            why = "A pattern removes exact numbers; this one finds out itself how much goes."
+            raise self._error("granularity", self.granularity, f"one of {', '.join(GRANULARITIES)}", why)
         if pattern is not None and isinstance(self.structures, Mapping):
             final = 1 - int(pattern[1]) / int(pattern[2])
             given = self.structures[WEIGHTS]
@@ -264,7 +264,8 @@ class PruningConfig(Budgets):
             raise self._error("power", self.power, f'{PruningConfig.power} unless schedule is "polynomial"')
         if self.multiple_of != 1 and not set(WIDTHS) & set(self.structures):
             raise self._error("multiple_of", self.multiple_of, f"only 1 unless one of {', '.join(WIDTHS)} is pruned")
-        for field, why in _without_effect(self.criterion, self.structures, self.granularity).items():
+        useless = without_effect(self.criterion, self.options, self.structures, self.granularity)
+        for field, why in useless.items():
             if getattr(self, field) != getattr(PruningConfig, field):
                 raise self._error(field, getattr(self, field), f"{getattr(PruningConfig, field)!r} with {why}")
         if not isinstance(self.structures, Mapping):
@@ -315,13 +316,14 @@ class PruningConfig(Budgets):
             neutral["max_layer_sparsity"] = 1.0
         criterion, granularity = changes.get("criterion", self.criterion), neutral.get("granularity", self.granularity)
         if criterion in criteria:
-            useless = _without_effect(criterion, structures, granularity)
+            options = changes.get("options", neutral.get("options", self.options))
+            useless = without_effect(criterion, options, structures, granularity)
             neutral |= {field: getattr(PruningConfig, field) for field in useless}
         return dataclasses.replace(self, **(neutral | changes))
 
     def pattern(self) -> tuple[int, int] | None:
         """Return N and M of an N:M granularity, or None."""
-        found = _N_OF_M.fullmatch(self.granularity)
+        found = N_OF_M.fullmatch(self.granularity)
         return None if found is None else (int(found[1]), int(found[2]))
 
     def window(self, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> tuple[int, int]:
@@ -383,17 +385,3 @@ class PruningConfig(Budgets):
                 f"the window {begin}..{end} ends at step {first}; allowed: an earlier moment."
             )
         return step
-
-
-def _without_effect(criterion: str, structures: Collection[str], granularity: str) -> dict[str, str]:
-    """Return the fields that cannot change anything, each with what it is that leaves them without effect."""
-    method = criteria.get(criterion)
-    found = {} if method.averages else {"score_decay": repr(criterion)}
-    if method.defers:
-        found |= dict.fromkeys(("regrow", "initial_sparsity"), f"{criterion!r}, which removes everything at the end")
-    if criterion == "random":
-        found["regrow"] = "'random', whose scores never change"
-    if set(structures) == {WEIGHTS} and _N_OF_M.fullmatch(granularity):
-        fixed = f"granularity {granularity!r}, which says how much goes in every layer"
-        found |= dict.fromkeys(("allocation", "max_layer_sparsity"), fixed)
-    return found

@@ -104,18 +104,15 @@ class GroupEvidence(Readings):
     def __init__(self, group: DimensionGroup, model: PreTrainedModel) -> None:
         super().__init__()
         self.num_units = group.num_units
+        layers = [model.get_submodule(name) for name in group.modules]
+        sizes = [float(sum(parameter.numel() for parameter in layer.parameters())) for layer in layers]
+        self.unit_sizes = torch.tensor(sizes) if sizes else None
         self._group = group
         self._model = model
 
     def weights(self) -> Tensor:
         """Return all weights of each unit, [num_units, weights per unit]."""
         return unit_weights(self._model, self._group)
-
-    def unit_sizes(self) -> Tensor | None:
-        """Return the number of weights of each unit where units are whole layers; elsewhere all have alike."""
-        layers = [self._model.get_submodule(name) for name in self._group.modules]
-        sizes = [float(sum(parameter.numel() for parameter in layer.parameters())) for layer in layers]
-        return torch.tensor(sizes) if sizes else None
 
     def weight_gradients(self) -> Tensor:
         """Return the gradients of all weights of each unit."""

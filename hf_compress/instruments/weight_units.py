@@ -41,15 +41,11 @@ class WeightEvidence(Readings):
         self._kind = kind
         self._groups = groups
         self.cut = WeightCut(name, parameter.shape, kind.weight_in_dim, config)
-        self.num_units = self.cut.num_units
+        self.num_units, self.unit_sizes = self.cut.num_units, self.cut.unit_sizes()
 
     def weights(self) -> Tensor:
         """Return the weights by unit, [num_units, weights per unit]."""
         return self.cut.by_unit(whole(self._parameter.detach()).float())
-
-    def unit_sizes(self) -> Tensor | None:
-        """Return the number of weights of each unit; None for single ones."""
-        return self.cut.unit_sizes()
 
     def weight_gradients(self) -> Tensor:
         """Return the gradients by unit, as the optimizer gets them.

@@ -30,12 +30,11 @@ class Evidence(Protocol):
 
     num_units: int
 
+    unit_sizes: Tensor | None
+    """The number of weights of each unit, [num_units]; None where all have alike."""
+
     def weights(self) -> Tensor:
         """Return all weights of each unit, [num_units, weights per unit]; smaller units end in zeros."""
-        ...
-
-    def unit_sizes(self) -> Tensor | None:
-        """Return the number of weights of each unit without such zeros, [num_units]; None where all have alike."""
         ...
 
     def gate_gradients(self) -> Tensor:
@@ -70,6 +69,9 @@ class Evidence(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions(Settings):
     """Settings of one method: the keys of ``PruningConfig.options``."""
+
+    lever: ClassVar[str] = "its options"
+    """What to raise where a method that decides removed nothing."""
 
     @property
     def decides(self) -> bool:

@@ -1,7 +1,7 @@
 """Pools: layers whose units compete, scored by one method, for one sparsity."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -211,3 +211,24 @@ class ScheduledPool(Pool):
                 f"PruningCallback: the scores of all {self.kind!r} are 0 when the first are to go, so nothing says "
                 "which. Were all gradients zero or not finite so far? Check the loss and its precision, or begin later."
             )
+
+
+def check_decided(pools: Iterable[Pool], masks: Mapping[str, Tensor], after: str) -> None:
+    """Check at the end that methods which find out themselves how much goes removed anything at all.
+
+    Args:
+        pools: All pools of a run.
+        masks: The final masks, by layer.
+        after: What to add to the message: when training ended.
+
+    Raises:
+        TargetError: If they did not.
+    """
+    deciding = [pool for pool in pools if pool.sparsity is None and pool.budget is None]
+    if not deciding or not all(masks[name].all() for pool in deciding for name in pool.layers):
+        return
+    config, kinds = deciding[0].config, ", ".join(dict.fromkeys(pool.kind for pool in deciding))
+    raise TargetError(
+        f"PruningConfig.criterion: {config.criterion!r} finds out itself how much goes, and removed nothing of {kinds} "
+        f"{after} Raise {config.method_options().lever}."
+    )

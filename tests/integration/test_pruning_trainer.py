@@ -167,6 +167,13 @@ def test_scores_that_never_move_are_an_error(tiny_bert, classification_data, mak
         trainer.train()
 
 
+def test_a_criterion_that_finds_out_that_nothing_goes_is_an_error(train) -> None:
+    """Law 8."""
+    soft = {"mode": "soft", "regular_scale": 0.0}
+    with pytest.raises(TargetError, match=r"removed nothing of heads, ffn after 8 steps .* Raise options regular_scale"):
+        train(config(structures=["heads", "ffn"], criterion="movement", options=soft))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

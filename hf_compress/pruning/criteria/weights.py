@@ -32,7 +32,7 @@ class Level(CurrentMethod):
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return the means over the weights that there are, not over the zeros that fill up smaller units."""
-        magnitudes, sizes = evidence.weights().abs(), evidence.unit_sizes()
+        magnitudes, sizes = evidence.weights().abs(), evidence.unit_sizes
         return magnitudes.mean(dim=1) if sizes is None else magnitudes.sum(dim=1) / sizes.to(magnitudes.device)
 
 

@@ -14,6 +14,8 @@ from hf_compress.registry import criteria
 class MovementOptions(MethodOptions):
     """Options of ``movement``."""
 
+    lever = "options regular_scale or threshold, or learning_rate"
+
     mode: str = "hard"
     """``"hard"``: the sparsity asked for is reached exactly. ``"soft"``: units whose ``sigmoid(score)`` lies below the
     threshold go, and ``regular_scale`` steers how many that are."""
