@@ -18,6 +18,7 @@ from hf_compress.schedule import LOTTERY_TICKET, POLYNOMIAL, STEPS, Moment, sche
 GRANULARITIES = ("element", "row", "column", "block")
 """What is pruned of a weight as one, besides N:M patterns."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig(Budgets):
     """Pruning during training: which structures, how much, by which criterion, when."""

@@ -146,6 +146,10 @@ class Method:
         """Return finite scores [num_units], higher = keep; weights can be read."""
         raise NotImplementedError
 
+    def knows(self, name: str) -> bool:
+        """Return whether training said anything about the units of a layer; methods that learn look at what moved."""
+        return True
+
     def threshold(self, share: float) -> float | None:
         """Return the lowest score that may stay, if the method itself finds out how much goes; else None.
 

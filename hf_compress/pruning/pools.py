@@ -156,6 +156,8 @@ class ScheduledPool(Pool):
         scores = {name: self.method.score(name, evidence[name]).float().cpu() for name in self.layers}
         due = self._due(step)
         self._check_scores(scores, now, due)
+        if step == self.timetable.end and self.sparsity != 0:
+            self._check_learned()
         if self.budget is not None:
             masks = self.within_budget(scores, now, due, last=step == self.timetable.end)
             return self._moved(step, evidence, masks, scores)
@@ -198,6 +200,14 @@ class ScheduledPool(Pool):
             for name, stride in zip(bundle.names, bundle.strides, strict=True):
                 masks[name] = keep_best(scores[name], min(steps * stride, self.layers[name].num_units))
         return masks
+
+    def _check_learned(self) -> None:
+        if not any(map(self.method.knows, self.layers)):
+            raise TrainingError(
+                f"PruningCallback: no gradient told the {self.kind!r} apart by the end of the schedule, so what criterion "
+                f"{self.config.criterion!r} learned does not say which are to go. Were all gradients zero or not finite? "
+                "Check the loss and its precision."
+            )
 
     def _check_scores(self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], sparsity: float) -> None:
         for name, score in scores.items():
