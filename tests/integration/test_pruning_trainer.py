@@ -189,6 +189,18 @@ def test_a_run_without_a_usable_loss_is_an_error(
         trainer.train()
 
 
+@pytest.mark.parametrize("structure", ["ffn", "weights"])
+def test_frozen_weights_cannot_be_pulled(tiny_bert, classification_data, make_trainer, structure) -> None:
+    model = tiny_bert()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    exclude = ("classifier",) if structure == "weights" else ()
+    settings = config(structures={structure: 0.5}, criterion="admm", exclude=exclude)
+    trainer = make_trainer(model, classification_data(32), [PruningCallback(settings)], max_steps=8)
+    with pytest.raises(TrainingError, match="got no gradient|get no gradients"):
+        trainer.train()
+
+
 def test_a_criterion_that_finds_out_that_nothing_goes_is_an_error(train) -> None:
     """Law 8."""
     soft = {"mode": "soft", "regular_scale": 0.0}
