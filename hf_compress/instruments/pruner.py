@@ -13,8 +13,8 @@ from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.limits import limits_of
-from hf_compress.instruments.sharded import first_not_finite
 from hf_compress.instruments.select import Selection, kinds_of, select
+from hf_compress.instruments.sharded import first_not_finite
 from hf_compress.instruments.units import GroupUnits
 from hf_compress.instruments.weight_units import WeightUnits
 from hf_compress.pruning.allocate import Layer

@@ -204,9 +204,9 @@ class ScheduledPool(Pool):
     def _check_learned(self) -> None:
         if not any(map(self.method.knows, self.layers)):
             raise TrainingError(
-                f"PruningCallback: no gradient told the {self.kind!r} apart by the end of the schedule, so what criterion "
-                f"{self.config.criterion!r} learned does not say which are to go. Were all gradients zero or not finite? "
-                "Check the loss and its precision."
+                f"PruningCallback: no gradient told the {self.kind!r} apart by the end of the schedule, so what "
+                f"criterion {self.config.criterion!r} learned does not say which are to go. Were all gradients zero or "
+                "not finite? Check the loss and its precision."
             )
 
     def _check_scores(self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], sparsity: float) -> None:
