@@ -137,3 +137,10 @@ def test_fpgm_tells_units_apart_that_lie_near_each_other() -> None:
     got = scores_of("fpgm", GivenEvidence(weights, weights, torch.ones(64), torch.ones(64)))
     exact = (weights.double()[:, None] - weights.double()[None]).norm(dim=-1).sum(1)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_fisher_while_training_is_half_of_taylor2() -> None:
+    """As its documentation says: gates have gradients of whole steps, not of examples."""
+    steps = [random_evidence(seed) for seed in range(3)]
+    found = {name: scores_of(name, steps, decay=0.9) for name in ("fisher", "taylor2")}
+    torch.testing.assert_close(found["fisher"], found["taylor2"] / 2)
