@@ -1,14 +1,13 @@
 """Pruning: what goes, how much of it, by which criterion, when."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.config.base import MOMENTS, is_moment
 from hf_compress.config.budgets import Budgets
 from hf_compress.config.effects import N_OF_M, decides, without_effect
+from hf_compress.config.lists import PAIRS, ListSettings, are_milestones
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.structures import TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 from hf_compress.errors import ConfigError, choices
@@ -20,7 +19,7 @@ GRANULARITIES = ("element", "row", "column", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningConfig(Budgets):
+class PruningConfig(Budgets, ListSettings):
     """Pruning during training: which structures, how much, by which criterion, when."""
 
     structures: Mapping[str, float] | Sequence[str]
@@ -115,23 +114,26 @@ class PruningConfig(Budgets):
             self._check_count(name)
         self._check_choice("regrow", (True, False))
         self._check_choice("gradients", ("training", "distillation"))
-        if self.gradients != "training" and "gate_gradients" not in criteria.get(self.criterion).reads:
-            raise self._error("gradients", self.gradients, f"'training' with {self.criterion!r}, which reads no gates")
-        if self.gradients != "training" and WEIGHTS in self.structures:
-            raise self._error("gradients", self.gradients, "'training' for single weights, which have no gates")
         self._check_number("score_decay", 0, 1, open_high=True)
         self._check_number("initial_sparsity", 0, 1, open_high=True)
         self._check_number("max_layer_sparsity", 0, 1, open_low=True)
         self._check_number("power", 0, 100, open_low=True)
         self._check_options()
-        self._check_budget(self.structures)
         self._check_structures()
+        self._check_budget(self.structures)
+        self._check_gradients()
         self._check_budget_alone()
         self._check_window()
         self._check_lottery_ticket()
         self._check_weights()
         self._check_effects()
         self._check_rules()
+
+    def _check_gradients(self) -> None:
+        if self.gradients != "training" and "gate_gradients" not in criteria.get(self.criterion).reads:
+            raise self._error("gradients", self.gradients, f"'training' with {self.criterion!r}, which reads no gates")
+        if self.gradients != "training" and WEIGHTS in self.structures:
+            raise self._error("gradients", self.gradients, "'training' for single weights, which have no gates")
 
     def _check_options(self) -> None:
         if not isinstance(self.options, Mapping):
@@ -204,16 +206,9 @@ class PruningConfig(Budgets):
         self._check_milestones()
 
     def _check_milestones(self) -> None:
-        allowed = f"pairs of a moment ({MOMENTS}) and a share in (0, 1], the last share 1, shares growing"
         pairs = self.milestones
-        if isinstance(pairs, str) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
-            raise self._error("milestones", pairs, allowed)
-        shares = [share for _, share in pairs]
-        numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in shares)
-        if not numbers or not all(map(is_moment, (when for when, _ in pairs))):
-            raise self._error("milestones", pairs, allowed)
-        if (pairs and (shares[-1] != 1 or not shares[0] > 0)) or any(a >= b for a, b in itertools.pairwise(shares)):
-            raise self._error("milestones", pairs, allowed)
+        if not are_milestones(pairs):
+            raise self._error("milestones", pairs, PAIRS)
         if pairs and (self.begin, self.end) != (PruningConfig.begin, PruningConfig.end):
             raise self._error("begin/end", (self.begin, self.end), 'the defaults with schedule="steps"')
         object.__setattr__(self, "milestones", tuple((when, float(share)) for when, share in pairs))
@@ -278,7 +273,11 @@ class PruningConfig(Budgets):
 
     def _check_rules(self) -> None:
         given = self.rules
-        if isinstance(given, str | Mapping) or not all(isinstance(rule, PruningRule | Mapping) for rule in given):
+        if (
+            isinstance(given, str)
+            or not isinstance(given, Sequence)
+            or not all(isinstance(rule, PruningRule | Mapping) for rule in given)
+        ):
             raise self._error("rules", given, "a list of PruningRule or of mappings of its fields")
         rules = tuple(PruningRule.from_dict(rule) if isinstance(rule, Mapping) else rule for rule in given)
         object.__setattr__(self, "rules", rules)

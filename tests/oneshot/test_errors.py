@@ -203,6 +203,7 @@ def test_first_sizes_that_differ_cannot_be_taken_apart() -> None:
             {"structures": {"weights": 0.5}, "criterion": "obs", "granularity": "row", "options": {"block_size": 64}},
             "no effect on weights by 'row'",
         ),
+        ({"criterion": "l2", "seed": "a"}, "seed='a'; allowed: an int"),
         ({"criterion": "l2", "seed": 1}, "seed=1; allowed: 0 unless the criterion is 'random'"),
         ({"num_batches": 0}, "num_batches=0"),
         ({"num_batches": "2"}, "num_batches='2'; allowed: an int >= 1"),
