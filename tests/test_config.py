@@ -14,6 +14,7 @@ from hf_compress import (
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
+TWO_STEPS = {"schedule": "steps", "milestones": ((0.2, 0.5), (0.5, 1.0))}
 SOFT = {"criterion": "movement", "options": {"mode": "soft"}}
 PATTERN = {"structures": {"weights": 0.5}, "granularity": "2:4"}
 TICKET = {"schedule": "lottery_ticket"}
@@ -226,6 +227,17 @@ def test_bad_budgets_are_refused(changes, message) -> None:
         ),
         ({**SOFT, "structures": ["ffn"], "allocation": "per_layer"}, "'global' with 'movement', which finds out"),
         ({**SOFT, "structures": ["ffn"], "initial_sparsity": 0.1}, "initial_sparsity: got 0.1; allowed: 0.0 with"),
+        ({**TWO_STEPS, "update_every": 3}, 'update_every: got 3; allowed: 10 with schedule="steps"'),
+        ({"schedule": "steps", "milestones": ((0.5, 0.5), (0.2, 1.0))}, "moments and shares growing"),
+        ({"schedule": "steps", "milestones": ((10, 0.5), (10, 1.0))}, "moments and shares growing"),
+        ({"schedule": "steps", "milestones": (("2 epochs", 0.5), ("1 epoch", 1.0))}, "moments and shares growing"),
+        (
+            {"schedule": "one_shot", "initial_sparsity": 0.3},
+            'initial_sparsity: got 0.3; allowed: 0.0 with schedule="one',
+        ),
+        ({"structures": ["ffn", "ffn"], "target_params": 0.5}, "structures: got .*; allowed: each structure once"),
+        ({"structures": ["ffn"], "target_speedup": float("inf")}, "target_speedup: got inf"),
+        ({"structures": ["ffn"], "target_latency_ms": float("inf")}, "target_latency_ms: got inf"),
         ({"exclude": None}, "exclude: got None; allowed: a tuple or list of regular expressions"),
         ({"exclude": 5}, "exclude: got 5"),
         ({"rules": None}, "rules: got None; allowed: a list of PruningRule"),

@@ -42,7 +42,8 @@ class PruningConfig(Budgets, ListSettings):
 
     milestones: tuple[tuple[Moment, float], ...] = ()
     """For ``schedule="steps"``: moments, each with the share in (0, 1] of the final sparsity that is reached then,
-    e.g. ``((0.2, 0.5), (0.4, 1.0))``. They replace ``begin`` and ``end``."""
+    e.g. ``((0.2, 0.5), (0.4, 1.0))``. They replace ``begin`` and ``end``. With ``initial_sparsity`` s, nothing goes
+    before the first one, and a share q stands for the sparsity s + q * (final - s)."""
 
     rounds: int = 5
     """For ``schedule="lottery_ticket"`` (Frankle and Carbin 2019, arXiv:1803.03635): into how many equal parts the
@@ -172,6 +173,8 @@ class PruningConfig(Budgets, ListSettings):
                     raise self._error(f"structures[{kind!r}]", sparsity, "a sparsity (fraction removed) in [0, 1)")
             object.__setattr__(self, "structures", {kind: float(value) for kind, value in given.items()})
         else:
+            if len(set(given)) != len(given):
+                raise self._error("structures", given, "each structure once")
             object.__setattr__(self, "structures", tuple(given))
 
     def _check_budget_alone(self) -> None:
@@ -258,6 +261,10 @@ class PruningConfig(Budgets, ListSettings):
         """A setting that cannot change anything is an error, not a comment."""
         if self.power != PruningConfig.power and self.schedule != POLYNOMIAL:
             raise self._error("power", self.power, f'{PruningConfig.power} unless schedule is "polynomial"')
+        if self.update_every != PruningConfig.update_every and self.schedule == STEPS:
+            raise self._error("update_every", self.update_every, f'{PruningConfig.update_every} with schedule="steps"')
+        if self.initial_sparsity != 0 and self.schedule == "one_shot":
+            raise self._error("initial_sparsity", self.initial_sparsity, '0.0 with schedule="one_shot"')
         if self.multiple_of != 1 and not set(WIDTHS) & set(self.structures):
             raise self._error("multiple_of", self.multiple_of, f"only 1 unless one of {', '.join(WIDTHS)} is pruned")
         useless = without_effect(self.criterion, self.options, self.structures, self.granularity)
@@ -357,6 +364,11 @@ class PruningConfig(Budgets, ListSettings):
             raise ConfigError(
                 f"PruningConfig.{name}: {given[0][0]!r}..{given[-1][0]!r} is the window of steps {begin}..{end}, but "
                 f"the run has {total_steps} optimizer steps; allowed: 0 <= begin <= end <= {total_steps} and end >= 1."
+            )
+        if self.milestones and len(set(steps)) != len(steps):
+            raise ConfigError(
+                f"PruningConfig.milestones: in a run of {total_steps} optimizer steps they are at steps "
+                f"{', '.join(map(str, steps))}; allowed: each at a step of its own. Move them apart, or train longer."
             )
         if self.schedule == LOTTERY_TICKET and not (end - begin >= self.rounds and end < total_steps):
             raise ConfigError(
