@@ -19,6 +19,7 @@ class GivenEvidence:
 
     changed: Tensor
     share_kept: float = 1.0
+    unit_sizes: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
 
     @property

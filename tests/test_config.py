@@ -15,6 +15,8 @@ from hf_compress.config.data import DatasetConfig
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
+TWO_STEPS = {"schedule": "steps", "milestones": ((0.2, 0.5), (0.5, 1.0))}
+SOFT = {"criterion": "movement", "options": {"mode": "soft"}}
 PATTERN = {"structures": {"weights": 0.5}, "granularity": "2:4"}
 TICKET = {"schedule": "lottery_ticket"}
 CONFIGS = [
@@ -221,6 +223,32 @@ def test_bad_budgets_are_refused(changes, message) -> None:
         ({**PATTERN, "allocation": "per_layer"}, "got 'per_layer'; allowed: 'global' with granularity '2:4'"),
         ({**PATTERN, "max_layer_sparsity": 0.9}, "max_layer_sparsity: got 0.9; allowed: 1.0 with granularity '2:4'"),
         ({"structures": {"weights": 0.5}, "criterion": "fpgm"}, "structures: got 'weights'; .* with criterion 'fpgm'"),
+        (
+            {**SOFT, "structures": ["weights"], "granularity": "2:4"},
+            "granularity: got '2:4'; .*A pattern removes exact",
+        ),
+        ({**SOFT, "structures": ["ffn"], "allocation": "per_layer"}, "'global' with 'movement', which finds out"),
+        ({**SOFT, "structures": ["ffn"], "initial_sparsity": 0.1}, "initial_sparsity: got 0.1; allowed: 0.0 with"),
+        ({**TWO_STEPS, "update_every": 3}, 'update_every: got 3; allowed: 10 with schedule="steps"'),
+        ({"schedule": "steps", "milestones": ((0.5, 0.5), (0.2, 1.0))}, "moments and shares growing"),
+        ({"schedule": "steps", "milestones": ((10, 0.5), (10, 1.0))}, "moments and shares growing"),
+        ({"schedule": "steps", "milestones": (("2 epochs", 0.5), ("1 epoch", 1.0))}, "moments and shares growing"),
+        (
+            {"schedule": "one_shot", "initial_sparsity": 0.3},
+            'initial_sparsity: got 0.3; allowed: 0.0 with schedule="one',
+        ),
+        ({"structures": ["ffn", "ffn"], "target_params": 0.5}, "structures: got .*; allowed: each structure once"),
+        ({"structures": ["ffn"], "target_speedup": float("inf")}, "target_speedup: got inf"),
+        ({"structures": ["ffn"], "target_latency_ms": float("inf")}, "target_latency_ms: got inf"),
+        ({"exclude": None}, "exclude: got None; allowed: a tuple or list of regular expressions"),
+        ({"exclude": 5}, "exclude: got 5"),
+        ({"rules": None}, "rules: got None; allowed: a list of PruningRule"),
+        ({"rules": 5}, "rules: got 5"),
+        ({"rules": [{"match": None, "criterion": "l2"}]}, "match: got None"),
+        ({"milestones": None}, "milestones: got None; allowed: pairs"),
+        ({"schedule": "steps", "milestones": 5}, "milestones: got 5; allowed: pairs"),
+        ({"structures": 5, "target_params": 0.5}, "structures: got 5; allowed: a non-empty list"),
+        ({"structures": None, "target_params": 0.5}, "structures: got None; allowed: a non-empty list"),
         ({"begin": "1.5 epoch s"}, "a text such as '1.5 epochs'"),
         ({"granularity": "row"}, '"element" unless'),
         ({"structures": {"weights": 0.5}, "granularity": "4:2"}, "or N:M such as 2:4"),

@@ -29,6 +29,7 @@ from hf_compress.instruments.rewind import Rewinder
 from hf_compress.instruments.sharded import unsharded
 from hf_compress.latency.budget import LatencyBudget
 from hf_compress.latency.masks import MeasuredSpeedup
+from hf_compress.pruning.pools import check_decided
 from hf_compress.pruning.whole_model import Budget
 from hf_compress.schedule import LOTTERY_TICKET
 from hf_compress.shrinking.plan import refuse_compressed
@@ -163,6 +164,7 @@ class PruningCallback(CompressionCallback):
         for pool in self._pruner.pools:
             masks = {name: self._pruner.masks[name] for name in pool.layers}
             pool.check_achieved(masks, f"{after} {self._why_missed(run)}")
+        check_decided(self._pruner.pools, self._pruner.masks, after)
         self._final, self._masked = self._pruner.group_masks(), weakref.ref(run.model)
         complete = all(mask.all() for mask in self._pruner.masks.values())
         staying = self._pruner.fold()

@@ -1,5 +1,6 @@
 """How much of the whole model is to be left, instead of a sparsity for each structure."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -76,5 +77,5 @@ def _fits(name: str, value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     if name in TIMED_TARGETS:
-        return value > (1 if name == "target_speedup" else 0)
+        return math.isfinite(value) and value > (1 if name == "target_speedup" else 0)
     return value > 1 if isinstance(value, int) else 0 < value < 1

@@ -1,14 +1,13 @@
 """Pruning: what goes, how much of it, by which criterion, when."""
 
 import dataclasses
-import itertools
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.config.base import MOMENTS, is_moment
 from hf_compress.config.budgets import Budgets
+from hf_compress.config.effects import N_OF_M, decides, without_effect
+from hf_compress.config.lists import PAIRS, ListSettings, are_milestones
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.structures import TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 from hf_compress.errors import ConfigError, choices
@@ -18,11 +17,9 @@ from hf_compress.schedule import LOTTERY_TICKET, POLYNOMIAL, STEPS, Moment, sche
 GRANULARITIES = ("element", "row", "column", "block")
 """What is pruned of a weight as one, besides N:M patterns."""
 
-_N_OF_M = re.compile(r"(\d+):(\d+)")
-
 
 @dataclass(frozen=True, kw_only=True)
-class PruningConfig(Budgets):
+class PruningConfig(Budgets, ListSettings):
     """Pruning during training: which structures, how much, by which criterion, when."""
 
     structures: Mapping[str, float] | Sequence[str]
@@ -45,7 +42,8 @@ class PruningConfig(Budgets):
 
     milestones: tuple[tuple[Moment, float], ...] = ()
     """For ``schedule="steps"``: moments, each with the share in (0, 1] of the final sparsity that is reached then,
-    e.g. ``((0.2, 0.5), (0.4, 1.0))``. They replace ``begin`` and ``end``."""
+    e.g. ``((0.2, 0.5), (0.4, 1.0))``. They replace ``begin`` and ``end``. With ``initial_sparsity`` s, nothing goes
+    before the first one, and a share q stands for the sparsity s + q * (final - s)."""
 
     rounds: int = 5
     """For ``schedule="lottery_ticket"`` (Frankle and Carbin 2019, arXiv:1803.03635): into how many equal parts the
@@ -117,23 +115,26 @@ class PruningConfig(Budgets):
             self._check_count(name)
         self._check_choice("regrow", (True, False))
         self._check_choice("gradients", ("training", "distillation"))
-        if self.gradients != "training" and "gate_gradients" not in criteria.get(self.criterion).reads:
-            raise self._error("gradients", self.gradients, f"'training' with {self.criterion!r}, which reads no gates")
-        if self.gradients != "training" and WEIGHTS in self.structures:
-            raise self._error("gradients", self.gradients, "'training' for single weights, which have no gates")
         self._check_number("score_decay", 0, 1, open_high=True)
         self._check_number("initial_sparsity", 0, 1, open_high=True)
         self._check_number("max_layer_sparsity", 0, 1, open_low=True)
         self._check_number("power", 0, 100, open_low=True)
         self._check_options()
-        self._check_budget(self.structures)
         self._check_structures()
+        self._check_budget(self.structures)
+        self._check_gradients()
         self._check_budget_alone()
         self._check_window()
         self._check_lottery_ticket()
         self._check_weights()
         self._check_effects()
         self._check_rules()
+
+    def _check_gradients(self) -> None:
+        if self.gradients != "training" and "gate_gradients" not in criteria.get(self.criterion).reads:
+            raise self._error("gradients", self.gradients, f"'training' with {self.criterion!r}, which reads no gates")
+        if self.gradients != "training" and WEIGHTS in self.structures:
+            raise self._error("gradients", self.gradients, "'training' for single weights, which have no gates")
 
     def _check_options(self) -> None:
         if not isinstance(self.options, Mapping):
@@ -172,6 +173,8 @@ class PruningConfig(Budgets):
                     raise self._error(f"structures[{kind!r}]", sparsity, "a sparsity (fraction removed) in [0, 1)")
             object.__setattr__(self, "structures", {kind: float(value) for kind, value in given.items()})
         else:
+            if len(set(given)) != len(given):
+                raise self._error("structures", given, "each structure once")
             object.__setattr__(self, "structures", tuple(given))
 
     def _check_budget_alone(self) -> None:
@@ -206,16 +209,9 @@ class PruningConfig(Budgets):
         self._check_milestones()
 
     def _check_milestones(self) -> None:
-        allowed = f"pairs of a moment ({MOMENTS}) and a share in (0, 1], the last share 1, shares growing"
         pairs = self.milestones
-        if isinstance(pairs, str) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
-            raise self._error("milestones", pairs, allowed)
-        shares = [share for _, share in pairs]
-        numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in shares)
-        if not numbers or not all(map(is_moment, (when for when, _ in pairs))):
-            raise self._error("milestones", pairs, allowed)
-        if (pairs and (shares[-1] != 1 or not shares[0] > 0)) or any(a >= b for a, b in itertools.pairwise(shares)):
-            raise self._error("milestones", pairs, allowed)
+        if not are_milestones(pairs):
+            raise self._error("milestones", pairs, PAIRS)
         if pairs and (self.begin, self.end) != (PruningConfig.begin, PruningConfig.end):
             raise self._error("begin/end", (self.begin, self.end), 'the defaults with schedule="steps"')
         object.__setattr__(self, "milestones", tuple((when, float(share)) for when, share in pairs))
@@ -240,7 +236,7 @@ class PruningConfig(Budgets):
             raise self._error("criterion", self.criterion, allowed, why)
 
     def _check_weights(self) -> None:
-        pattern = _N_OF_M.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
+        pattern = N_OF_M.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
         if self.granularity not in GRANULARITIES and (pattern is None or not 0 < int(pattern[1]) < int(pattern[2])):
             raise self._error("granularity", self.granularity, f"{', '.join(GRANULARITIES)}, or N:M such as 2:4")
         size = self.block_size
@@ -252,6 +248,9 @@ class PruningConfig(Budgets):
             raise self._error("granularity", self.granularity, f'"element" unless {WEIGHTS!r} is pruned')
         if self.granularity != "block" and self.block_size != PruningConfig.block_size:
             raise self._error("block_size", size, f'{PruningConfig.block_size} unless granularity is "block"')
+        if pattern is not None and decides(self.criterion, self.options):
+            why = "A pattern removes exact numbers; this one finds out itself how much goes."
+            raise self._error("granularity", self.granularity, f"one of {', '.join(GRANULARITIES)}", why)
         if pattern is not None and isinstance(self.structures, Mapping):
             final = 1 - int(pattern[1]) / int(pattern[2])
             given = self.structures[WEIGHTS]
@@ -262,9 +261,14 @@ class PruningConfig(Budgets):
         """A setting that cannot change anything is an error, not a comment."""
         if self.power != PruningConfig.power and self.schedule != POLYNOMIAL:
             raise self._error("power", self.power, f'{PruningConfig.power} unless schedule is "polynomial"')
+        if self.update_every != PruningConfig.update_every and self.schedule == STEPS:
+            raise self._error("update_every", self.update_every, f'{PruningConfig.update_every} with schedule="steps"')
+        if self.initial_sparsity != 0 and self.schedule == "one_shot":
+            raise self._error("initial_sparsity", self.initial_sparsity, '0.0 with schedule="one_shot"')
         if self.multiple_of != 1 and not set(WIDTHS) & set(self.structures):
             raise self._error("multiple_of", self.multiple_of, f"only 1 unless one of {', '.join(WIDTHS)} is pruned")
-        for field, why in _without_effect(self.criterion, self.structures, self.granularity).items():
+        useless = without_effect(self.criterion, self.options, self.structures, self.granularity)
+        for field, why in useless.items():
             if getattr(self, field) != getattr(PruningConfig, field):
                 raise self._error(field, getattr(self, field), f"{getattr(PruningConfig, field)!r} with {why}")
         if not isinstance(self.structures, Mapping):
@@ -276,7 +280,11 @@ class PruningConfig(Budgets):
 
     def _check_rules(self) -> None:
         given = self.rules
-        if isinstance(given, str | Mapping) or not all(isinstance(rule, PruningRule | Mapping) for rule in given):
+        if (
+            isinstance(given, str)
+            or not isinstance(given, Sequence)
+            or not all(isinstance(rule, PruningRule | Mapping) for rule in given)
+        ):
             raise self._error("rules", given, "a list of PruningRule or of mappings of its fields")
         rules = tuple(PruningRule.from_dict(rule) if isinstance(rule, Mapping) else rule for rule in given)
         object.__setattr__(self, "rules", rules)
@@ -315,13 +323,14 @@ class PruningConfig(Budgets):
             neutral["max_layer_sparsity"] = 1.0
         criterion, granularity = changes.get("criterion", self.criterion), neutral.get("granularity", self.granularity)
         if criterion in criteria:
-            useless = _without_effect(criterion, structures, granularity)
+            options = changes.get("options", neutral.get("options", self.options))
+            useless = without_effect(criterion, options, structures, granularity)
             neutral |= {field: getattr(PruningConfig, field) for field in useless}
         return dataclasses.replace(self, **(neutral | changes))
 
     def pattern(self) -> tuple[int, int] | None:
         """Return N and M of an N:M granularity, or None."""
-        found = _N_OF_M.fullmatch(self.granularity)
+        found = N_OF_M.fullmatch(self.granularity)
         return None if found is None else (int(found[1]), int(found[2]))
 
     def window(self, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> tuple[int, int]:
@@ -356,6 +365,11 @@ class PruningConfig(Budgets):
                 f"PruningConfig.{name}: {given[0][0]!r}..{given[-1][0]!r} is the window of steps {begin}..{end}, but "
                 f"the run has {total_steps} optimizer steps; allowed: 0 <= begin <= end <= {total_steps} and end >= 1."
             )
+        if self.milestones and len(set(steps)) != len(steps):
+            raise ConfigError(
+                f"PruningConfig.milestones: in a run of {total_steps} optimizer steps they are at steps "
+                f"{', '.join(map(str, steps))}; allowed: each at a step of its own. Move them apart, or train longer."
+            )
         if self.schedule == LOTTERY_TICKET and not (end - begin >= self.rounds and end < total_steps):
             raise ConfigError(
                 f"PruningConfig.begin/end: {begin}..{end} for {self.rounds} rounds in a run of {total_steps} "
@@ -383,17 +397,3 @@ class PruningConfig(Budgets):
                 f"the window {begin}..{end} ends at step {first}; allowed: an earlier moment."
             )
         return step
-
-
-def _without_effect(criterion: str, structures: Collection[str], granularity: str) -> dict[str, str]:
-    """Return the fields that cannot change anything, each with what it is that leaves them without effect."""
-    method = criteria.get(criterion)
-    found = {} if method.averages else {"score_decay": repr(criterion)}
-    if method.defers:
-        found |= dict.fromkeys(("regrow", "initial_sparsity"), f"{criterion!r}, which removes everything at the end")
-    if criterion == "random":
-        found["regrow"] = "'random', whose scores never change"
-    if set(structures) == {WEIGHTS} and _N_OF_M.fullmatch(granularity):
-        fixed = f"granularity {granularity!r}, which says how much goes in every layer"
-        found |= dict.fromkeys(("allocation", "max_layer_sparsity"), fixed)
-    return found

@@ -217,15 +217,25 @@ def unit_gradients(model: nn.Module, group: DimensionGroup) -> Tensor:
         parts = [_by_unit(gradient(model.get_parameter(part.parameter)), part) for part in group.slices]
         result = torch.cat(parts, dim=1)
     if not found:
-        raise TrainingError(
-            f"the weights of {group.name!r} get no gradients: they are frozen, as under LoRA. Choose a criterion that "
-            "reads gate gradients, such as 'taylor', or train the weights."
-        )
+        raise _frozen(group)
     return result
 
 
+def _frozen(group: DimensionGroup) -> TrainingError:
+    return TrainingError(
+        f"the weights of {group.name!r} get no gradients: they are frozen, as under LoRA. Choose a criterion that "
+        "reads gate gradients, such as 'taylor', or train the weights."
+    )
+
+
 def add_to_gradients(model: nn.Module, group: DimensionGroup, change: Tensor) -> None:
-    """Add ``change``, shaped as ``unit_weights`` returns them, to the gradients. Collective under FSDP."""
+    """Add ``change``, shaped as ``unit_weights`` returns them, to the gradients. Collective under FSDP.
+
+    Raises:
+        TrainingError: If all weights of the group are frozen.
+    """
+    if not any(model.get_parameter(part.parameter).requires_grad for part in group.slices):
+        raise _frozen(group)
     columns = 0
     for part in group.slices:
         parameter = model.get_parameter(part.parameter)

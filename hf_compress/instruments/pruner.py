@@ -14,6 +14,7 @@ from hf_compress.instruments.finished import make_gates_final
 from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.limits import limits_of
 from hf_compress.instruments.select import Selection, kinds_of, select
+from hf_compress.instruments.sharded import first_not_finite
 from hf_compress.instruments.units import GroupUnits
 from hf_compress.instruments.weight_units import WeightUnits
 from hf_compress.pruning.allocate import Layer
@@ -181,12 +182,14 @@ class Pruner:
         """Move masks and factors after an optimizer step; return whether masks were due.
 
         Raises:
-            TrainingError: If scores do not say what goes, or a layer's evidence never came.
+            TrainingError: If scores do not say what goes, a layer's evidence never came, or weights are no numbers.
         """
         due = False
         for pool in self.pools:
             if pool.timetable.is_due(step):
                 due = True
+                if step == pool.timetable.end:
+                    self._check_weights()
                 silent = next((name for name in pool.layers if name in self.unread), None)
                 if silent is not None:
                     raise _nothing_read(pool, silent, "so far")
@@ -202,6 +205,15 @@ class Pruner:
             for name in pool.layers:
                 self.show(pool, name)
         return due
+
+    def _check_weights(self) -> None:
+        """Not every criterion would notice: chance and counts of activations say something of any weights."""
+        name = first_not_finite(self.model)
+        if name is not None:
+            raise TrainingError(
+                f"PruningCallback: {name!r} is NaN or infinite in places at the end of the schedule. Check the loss "
+                "and its precision, and the weights that training began with."
+            )
 
     def show(self, pool: ScheduledPool, name: str) -> None:
         """Put the factors of a method that has some on the units of a layer."""

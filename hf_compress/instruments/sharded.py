@@ -128,3 +128,9 @@ def _is_fsdps(value: Any) -> bool:
     # Wrapped functions take over the name of the module whose function they wrap, but not its global variables.
     defined_in = (getattr(function, "__module__", ""), getattr(function, "__globals__", {}).get("__name__", ""))
     return callable(hook) and any(str(name).startswith(_FSDP) for name in defined_in)
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """Return the name of a parameter with entries that are not finite, or None. Collective under FSDP."""
+    found = [name for name, each in model.named_parameters() if not bool(whole(each.detach()).isfinite().all())]
+    return found[0] if found else None

@@ -104,6 +104,9 @@ class GroupEvidence(Readings):
     def __init__(self, group: DimensionGroup, model: PreTrainedModel) -> None:
         super().__init__()
         self.num_units = group.num_units
+        layers = [model.get_submodule(name) for name in group.modules]
+        sizes = [float(sum(parameter.numel() for parameter in layer.parameters())) for layer in layers]
+        self.unit_sizes = torch.tensor(sizes) if sizes else None
         self._group = group
         self._model = model
 

@@ -55,14 +55,20 @@ class WeightCut:
         return self.shape[1] if length == "row" and self._granularity == "element" else 1
 
     def limits(self, config: PruningConfig) -> Layer:
-        """Return what an allocation must respect: the layer may go empty unless ``min_units`` says more."""
+        """Return what an allocation must respect."""
         return Layer(
             num_units=self.num_units,
-            min_units=config.min_units if config.min_units > 1 else 0,
+            min_units=config.min_units,
             max_sparsity=config.max_layer_sparsity,
             shape=str(self.shape),
-            unit_sizes=self._unit_sizes(),
+            unit_sizes=self.unit_sizes(),
         )
+
+    def unit_sizes(self) -> Tensor | None:
+        """Return the number of weights of each unit, [num_units]; None for single ones."""
+        if self.shape[0] * self.shape[1] == self.num_units:
+            return None
+        return self._by_unit(torch.ones(self.shape)).sum(dim=1)
 
     def by_unit(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as [num_units, weights per unit]; smaller units end in zeros."""
@@ -84,12 +90,6 @@ class WeightCut:
         else:
             rows = units.reshape(outputs, inputs)
         return (rows.t() if self._in_dim == 0 else rows).reshape(self._parameter_shape)
-
-    def _unit_sizes(self) -> Tensor | None:
-        """Return the number of weights of each unit, [num_units]; None for single ones."""
-        if self.shape[0] * self.shape[1] == self.num_units:
-            return None
-        return self._by_unit(torch.ones(self.shape)).sum(dim=1)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as [outputs, inputs]."""

@@ -41,7 +41,7 @@ class WeightEvidence(Readings):
         self._kind = kind
         self._groups = groups
         self.cut = WeightCut(name, parameter.shape, kind.weight_in_dim, config)
-        self.num_units = self.cut.num_units
+        self.num_units, self.unit_sizes = self.cut.num_units, self.cut.unit_sizes()
 
     def weights(self) -> Tensor:
         """Return the weights by unit, [num_units, weights per unit]."""
@@ -54,10 +54,7 @@ class WeightEvidence(Readings):
             TrainingError: If there are none.
         """
         if self._parameter.grad is None:
-            raise TrainingError(
-                f"the weight {self._name!r} got no gradient, so its criterion has nothing to go by. Is it frozen, or "
-                "not used in training? Leave it out with exclude=(...)."
-            )
+            raise self._no_gradient()
         return self.cut.by_unit(whole(self._parameter.grad).float())
 
     def gate_gradients(self) -> Tensor:
@@ -83,9 +80,21 @@ class WeightEvidence(Readings):
         return self.weights().abs()
 
     def add_to_gradients(self, change: Tensor) -> None:
-        """Add to the gradients of the weights, [num_units, weights per unit]."""
+        """Add to the gradients of the weights, [num_units, weights per unit].
+
+        Raises:
+            TrainingError: If they are frozen.
+        """
+        if not self._parameter.requires_grad:
+            raise self._no_gradient()
         if self._parameter.grad is not None:
             add_in_place(self._parameter.grad, self.cut.weight_shaped(change))
+
+    def _no_gradient(self) -> TrainingError:
+        return TrainingError(
+            f"the weight {self._name!r} got no gradient, so its criterion has nothing to go by. Is it frozen, or "
+            "not used in training? Leave it out with exclude=(...)."
+        )
 
 
 class WeightUnits:

@@ -50,8 +50,13 @@ class Calibration:
         """Return the layers in the order in which they run, those that are given the same input together.
 
         Raises:
-            TargetError: If a layer is never called, or its inputs are not finite.
+            TargetError: If a layer is never called, its inputs are not finite, or all tokens are padding.
         """
+        if all(tokens is not None and not tokens.any() for tokens in map(self._tokens, self.batches)):
+            raise TargetError(
+                "prune_oneshot: attention_mask is 0 everywhere in these batches, so all tokens are padding and nothing "
+                "is known about inputs. Set it to 1 where there is text."
+            )
         given: dict[str, list[tuple[int, int, int]]] = {}
         self._calls = []
         for number, batch in self.each("Finding layers"):

@@ -11,7 +11,7 @@ from hf_compress.instruments.gate import Gate, gated
 from hf_compress.oneshot.calibration import Calibration, check_finite
 from hf_compress.oneshot.linear import LinearLayer, UnitReader, unit_readers
 from hf_compress.oneshot.request import Found, Job
-from hf_compress.oneshot.scores import check_informative, collect_gradients
+from hf_compress.oneshot.scores import LABELS, check_informative, collect_gradients
 from hf_compress.pruning.criteria.oneshot import KwonOptions
 from hf_compress.pruning.kwon import Family, Reconstruction, rearrange, search_masks, tune_scales
 
@@ -28,7 +28,7 @@ def search_and_tune(job: Job) -> Found:
     readers = {name: unit_readers(job.model, group) for name, group in groups.items()} if options.tune else {}
     gradients = collect_gradients(job, per_example=True)
     fisher = {name: values.square().mean(0) for name, values in gradients.items()}
-    check_informative(fisher)
+    check_informative(fisher, "gradients are", LABELS)
     masks = job.allocate(fisher) if options.flops is None else _within_budget(job, fisher, options.flops)
     if options.rearrange:
         masks = {name: rearrange(mask, gradients[name], groups[name].fixed_units) for name, mask in masks.items()}

@@ -12,6 +12,12 @@ from hf_compress.oneshot.calibration import check_finite, without_gradients_of
 from hf_compress.oneshot.linear import unit_readers
 from hf_compress.oneshot.request import Found, Job
 
+LABELS = (
+    "Check the labels; a loss that compares examples with each other (CLIP's) is constant for the single ones that "
+    "fisher and kwon look at."
+)
+"""What to do about gradients that are all 0."""
+
 
 def by_weights(job: Job) -> Found:
     """Score units as while training, by their own weights or by chance. No batch is run."""
@@ -41,6 +47,7 @@ def wanda(job: Job) -> Found:
     for name, evidence in job.evidence().items():
         method.tensors[name] = torch.cat([squares[each.layer.name] for each in readers[name]])
         scores[name] = method.score(name, evidence)
+    check_informative(scores, "inputs are", "Check the batches, and whether the model passes anything on.")
     return _allocated(job, scores)
 
 
@@ -55,21 +62,23 @@ def gate_gradients(job: Job) -> Found:
     gradients = collect_gradients(job, per_example=of_examples)
     score = torch.abs if job.config.criterion == "taylor" else torch.square
     scores = {name: score(values).mean(0) for name, values in gradients.items()}
-    check_informative(scores)
+    check_informative(scores, "gradients are", LABELS)
     return _allocated(job, scores)
 
 
-def check_informative(scores: Mapping[str, Tensor]) -> None:
-    """Check that scores by gradients say anything.
+def check_informative(scores: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Check that scores say anything.
+
+    Args:
+        scores: By layer.
+        what: What they were made of, with its verb.
+        remedy: What to do if they do not.
 
     Raises:
         TargetError: If all are 0.
     """
     if not any(bool(values.any()) for values in scores.values()):
-        raise TargetError(
-            "prune_oneshot: all gradients are 0, so nothing says which units matter. Check the labels; a loss that "
-            "compares examples with each other (CLIP's) is constant for the single ones that fisher and kwon look at."
-        )
+        raise TargetError(f"prune_oneshot: all {what} 0, so nothing says which units matter. {remedy}")
 
 
 def collect_gradients(job: Job, *, per_example: bool) -> dict[str, Tensor]:

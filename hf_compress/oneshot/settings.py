@@ -92,6 +92,8 @@ def check_config(config: Any, seed: int) -> None:
             "units first, shrink, then prune the weights of the result."
         )
     _check_flops(config)
+    if type(seed) is not int:
+        raise ConfigError(f"prune_oneshot: seed={seed!r}; allowed: an int.")
     if seed != 0 and not any(part.criterion == "random" for _, part in parts):
         raise ConfigError(f"prune_oneshot: seed={seed!r}; allowed: 0 unless the criterion is 'random'.")
 

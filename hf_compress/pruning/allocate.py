@@ -199,14 +199,15 @@ def _counts(
 
 
 def _steps(bundle: Bundle, scores: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> tuple[Tensor, Tensor]:
-    """Return the mean score of the units that each step brings and its size, [num_steps], the highest score first."""
+    """Return the mean score of the units that each step brings and its size, [num_steps], those of the floor first."""
     sizes = bundle.sizes(layers)
     if len(bundle.names) == 1 and bundle.strides == (1,):
         score = scores[bundle.names[0]]
         if bundle.floor == 0:
             return score, sizes  # there may be millions, and the order does not matter
-        order = score.argsort(descending=True, stable=True)
-        return score[order], sizes[order]
+        first = keep_best(score, bundle.floor)
+        ordered = torch.cat([sizes[first], sizes[~first]]) if layers[bundle.names[0]].unit_sizes is not None else sizes
+        return torch.cat([score[first], score[~first]]), ordered
     total, count = torch.zeros(bundle.num_steps), torch.zeros(bundle.num_steps)
     for name, stride in zip(bundle.names, bundle.strides, strict=True):
         ranked = scores[name].float().sort(descending=True).values

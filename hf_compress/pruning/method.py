@@ -30,8 +30,11 @@ class Evidence(Protocol):
 
     num_units: int
 
+    unit_sizes: Tensor | None
+    """The number of weights of each unit, [num_units]; None where all have alike."""
+
     def weights(self) -> Tensor:
-        """Return all weights of each unit, [num_units, weights per unit]."""
+        """Return all weights of each unit, [num_units, weights per unit]; smaller units end in zeros."""
         ...
 
     def gate_gradients(self) -> Tensor:
@@ -66,6 +69,9 @@ class Evidence(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions(Settings):
     """Settings of one method: the keys of ``PruningConfig.options``."""
+
+    lever: ClassVar[str] = "its options"
+    """What to raise where a method that decides removed nothing."""
 
     @property
     def decides(self) -> bool:
@@ -139,6 +145,10 @@ class Method:
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return finite scores [num_units], higher = keep; weights can be read."""
         raise NotImplementedError
+
+    def knows(self, name: str) -> bool:
+        """Return whether training said anything about the units of a layer; methods that learn look at what moved."""
+        return True
 
     def threshold(self, share: float) -> float | None:
         """Return the lowest score that may stay, if the method itself finds out how much goes; else None.

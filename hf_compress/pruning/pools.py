@@ -1,7 +1,7 @@
 """Pools: layers whose units compete, scored by one method, for one sparsity."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +156,8 @@ class ScheduledPool(Pool):
         scores = {name: self.method.score(name, evidence[name]).float().cpu() for name in self.layers}
         due = self._due(step)
         self._check_scores(scores, now, due)
+        if step == self.timetable.end and self.sparsity != 0:
+            self._check_learned()
         if self.budget is not None:
             masks = self.within_budget(scores, now, due, last=step == self.timetable.end)
             return self._moved(step, evidence, masks, scores)
@@ -199,6 +201,14 @@ class ScheduledPool(Pool):
                 masks[name] = keep_best(scores[name], min(steps * stride, self.layers[name].num_units))
         return masks
 
+    def _check_learned(self) -> None:
+        if not any(map(self.method.knows, self.layers)):
+            raise TrainingError(
+                f"PruningCallback: no gradient told the {self.kind!r} apart by the end of the schedule, so what "
+                f"criterion {self.config.criterion!r} learned does not say which are to go. Were all gradients zero or "
+                "not finite? Check the loss and its precision."
+            )
+
     def _check_scores(self, scores: Mapping[str, Tensor], now: Mapping[str, Tensor], sparsity: float) -> None:
         for name, score in scores.items():
             if not bool(torch.isfinite(score).all()):
@@ -211,3 +221,24 @@ class ScheduledPool(Pool):
                 f"PruningCallback: the scores of all {self.kind!r} are 0 when the first are to go, so nothing says "
                 "which. Were all gradients zero or not finite so far? Check the loss and its precision, or begin later."
             )
+
+
+def check_decided(pools: Iterable[Pool], masks: Mapping[str, Tensor], after: str) -> None:
+    """Check at the end that methods which find out themselves how much goes removed anything at all.
+
+    Args:
+        pools: All pools of a run.
+        masks: The final masks, by layer.
+        after: What to add to the message: when training ended.
+
+    Raises:
+        TargetError: If they did not.
+    """
+    deciding = [pool for pool in pools if pool.sparsity is None and pool.budget is None]
+    if not deciding or not all(masks[name].all() for pool in deciding for name in pool.layers):
+        return
+    config, kinds = deciding[0].config, ", ".join(dict.fromkeys(pool.kind for pool in deciding))
+    raise TargetError(
+        f"PruningConfig.criterion: {config.criterion!r} finds out itself how much goes, and removed nothing of {kinds} "
+        f"{after} Raise {config.method_options().lever}."
+    )

@@ -11,11 +11,12 @@ from hf_compress.config import PruningConfig
 from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import ModelGraph
-from hf_compress.instruments.gate import check_gateable, unit_weights
+from hf_compress.instruments.gate import check_gateable
 from hf_compress.instruments.limits import limits_of
 from hf_compress.instruments.select import select
+from hf_compress.instruments.units import GroupEvidence
 from hf_compress.pruning.allocate import allocate, bundles, check_reachable
-from hf_compress.pruning.method import CurrentMethod
+from hf_compress.pruning.method import CurrentMethod, Setting
 from hf_compress.pruning.whole_model import CostBudget
 from hf_compress.registry import criteria
 
@@ -114,7 +115,8 @@ def _scores(
     if given is None:
         method = criteria.get(criterion)
         assert issubclass(method, CurrentMethod)
-        return {name: method.of(unit_weights(model, group)).cpu() for name, group in groups.items()}
+        ranking = method(method.options(), Setting())
+        return {name: ranking.score(name, GroupEvidence(group, model)).cpu() for name, group in groups.items()}
     different = sorted(given.keys() ^ groups.keys())
     if different:
         where = "a group that is not searched" if different[0] in given else "missing"

@@ -115,6 +115,7 @@ def simulated_annealing(
     Source: Kirkpatrick et al. 1983, "Optimization by Simulated Annealing"; for sparsities of layers, Liu et al. 2020,
     "AutoCompress", arXiv:1907.03141.
     """
+    check_search("simulated_annealing", evaluate, annealing)
     config = PruningConfig(
         structures=structures,
         criterion=criterion if isinstance(criterion, str) else "l2",  # not read where scores are given
@@ -161,6 +162,26 @@ def anneal(
     allocations = Allocations(model, graph, config, scores)
     with gated(model, allocations.groups, needs_gradient=False) as gates:
         return _Search(model, evaluate, allocations, gates, annealing or AnnealingConfig()).run()
+
+
+def check_search(caller: str, evaluate: Any, annealing: Any) -> None:
+    """Check that a search can be told how good a model is, and how to go on.
+
+    Args:
+        caller: The function that was called, for messages.
+        evaluate: What it was given.
+        annealing: What it was given.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if not callable(evaluate):
+        raise ConfigError(f"{caller}: evaluate is a {type(evaluate).__name__}; allowed: a function of the model.")
+    if annealing is not None and not isinstance(annealing, AnnealingConfig):
+        raise ConfigError(
+            f"{caller}: annealing is a {type(annealing).__name__}; allowed: an AnnealingConfig, such as "
+            "AnnealingConfig(num_iterations=50), or None."
+        )
 
 
 def check_searchable(caller: str, config: PruningConfig) -> None:

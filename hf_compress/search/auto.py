@@ -18,7 +18,7 @@ from hf_compress.instruments.limits import limits_of
 from hf_compress.instruments.select import select
 from hf_compress.oneshot.prune import check_prunable
 from hf_compress.pruning.allocate import bundles, check_reachable
-from hf_compress.search.annealing import Evaluate, SearchResult, anneal, check_searchable
+from hf_compress.search.annealing import Evaluate, SearchResult, anneal, check_search, check_searchable
 from hf_compress.shrinking.shrink import shrink
 
 Train = Callable[[PreTrainedModel, PruningCallback], Trainer]
@@ -100,6 +100,9 @@ def auto_compress(
     Source: Liu et al. 2020, "AutoCompress", arXiv:1907.03141.
     """
     _check_settings(num_iterations, training)
+    check_search("auto_compress", evaluate, annealing)
+    if not callable(train):
+        raise ConfigError(f"auto_compress: train is a {type(train).__name__}; allowed: a function that trains.")
     config = PruningConfig(
         structures=structures,
         criterion=criterion,

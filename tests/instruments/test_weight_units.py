@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from hf_compress import PruningConfig
+from hf_compress.instruments.weight_cut import WeightCut
 from hf_compress.instruments.weight_units import WeightUnits
+from hf_compress.pruning.allocate import achieved_sparsity, allocate
 from hf_compress.pruning.method import Setting
 from hf_compress.registry import criteria
 
@@ -30,3 +32,27 @@ def test_wanda_multiplies_each_weight_by_the_norm_of_its_own_channel(groups, gra
     rows = expected.reshape(8, -1)
     wanted = {"element": rows.reshape(-1), "row": rows.sum(1), "column": rows.sum(0)}[granularity]
     torch.testing.assert_close(method.score("layer", units.evidence), wanted)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+def test_a_layer_of_small_weights_keeps_what_min_units_says(granularity) -> None:
+    blocks = {"block_size": (4, 4)} if granularity == "block" else {}
+    layers, scores = {}, {}
+    for name, size in {"small": 1e-4, "large": 1.0}.items():
+        config = PruningConfig(structures={"weights": 0.5}, criterion="level", granularity=granularity, **blocks)
+        cut = WeightCut(name, torch.Size([8, 8]), 1, config)
+        layers[name], scores[name] = cut.limits(config), torch.full((cut.num_units,), size)
+    masks = allocate(scores, 0.5, layers, "global")
+    assert int(masks["small"].sum()) == 1
+    assert achieved_sparsity(masks, layers) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "block"])
+def test_level_is_the_mean_over_the_weights_of_a_block_at_the_edge_too(granularity) -> None:
+    blocks = {"block_size": (4, 4)} if granularity == "block" else {}
+    layer = nn.Linear(6, 6)
+    nn.init.constant_(layer.weight, -2.0)
+    config = PruningConfig(structures={"weights": 0.5}, criterion="level", granularity=granularity, **blocks)
+    method = criteria.get("level")(criteria.get("level").options(), Setting())
+    scores = method.score("layer", WeightUnits("layer", layer, config, method).evidence)
+    torch.testing.assert_close(scores, torch.full_like(scores, 2.0))

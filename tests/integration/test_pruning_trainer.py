@@ -167,6 +167,47 @@ def test_scores_that_never_move_are_an_error(tiny_bert, classification_data, mak
         trainer.train()
 
 
+@pytest.mark.parametrize("broken", ["nan", "no gradient"])
+@pytest.mark.parametrize("criterion", ["slim", "l0", "apoz", "random"])
+def test_a_run_without_a_usable_loss_is_an_error(
+    tiny_bert, classification_data, make_trainer, criterion, broken
+) -> None:
+    """Law 8: neither learned scores nor chance may hide that nothing was trained."""
+    model = tiny_bert()
+    with torch.no_grad():
+        if broken == "nan":
+            model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+        else:
+            model.classifier.weight.zero_()
+    trainer = make_trainer(model, classification_data(32), learning_rate=0.0, max_steps=8)
+    trainer.add_callback(PruningCallback(config(structures={"ffn": 0.5}, criterion=criterion)))
+    if broken != "nan" and criterion in ("apoz", "random"):
+        trainer.train()  # they need no loss
+        return
+    message = "is NaN or infinite in places" if broken == "nan" else "no gradient told"
+    with pytest.raises(TrainingError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("structure", ["ffn", "weights"])
+def test_frozen_weights_cannot_be_pulled(tiny_bert, classification_data, make_trainer, structure) -> None:
+    model = tiny_bert()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    exclude = ("classifier",) if structure == "weights" else ()
+    settings = config(structures={structure: 0.5}, criterion="admm", exclude=exclude)
+    trainer = make_trainer(model, classification_data(32), [PruningCallback(settings)], max_steps=8)
+    with pytest.raises(TrainingError, match=r"got no gradient|get no gradients"):
+        trainer.train()
+
+
+def test_a_criterion_that_finds_out_that_nothing_goes_is_an_error(train) -> None:
+    """Law 8."""
+    soft = {"mode": "soft", "regular_scale": 0.0}
+    with pytest.raises(TargetError, match=r"removed nothing of heads, ffn after 8 steps .* Raise options"):
+        train(config(structures=["heads", "ffn"], criterion="movement", options=soft))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -52,6 +52,17 @@ def test_bad_batches(criterion: str, data: Any, error: type[Exception], message:
     before.check()
 
 
+@pytest.mark.parametrize(("criterion", "structure"), [("wanda", "ffn"), ("wanda", "weights"), ("obs", "ffn")])
+def test_padding_alone_says_nothing(criterion: str, structure: str) -> None:
+    model = trained("bert")
+    before = Snapshot(model)
+    data = [{**each, "attention_mask": torch.zeros_like(each["input_ids"])} for each in GOOD]
+    settings = {"structures": {structure: 0.5}, "criterion": criterion, "allocation": "per_layer"}
+    with pytest.raises(TargetError, match="attention_mask is 0 everywhere"):
+        prune(model, data, HEADS, **settings)
+    before.check()
+
+
 @pytest.mark.parametrize("criterion", NEED_BATCHES)
 def test_a_loader_that_fails(criterion: str) -> None:
     model = trained("bert").train()
@@ -192,6 +203,7 @@ def test_first_sizes_that_differ_cannot_be_taken_apart() -> None:
             {"structures": {"weights": 0.5}, "criterion": "obs", "granularity": "row", "options": {"block_size": 64}},
             "no effect on weights by 'row'",
         ),
+        ({"criterion": "l2", "seed": "a"}, "seed='a'; allowed: an int"),
         ({"criterion": "l2", "seed": 1}, "seed=1; allowed: 0 unless the criterion is 'random'"),
         ({"num_batches": 0}, "num_batches=0"),
         ({"num_batches": "2"}, "num_batches='2'; allowed: an int >= 1"),

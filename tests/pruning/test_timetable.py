@@ -62,3 +62,18 @@ def test_a_window_outside_the_run_is_refused() -> None:
     for wrong in ({"end": 200}, {"begin": 0.9, "end": "0.5 epochs"}, {"schedule": "steps", "milestones": ((200, 1),)}):
         with pytest.raises(ConfigError, match="window of steps"):
             timetable(epoch=lambda: 50, **wrong)
+
+
+def test_milestones_need_steps_of_their_own() -> None:
+    config = PruningConfig(structures={"ffn": 0.8}, schedule="steps", milestones=((0.4, 0.5), (0.45, 1.0)))
+    assert [step for step, _ in config.moments(100)] == [40, 45]
+    with pytest.raises(ConfigError, match="in a run of 5 optimizer steps they are at steps 2, 2; allowed: each"):
+        config.moments(5)
+
+
+def test_shares_of_milestones_count_from_the_initial_sparsity() -> None:
+    config = PruningConfig(
+        structures={"ffn": 0.8}, schedule="steps", milestones=((10, 0.5), (20, 1.0)), initial_sparsity=0.4
+    )
+    times = Timetable.of(config, config.moments(100), 0.8)
+    assert [times.sparsity(step, 0.8) for step in (9, 10, 20)] == pytest.approx([0.0, 0.6, 0.8])

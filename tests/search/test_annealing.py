@@ -207,6 +207,8 @@ GOOD = {"structures": {"ffn": 0.5}, "evaluate": lambda model: 1.0}
     [
         ({"evaluate": lambda model: math.nan}, TargetError, "evaluate returned nan; allowed: a finite number"),
         ({"evaluate": lambda model: {"accuracy": 1}}, TargetError, "evaluate returned a dict; allowed: a number"),
+        ({"evaluate": None}, ConfigError, "simulated_annealing: evaluate is a NoneType; allowed: a function"),
+        ({"annealing": 5}, ConfigError, "simulated_annealing: annealing is a int; allowed: an AnnealingConfig"),
         ({"criterion": "taylor"}, ConfigError, "'taylor' reads something else; .*'l2'"),
         ({"criterion": {FFN[0]: torch.ones(32)}}, ConfigError, rf"criterion\['{FFN[1]}'\] is missing"),
         ({"criterion": {name: torch.ones(31) for name in FFN}}, ConfigError, r"has shape \(31,\)"),
@@ -228,7 +230,7 @@ def test_what_cannot_be_searched_is_said(changes: Any, error: type[Exception], m
     before = Snapshot(model)
     settings = {**GOOD, **changes}
     with pytest.raises(error, match=message):
-        if "annealing" in settings:
+        if isinstance(settings.get("annealing"), dict):
             settings["annealing"] = AnnealingConfig(**settings["annealing"])
         simulated_annealing(model, settings.pop("evaluate"), settings.pop("structures"), **settings)
     before.check()

@@ -152,6 +152,8 @@ def test_iterations_without_a_whole_unit_are_left_out(tiny_bert, evaluate, train
         ({"structures": {"heads": 0.9}}, TargetError, r"structures\['heads'\]: sparsity 0.9"),
         ({"search_criterion": "admm"}, ConfigError, "'admm' reads something else"),
         ({"options": {"rhoo": 1}}, ConfigError, "'rhoo'"),
+        ({"train": None}, ConfigError, "train is a NoneType; allowed: a function"),
+        ({"annealing": {}}, ConfigError, "auto_compress: annealing is a dict; allowed: an AnnealingConfig"),
         ({"train": lambda model, callback: None}, ConfigError, "train returned a NoneType"),
     ],
 )

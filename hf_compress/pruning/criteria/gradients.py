@@ -36,8 +36,10 @@ def taylor2(evidence: Evidence) -> Tensor:
 def fisher(evidence: Evidence) -> Tensor:
     """Second-order change of the loss: ``(d loss / d gate)^2 / 2``, the diagonal of the empirical Fisher information.
 
-    The gradient is that of a whole optimizer step, not of single examples, so with large batches the noise that the
-    information is made of averages out; batches of a few examples are closer to the source.
+    While training, the gradient is that of a whole optimizer step, not of single examples as in the source: gates see
+    sums over all that a step computes. So this is half of ``taylor2`` there and ranks units as it does; with large
+    batches the noise that the information is made of averages out, and steps of a single example are the source's.
+    ``prune_oneshot`` squares the gradient of each example, as the source does.
 
     Source: Theis et al. 2018, arXiv:1801.05787, eq. 4; Kwon et al. 2022, arXiv:2204.09656, eq. 4.
     """

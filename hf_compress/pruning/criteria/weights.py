@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from hf_compress.pruning.method import EVERYWHERE, current
+from hf_compress.pruning.method import EVERYWHERE, CurrentMethod, Evidence, current
+from hf_compress.registry import criteria
 
 
 @current("l1")
@@ -22,13 +23,17 @@ def l2(weights: Tensor) -> Tensor:
     return norm
 
 
-@current("level")
-def level(weights: Tensor) -> Tensor:
+@criteria.register("level")
+class Level(CurrentMethod):
     """Mean magnitude of the weights of a unit; for single weights, their magnitude.
 
     Source: Han et al. 2015, arXiv:1506.02626. Unlike ``l1`` it compares units of different sizes.
     """
-    return weights.abs().mean(dim=1)
+
+    def score(self, name: str, evidence: Evidence) -> Tensor:
+        """Return the means over the weights that there are, not over the zeros that fill up smaller units."""
+        magnitudes, sizes = evidence.weights().abs(), evidence.unit_sizes
+        return magnitudes.mean(dim=1) if sizes is None else magnitudes.sum(dim=1) / sizes.to(magnitudes.device)
 
 
 @current("fpgm", structures=EVERYWHERE - {"weights"})
@@ -40,4 +45,6 @@ def fpgm(weights: Tensor) -> Tensor:
 
     Source: He et al. 2019, arXiv:1811.00250, eq. 4.
     """
-    return torch.cdist(weights, weights).sum(dim=1)
+    # From products of matrices, as without this, distances between units near each other would be all rounding.
+    distances = torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.sum(dim=1)

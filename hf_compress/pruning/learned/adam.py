@@ -1,11 +1,14 @@
 """The optimizer of what methods learn: theirs, so that the Trainer's stays as it is."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
 DECAYS = (0.9, 0.999)
+
+ALIKE = 1e-6
+"""Relative difference of squared gradients that is taken for rounding."""
 
 
 def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor, learning_rate: float) -> None:
@@ -35,3 +38,20 @@ def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor,
     for old, new in ((mean, new_mean), (square, new_square), (steps, count)):
         old.copy_(new.where(finite, old))
     tensors[name].sub_(change.where(finite, 0.0), alpha=learning_rate)
+
+
+def told_apart(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Return whether the gradients so far said anything about which entries of ``tensors[name]`` matter.
+
+    They did not if there were none but zeros and such as are not finite, or if all entries got alike, as from a
+    penalty alone.
+
+    Args:
+        tensors: With the state that ``adam_step`` keeps.
+        name: What moved.
+    """
+    square = tensors.get(f"{name}/square")
+    if square is None:
+        return False
+    low, high = square.aminmax()
+    return bool(high > 0) if len(square) == 1 else bool(high - low > ALIKE * high)

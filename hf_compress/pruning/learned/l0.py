@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.pruning.criteria.activations import UNITS
-from hf_compress.pruning.learned.adam import adam_step
+from hf_compress.pruning.learned.adam import adam_step, told_apart
 from hf_compress.pruning.method import DeferringMethod, Evidence, MethodOptions, Setting
 from hf_compress.registry import criteria
 
@@ -116,6 +116,10 @@ class L0(DeferringMethod):
         with torch.no_grad():
             mean = clipped_mean(self.tensors[name])
             return mean if self.over else gate(self.tensors[name], self._noise(name)), mean
+
+    def knows(self, name: str) -> bool:
+        """Return whether gradients told units apart."""
+        return told_apart(self.tensors, name)
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return the probability that the gate is not 0."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.pruning.learned.adam import adam_step
+from hf_compress.pruning.learned.adam import adam_step, told_apart
 from hf_compress.pruning.method import GATED, Evidence, Method, MethodOptions
 from hf_compress.registry import criteria
 
@@ -13,6 +13,8 @@ from hf_compress.registry import criteria
 @dataclass(frozen=True, kw_only=True)
 class MovementOptions(MethodOptions):
     """Options of ``movement``."""
+
+    lever = "options regular_scale or threshold, or learning_rate"
 
     mode: str = "hard"
     """``"hard"``: the sparsity asked for is reached exactly. ``"soft"``: units whose ``sigmoid(score)`` lies below the
@@ -73,6 +75,10 @@ class Movement(Method):
             kept = torch.sigmoid(self.tensors[name])
             gradient = gradient + self.settings.regular_scale * self.share * kept * (1 - kept) / len(kept)
         adam_step(self.tensors, name, gradient, self.settings.learning_rate)
+
+    def knows(self, name: str) -> bool:
+        """Return whether gradients told units apart."""
+        return told_apart(self.tensors, name)
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return the scores; with thresholds, ``sigmoid`` of them."""

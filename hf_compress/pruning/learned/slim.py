@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.pruning.criteria.activations import UNITS
-from hf_compress.pruning.learned.adam import adam_step
+from hf_compress.pruning.learned.adam import adam_step, told_apart
 from hf_compress.pruning.method import DeferringMethod, Evidence, MethodOptions
 from hf_compress.registry import criteria
 
@@ -56,6 +56,10 @@ class Slim(DeferringMethod):
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the factors."""
         return self.tensors[name], self.tensors[name]
+
+    def knows(self, name: str) -> bool:
+        """Return whether gradients told units apart."""
+        return told_apart(self.tensors, name)
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return their magnitudes."""

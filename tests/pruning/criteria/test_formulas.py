@@ -129,3 +129,18 @@ def test_random_scores_depend_on_seed_and_layer_alone() -> None:
 
     assert draw(0, "a") == draw(0, "a")
     assert len({str(draw(*each)) for each in ((0, "a"), (0, "b"), (1, "a"))}) == 3
+
+
+def test_fpgm_tells_units_apart_that_lie_near_each_other() -> None:
+    """Distances from squared norms lose all their digits here."""
+    weights = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)) * 1e-3 + 10
+    got = scores_of("fpgm", GivenEvidence(weights, weights, torch.ones(64), torch.ones(64)))
+    exact = (weights.double()[:, None] - weights.double()[None]).norm(dim=-1).sum(1)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_fisher_while_training_is_half_of_taylor2() -> None:
+    """As its documentation says: gates have gradients of whole steps, not of examples."""
+    steps = [random_evidence(seed) for seed in range(3)]
+    found = {name: scores_of(name, steps, decay=0.9) for name in ("fisher", "taylor2")}
+    torch.testing.assert_close(found["fisher"], found["taylor2"] / 2)

@@ -190,3 +190,19 @@ def test_admm_finds_the_sparse_solution_of_a_quadratic_loss() -> None:
 def test_bad_options_are_refused(criterion, options, message) -> None:
     with pytest.raises(ConfigError, match=f"options for criterion '{criterion}'.*{message}"):
         PruningConfig(structures={"ffn": 0.5}, criterion=criterion, options=options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("slim", {}), ("l0", {}), ("movement", {"mode": "soft"})])
+def test_what_is_learned_from_no_gradients_is_nothing(name, options) -> None:
+    """A penalty alone moves all units alike."""
+    known = []
+    for gradient in ([0.0, 0.0, 0.0], [math.nan, 1.0, 2.0], [0.1, -0.2, 0.3]):
+        method = made(name, 0.5, **options)
+        method.start("layer", pushing(gradient))
+        method.share = 0.5
+        for _ in range(3):
+            method.step("layer", pushing(gradient))
+            if name == "l0":
+                method.end_step()
+        known.append(method.knows("layer"))
+    assert known == [False, False, True]

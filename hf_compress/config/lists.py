@@ -1,0 +1,43 @@
+"""Lists in configs: checked before anything reads what is in them."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_compress.config.base import MOMENTS, Settings, is_moment
+from hf_compress.schedule import parse_epochs
+
+PAIRS = f"pairs of a moment ({MOMENTS}) and a share in (0, 1], the last share 1, moments and shares growing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSettings(Settings):
+    """Settings with lists of regular expressions."""
+
+    def _check_patterns(self, name: str) -> None:
+        """Refuse what is no list at all, too."""
+        if not isinstance(getattr(self, name), Iterable):
+            raise self._error(name, getattr(self, name), "a tuple or list of regular expressions")
+        super()._check_patterns(name)
+
+
+def are_milestones(pairs: Any) -> bool:
+    """Return whether a value is what ``PruningConfig.milestones`` may be; moments of one kind grow."""
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        return False
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 and is_moment(pair[0]) for pair in pairs):
+        return False
+    shares = [share for _, share in pairs]
+    if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in shares):
+        return False
+    grow = all(a < b for a, b in itertools.pairwise([0, *shares]))
+    last = not shares or shares[-1] == 1
+    return grow and last and all(_comes_first(a, b) for (a, _), (b, _) in itertools.pairwise(pairs))
+
+
+def _comes_first(a: Any, b: Any) -> bool:
+    """Return whether a moment may come before another; of unlike ones only the run can tell."""
+    if type(a) is not type(b):
+        return True
+    return parse_epochs(a) < parse_epochs(b) if isinstance(a, str) else bool(a < b)
