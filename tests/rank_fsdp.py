@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress import GraphError, TrainingError, dimension_groups, shrink
-from hf_compress.callbacks.distillation import _shifts_labels
+from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.teacher import load_teacher
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.attach import attachment_of, detach_all
@@ -204,7 +204,7 @@ def check_teaching(folder: Path) -> None:
         teacher = load_teacher(str(folder / f"teacher-{name}"), model)
         assert type(teacher) is type(tiny_models.ZOO[name]())
         assert not isinstance(teacher, FSDPModule)
-        assert _shifts_labels(model) == (name == "llama")
+        assert head_of(model).shift == (name == "llama")
 
 
 def check_refusals() -> None:
