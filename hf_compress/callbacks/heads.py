@@ -14,6 +14,7 @@ from hf_compress.config.distillation import AUTO
 from hf_compress.distillation.positions import counted_positions
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import own_class
+from hf_compress.instruments.stacks import position_mask
 
 SPANS = ("start_logits", "end_logits")
 
@@ -152,18 +153,7 @@ class FrameHead(Head):
 
     def counted(self, logits: Tensor, inputs: Mapping[str, Any], labels: Any, shift: bool) -> Tensor:
         """Return the frames that are no padding, [batch, frames]."""
-        mask = inputs.get("attention_mask")
-        frames: Any = getattr(self.model, "_get_feature_vector_attention_mask", None)
-        if not isinstance(mask, Tensor):
-            return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        if mask.shape != logits.shape[:2]:
-            if frames is None:
-                raise TrainingError(
-                    f"distillation: {type(self.model).__name__} has {logits.shape[1]} frames for an attention_mask of "
-                    f"{mask.shape[1]}, and no method that says which are padding. Train without an attention_mask."
-                )
-            mask = frames(logits.shape[1], mask)
-        return mask.bool().to(logits.device)
+        return position_mask(self.model, "encoder", inputs, logits)
 
 
 def head_of(model: PreTrainedModel) -> Head:
