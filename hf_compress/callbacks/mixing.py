@@ -59,7 +59,7 @@ class Mixer:
         """Inputs and features of a pass whose loss is computed outside the model."""
         self.num_computed = self.num_used = self.num_steps = 0
         self.gradients: Tensor | None = None
-        """Sum of the magnitudes of the gradients that have arrived; read after the first step."""
+        """Sum of the magnitudes of the gradients that have arrived in the first step."""
         self.was_checked = False
         self.sums: dict[str, Tensor] = {}
         """By name, losses since the last log, scaled as the Trainer scales the loss."""
@@ -243,7 +243,8 @@ class Mixer:
             if gradient is None:
                 return
             self.num_used += 1
-            self.gradients = gradient.detach().abs() + (0.0 if self.gradients is None else self.gradients)
+            if not self.was_checked:
+                self.gradients = gradient.detach().abs() + (0.0 if self.gradients is None else self.gradients)
             scaler = self.run.trainer.accelerator.scaler
             one = total.detach().new_ones(())
             loss_scale = scaler.scale(one) if scaler is not None else one  # get_scale() would wait for the device

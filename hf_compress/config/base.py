@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -64,7 +64,8 @@ class Settings:
     def _check_patterns(self, name: str) -> None:
         """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
         value = getattr(self, name)
-        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+        is_list = isinstance(value, Iterable) and not isinstance(value, str)
+        if not is_list or not all(isinstance(pattern, str) for pattern in value):
             raise self._error(name, value, "a tuple or list of regular expressions")
         for pattern in value:
             try:

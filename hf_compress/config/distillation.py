@@ -62,10 +62,6 @@ class Ramp(Settings):
             raise self._error("stop", self.stop, f"another number than start={self.start}", "Or give the number alone.")
 
 
-Scheduled = float | Ramp
-"""A number, or one that changes while training runs."""
-
-
 class _WithRamps(Settings):
     """Settings some of whose numbers may be ramps."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_compress.config.budgets import Budgets
 from hf_compress.config.effects import N_OF_M, decides, without_effect
-from hf_compress.config.lists import PAIRS, ListSettings, are_milestones
+from hf_compress.config.milestones import PAIRS, are_milestones
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.structures import TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
 from hf_compress.errors import ConfigError, choices
@@ -19,7 +19,7 @@ GRANULARITIES = ("element", "row", "column", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningConfig(Budgets, ListSettings):
+class PruningConfig(Budgets):
     """Pruning during training: which structures, how much, by which criterion, when."""
 
     structures: Mapping[str, float] | Sequence[str]

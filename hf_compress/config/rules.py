@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.config.lists import ListSettings
+from hf_compress.config.base import Settings
 from hf_compress.schedule import Moment
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningRule(ListSettings):
+class PruningRule(Settings):
     """Other settings for a part of the model. What is left out is as in the config around it."""
 
     match: tuple[str, ...]

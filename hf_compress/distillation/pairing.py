@@ -3,7 +3,7 @@
 Layers are counted from 0. Pairs are (student layer, teacher layer), in the order of the student's layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from hf_compress.errors import ConfigError, choices
 
@@ -65,24 +65,6 @@ def last(num_student: int, num_teacher: int) -> Pairs:
 
 RULES: dict[str, Callable[[int, int], Pairs]] = {"same": same, "uniform": uniform, "last": last}
 """Name -> rule; each takes the number of layers of student and teacher."""
-
-
-def without_pruned(pairs: Pairs, kept: Sequence[bool]) -> Pairs:
-    """Return the pairs whose student layer is still there.
-
-    Args:
-        pairs: Pairs of layers.
-        kept: Whether each layer of the student is kept.
-
-    Raises:
-        ConfigError: If ``kept`` has no value for a layer.
-    """
-    if any(student >= len(kept) for student, _ in pairs):
-        raise ConfigError(
-            f"layer pairing: kept has {len(kept)} values, but there is a pair of student layer "
-            f"{max(student for student, _ in pairs)}; give one value for each layer of the student."
-        )
-    return tuple(pair for pair in pairs if kept[pair[0]])
 
 
 def find_layer(whose: str, layer: int, number: int) -> int:

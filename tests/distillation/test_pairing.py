@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_compress import ConfigError
-from hf_compress.distillation.pairing import RULES, pair_layers, without_pruned
+from hf_compress.distillation.pairing import RULES, pair_layers
 
 depths = st.integers(1, 40)
 
@@ -64,11 +64,3 @@ def test_every_rule_pairs_the_only_layers_there_are(rule: str) -> None:
 def test_what_does_not_fit_is_refused(how: Any, num_student: int, num_teacher: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pair_layers(how, num_student, num_teacher)
-
-
-def test_pruned_layers_take_no_part() -> None:
-    pairs = pair_layers("uniform", 3, 6)
-    assert without_pruned(pairs, [True, False, True]) == ((0, 1), (2, 5))
-    assert without_pruned(pairs, [False] * 3) == ()
-    with pytest.raises(ConfigError, match="kept has 2 values, but there is a pair of student layer 2"):
-        without_pruned(pairs, [True, False])

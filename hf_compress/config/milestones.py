@@ -1,25 +1,13 @@
-"""Lists in configs: checked before anything reads what is in them."""
+"""The milestones of a schedule: checked before anything reads what is in them."""
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from hf_compress.config.base import MOMENTS, Settings, is_moment
+from hf_compress.config.base import MOMENTS, is_moment
 from hf_compress.schedule import parse_epochs
 
 PAIRS = f"pairs of a moment ({MOMENTS}) and a share in (0, 1], the last share 1, moments and shares growing"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListSettings(Settings):
-    """Settings with lists of regular expressions."""
-
-    def _check_patterns(self, name: str) -> None:
-        """Refuse what is no list at all, too."""
-        if not isinstance(getattr(self, name), Iterable):
-            raise self._error(name, getattr(self, name), "a tuple or list of regular expressions")
-        super()._check_patterns(name)
 
 
 def are_milestones(pairs: Any) -> bool:
