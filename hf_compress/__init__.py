@@ -21,6 +21,7 @@ from hf_compress.config import (
     PruningConfig,
     PruningRule,
     QuantizationConfig,
+    QuantizationRule,
     Ramp,
     Recipe,
     ShrinkConfig,
@@ -47,6 +48,7 @@ from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedu
 from hf_compress.latency.table import LatencyTable
 from hf_compress.oneshot.prune import OneShotResult, prune_oneshot
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
+from hf_compress.quantization import methods  # noqa: F401 - imported for what it registers
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
 from hf_compress.report.profile import ModelProfile, profile
@@ -91,6 +93,7 @@ __all__ = [
     "PruningRule",
     "QuantizationCallback",
     "QuantizationConfig",
+    "QuantizationRule",
     "Ramp",
     "Recipe",
     "RunResult",

@@ -55,7 +55,10 @@ allocators: Registry[Any] = Registry("allocation")
 """Ways to spread a sparsity over layers, filled by ``hf_compress.pruning.allocate``."""
 
 schemes: Registry[Any] = Registry("quantization scheme")
-"""Number formats of weights and inputs, filled by ``hf_compress.quantization.quantizers``."""
+"""Number formats of weights and inputs (``LayerFormats``), filled by ``hf_compress.config.formats``."""
+
+quantization_methods: Registry[Any] = Registry("quantization method")
+"""How steps and values are found, filled by ``hf_compress.quantization.methods``."""
 
 observers: Registry[Any] = Registry("observer")
 """Ways to choose a quantization range from tensors, filled by ``hf_compress.quantization.observers``."""

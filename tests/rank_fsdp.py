@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from quantized_models import install_quantizers
 from rank_runs import rank
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,12 +25,11 @@ from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.teacher import load_teacher
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.attach import attachment_of, detach_all
-from hf_compress.instruments.fake_quantize import install_fake_quantizers, quantizable_linears, remove_fake_quantizers
+from hf_compress.instruments.fake_quantize import quantizable_layers, remove_fake_quantizers
 from hf_compress.instruments.gate import Gate, unit_weights
 from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.rewind import Rewinder
 from hf_compress.instruments.sharded import reshard, unsharded, whole
-from hf_compress.quantization.quantizers import Int8Dynamic
 from hf_compress.shrinking.apply import plain_copy
 
 SHRUNK = ("taylor", "l2", "all")
@@ -78,7 +78,7 @@ def instrument(model: Any, groups: Any) -> list[Any]:
             gate.set_mask(mask)
             put.append((gate, gate.value))
     if quantizable(model):
-        install_fake_quantizers(Int8Dynamic(), quantizable_linears(model))
+        install_quantizers(quantizable_layers(model))
     return put
 
 

@@ -97,7 +97,7 @@ def test_bad_pruning_settings_are_refused(changes, message) -> None:
         (lambda: DistillationConfig(alpha=1.1), "alpha"),
         (lambda: DistillationConfig(temperature=0), "temperature"),
         (lambda: DistillationConfig(loss="kld"), "closest match: 'kl'"),
-        (lambda: QuantizationConfig(scheme="int8"), "closest match: 'int8_dynamic'"),
+        (lambda: QuantizationConfig(scheme="int8_dynamc"), "closest match: 'int8_dynamic'"),
         (lambda: QuantizationConfig(method="qta"), "closest match: 'qat'"),
         (lambda: QuantizationConfig(exclude=("(",)), "allowed: regular expressions"),
         (lambda: PruningCallback({"structures": {"heads": 0.5}}), "config is a dict; pass a PruningConfig"),

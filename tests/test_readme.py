@@ -25,11 +25,19 @@ from transformers import (
 
 import hf_compress
 from hf_compress import PruningCallback, PruningConfig, cli, shrink
-from hf_compress.config import TRAINABLE_STRUCTURES, QuantizationConfig
+from hf_compress.config import TRAINABLE_STRUCTURES
 from hf_compress.export.quantized import FORMATS
 from hf_compress.latency import measure
 from hf_compress.oneshot.prune import CRITERIA
-from hf_compress.registry import allocators, criteria, distillation_losses, op_rules, schemes
+from hf_compress.registry import (
+    allocators,
+    criteria,
+    distillation_losses,
+    observers,
+    op_rules,
+    quantization_methods,
+    schemes,
+)
 from hf_compress.schedule import LOTTERY_TICKET, POLYNOMIAL, STEPS, schedules
 
 ROOT = Path(hf_compress.__file__).parent.parent
@@ -214,10 +222,11 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
         schedules,
         distillation_losses,
         schemes,
-        QuantizationConfig.METHODS,
+        quantization_methods,
+        observers,
         FORMATS,
     ],
-    ids=["structure", "criterion", "allocation", "schedule", "loss", "scheme", "method", "format"],
+    ids=["structure", "criterion", "allocation", "schedule", "loss", "scheme", "method", "observer", "format"],
 )
 def test_the_method_table_is_complete(names) -> None:
     rows = README.split("## Methods")[1].split("## Limits")[0]

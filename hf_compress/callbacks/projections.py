@@ -1,30 +1,20 @@
-"""Trained linear maps from the student's widths to the teacher's, owned by the callback.
-
-They are neither in the model nor in the Trainer's optimizer: checkpoints of the model stay as they are, and so do
-schedulers and the wrappers of several processes.
-"""
+"""Trained linear maps from the student's widths to the teacher's, owned by the callback."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from hf_compress.callbacks.ranks import all_reduce_mean, mean_gradients
+from hf_compress.callbacks.owned import OwnedTensors
+from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.errors import TrainingError
-from hf_compress.pruning.learned.adam import adam_step
 
 RIDGE = 1e-3
 """Added to the student's covariance, relative to its mean diagonal, so that the fit has one solution."""
 
 
-class Projections:
+class Projections(OwnedTensors):
     """Maps by name, [student width, teacher width] each, and the state of their optimizer."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        """The maps, and what Adam keeps of each."""
-        self.rates: dict[str, float] = {}
-        """Learning rate of each map."""
 
     def fit(self, name: str, student: Tensor, teacher: Tensor, mask: Tensor, learning_rate: float) -> None:
         """Make a map: the least-squares fit over the batches of all ranks; every rank must call it.
@@ -44,32 +34,12 @@ class Projections:
         ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
         eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         fitted = torch.linalg.solve(covariance + ridge * eye, mixed.T)
-        self.tensors[name] = fitted.float().contiguous().requires_grad_()
-        self.rates[name] = learning_rate
+        self.add(name, fitted.float().contiguous().requires_grad_(), learning_rate)
 
     def apply(self, name: str, student: Tensor) -> Tensor:
         """Return what a map makes of features, [..., teacher width], in float32."""
         with torch.autocast(student.device.type, enabled=False):
             return student.float() @ self.tensors[name]
-
-    def step(self, loss_scale: Tensor | float) -> None:
-        """Move all maps by what their gradients say, averaged over ranks; forget the gradients.
-
-        Args:
-            loss_scale: What fp16 has multiplied the loss by.
-        """
-        maps = {name: self.tensors[name] for name in self.rates}
-        gradients = mean_gradients({name: each.grad for name, each in maps.items()}, maps)
-        for name, each in maps.items():
-            each.grad = None
-            gradient = gradients[name]
-            if gradient is not None:
-                with torch.no_grad():
-                    adam_step(self.tensors, name, gradient / loss_scale, self.rates[name])
-
-    def state(self) -> dict[str, Tensor]:
-        """Return maps and optimizer state."""
-        return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned.
@@ -84,6 +54,4 @@ class Projections:
                     f"distillation: the checkpoint holds no projection {name!r} of shape {list(mine.shape)}. Resume "
                     "with the features that the run had, or start a new run from the checkpoint's weights."
                 )
-        for name, tensor in tensors.items():
-            owner = self.tensors[name.partition("/")[0]]
-            self.tensors[name] = tensor.to(owner.device).requires_grad_(name in self.rates)
+        self._take(tensors)

@@ -4,8 +4,9 @@ from hf_compress.config.annealing import AnnealingConfig
 from hf_compress.config.base import SCHEMA_VERSION, Config
 from hf_compress.config.data import DatasetConfig
 from hf_compress.config.distillation import DistillationConfig, FeatureConfig, Ramp
+from hf_compress.config.formats import LayerFormats, TensorFormat
 from hf_compress.config.pruning import PruningConfig
-from hf_compress.config.quantization import QuantizationConfig
+from hf_compress.config.quantization import QuantizationConfig, QuantizationRule
 from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.stages import StageConfig
@@ -23,11 +24,14 @@ __all__ = [
     "DatasetConfig",
     "DistillationConfig",
     "FeatureConfig",
+    "LayerFormats",
     "PruningConfig",
     "PruningRule",
     "QuantizationConfig",
+    "QuantizationRule",
     "Ramp",
     "Recipe",
     "ShrinkConfig",
     "StageConfig",
+    "TensorFormat",
 ]

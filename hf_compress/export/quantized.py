@@ -17,13 +17,21 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
+from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.pretrained import CompressedConfig, choose_guard, is_uneven, stored_method
 from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_linears
-from hf_compress.quantization.numerics import dequantize, quantize
-from hf_compress.quantization.quantizers import Int8Dynamic
+from hf_compress.instruments.fake_quantize import quantizable_layers
+from hf_compress.instruments.quantize import (
+    Quantized,
+    QuantizedLayer,
+    attached_quantizers,
+    make_quantizers,
+    oriented_weight,
+)
+from hf_compress.quantization.granularity import PER_TOKEN, per_channel
+from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,7 +55,7 @@ def export_quantized(
         format: ``"torchao"``: integer weights and, when loaded, integer arithmetic; loads with
             ``from_pretrained`` where torchao is installed (and hf_compress imported, if layers differ in size).
             ``"dense"``: floating-point weights on the integer grid; loads everywhere, inputs are not quantized.
-        exclude: Regular expressions of Linear layers to leave in floating point, see ``quantizable_linears``.
+        exclude: Regular expressions of Linear layers to leave in floating point, see ``quantizable_layers``.
 
     Returns:
         The folder.
@@ -60,10 +68,11 @@ def export_quantized(
     check_format(format)
     directory = Path(directory)
     _check_target(directory)
-    names = list(_check_model(model, exclude))
+    _check_model(model)
     duplicate = copy.deepcopy(model)
+    layers = _layers(duplicate, exclude).layers
     detach_all(duplicate)
-    FORMATS[format](duplicate, names)
+    FORMATS[format](duplicate, layers)
     _save(duplicate, directory)
     return directory
 
@@ -80,7 +89,7 @@ def check_format(format: str) -> None:
         raise ExportError(f"export_quantized: {_NO_TORCHAO}")
 
 
-def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[str, nn.Module]:
+def _check_model(model: PreTrainedModel) -> None:
     if getattr(model, "is_quantized", False) or stored_method(model) not in (None, "hf_compress"):
         raise ExportError(
             f"export_quantized: the {type(model).__name__} is quantized already; pass the floating-point model."
@@ -90,53 +99,61 @@ def _check_model(model: PreTrainedModel, exclude: Iterable[str] | None) -> dict[
             f"export_quantized: the {type(model).__name__} has PEFT adapters, which integer weights cannot take in. "
             "Merge them first: model = model.merge_and_unload()."
         )
-    linears = quantizable_linears(model, exclude)
     attached = [each for module in model.modules() if (each := attachment_of(module)) is not None]
     if any(attachment.input_gates for attachment in attached):
         raise ExportError("export_quantized: pruning gates are attached to the model; call shrink() first.")
     if any(attachment.weight_mask is not None for attachment in attached):
         raise ExportError("export_quantized: weight masks are attached to the model; fold and remove them first.")
-    trained = set(fake_quantized_modules(model))
-    if trained and trained != set(linears):
-        first = min(trained ^ set(linears))
+
+
+def _layers(model: PreTrainedModel, exclude: Iterable[str] | None) -> Quantized:
+    """Return the layers with the quantizers that they were trained with, or such as need no training."""
+    chosen = quantizable_layers(model, exclude)
+    found = attached_quantizers(model)
+    if not found.layers:
+        found = make_quantizers(QuantizationConfig(exclude=None if exclude is None else tuple(exclude)), chosen)
+    trained = {layer.name for layer in found.layers}
+    if trained != set(chosen):
+        first = min(trained ^ set(chosen))
         raise ExportError(
             f"export_quantized: the model was trained with other layers quantized than exclude={exclude!r} gives "
             f"(first difference: {first!r}). Use the exclude of its QuantizationConfig."
         )
-    for name, module in linears.items():
-        dtype = module.get_parameter("weight").dtype
+    for layer in found.layers:
+        dtype = layer.module.get_parameter("weight").dtype
         if dtype not in DTYPES:
             allowed = ", ".join(map(str, DTYPES))
-            raise ExportError(f"export_quantized: {name!r} is {dtype}; allowed: {allowed}.")
-    return linears
+            raise ExportError(f"export_quantized: {layer.name!r} is {dtype}; allowed: {allowed}.")
+    return found
 
 
 @torch.no_grad()
-def _to_dense(model: PreTrainedModel, names: list[str]) -> None:
-    scheme = Int8Dynamic()
-    for name in _progress(names):
-        weight = model.get_submodule(name).get_parameter("weight")
-        scale = scheme.weight_scale(weight)
-        weight.copy_(dequantize(quantize(weight, scale), scale, weight.dtype))
+def _to_dense(model: PreTrainedModel, layers: list[QuantizedLayer]) -> None:
+    for layer in _progress(layers):
+        if layer.weights is not None:
+            weight = oriented_weight(layer.name, layer.module)
+            weight.copy_(layer.weights.fake_quantize(weight, None, layer.weights.prepare(weight, None)))
 
 
 @torch.no_grad()
-def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
+def _to_torchao(model: PreTrainedModel, layers: list[QuantizedLayer]) -> None:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, PerRow
         from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
         from transformers import TorchAoConfig
     except ImportError as error:
         raise ExportError(f"export_quantized: {_NO_TORCHAO} ({error})") from error
-    scheme = Int8Dynamic()
+    for layer in layers:
+        _check_torchao(layer)
     inputs = QuantizeTensorToInt8Kwargs(PerRow())
-    for name in _progress(names):
-        module: Any = model.get_submodule(name)
-        scale = scheme.weight_scale(module.weight)
+    for layer in _progress(layers):
+        module: Any = layer.module
+        assert layer.weights is not None
+        scale = layer.weights.parameters(module.weight)[0][:, None]
         weight = Int8Tensor.from_hp(module.weight.detach(), PerRow(), scale=scale, act_quant_kwargs=inputs)
         module.weight = nn.Parameter(weight, requires_grad=False)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kept = [name for name in linears if name not in set(names)]
+    kept = [name for name in linears if name not in {layer.name for layer in layers}]
     config: Any = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=kept)
     if is_uneven(model):
         stored = model.config.quantization_config
@@ -147,13 +164,37 @@ def _to_torchao(model: PreTrainedModel, names: list[str]) -> None:
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
 
 
-def _progress(names: list[str]) -> Any:
+def _check_torchao(layer: QuantizedLayer) -> None:
+    """Check that torchao's int8 kernel computes what was trained.
+
+    Raises:
+        ExportError: If not.
+    """
+
+    def int8(quantizer: Quantizer | None) -> bool:
+        grid = None if quantizer is None else quantizer.grid
+        return grid is not None and grid.num_bits == 8 and grid.symmetric
+
+    weights, inputs = layer.weights, layer.inputs
+    per_row = isinstance(inputs, RangeQuantizer) and inputs.granularity == PER_TOKEN
+    right = int8(weights) and weights is not None and weights.granularity == per_channel(0)
+    if not (right and int8(inputs) and per_row and layer.outputs is None and isinstance(layer.module, nn.Linear)):
+        raise ExportError(
+            f"export_quantized: {layer.name!r} is not quantized as torchao's int8 kernel computes: a Linear, int8 "
+            "symmetric weights per channel and int8 symmetric dynamic inputs per token (scheme 'int8_dynamic'). Use "
+            "format='dense' for other numbers, or train with that scheme."
+        )
+
+
+def _progress(layers: list[QuantizedLayer]) -> Any:
     """Show a bar where transformers would, see ``transformers.utils.logging.disable_progress_bar``."""
     bars: Any = logging
-    return bars.tqdm(names, desc="Quantizing layers")
+    return bars.tqdm(layers, desc="Quantizing layers")
 
 
-FORMATS: dict[str, Callable[[PreTrainedModel, list[str]], None]] = {"torchao": _to_torchao, "dense": _to_dense}
+Writer = Callable[[PreTrainedModel, list[QuantizedLayer]], None]
+
+FORMATS: dict[str, Writer] = {"torchao": _to_torchao, "dense": _to_dense}
 """Name of a format -> what it does to the model before it is saved."""
 
 

@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import TargetError
 from hf_compress.instruments.adapters import base_layer, effective_weight, is_lora
+from hf_compress.instruments.leaf import LEAF_KINDS, LeafKind
 from hf_compress.instruments.remake import Changes, remade_linear
-from hf_compress.quantization.quantizers import Scheme
+from hf_compress.quantization.quantizers import Prepared, Quantizer
 
 
 class InputGate(Protocol):
@@ -71,14 +70,17 @@ class Attachment:
     recorders: list[Callable[[Tensor], None]] = field(default_factory=list)
     """Watch the input as it comes, before any gate, while the module trains."""
 
-    input_quantizer: Scheme | None = None
+    input_quantizer: Quantizer | None = None
     """Fake-quantizes the gated input, [..., in_features]."""
 
     weight_mask: WeightMask | None = None
     """Applied to the weight."""
 
-    weight_quantizer: Scheme | None = None
+    weight_quantizer: Quantizer | None = None
     """Fake-quantizes the masked weight; it is told which inputs are removed."""
+
+    output_quantizers: list[Quantizer] = field(default_factory=list)
+    """Act on the output, one after the other."""
 
     parameter_gates: list[ParameterGate] = field(default_factory=list)
     """Change parameters while the module runs: the only way into those that are not read by a leaf module."""
@@ -104,7 +106,7 @@ class Attachment:
     def acts_on_leaf(self) -> bool:
         """Return whether input or weight of a leaf module pass through something."""
         changes_input = bool(self.input_gates) or self.input_quantizer is not None
-        return changes_input or bool(self.recorders) or self.changes_weight()
+        return changes_input or bool(self.recorders or self.output_quantizers) or self.changes_weight()
 
     def changes_weight(self) -> bool:
         """Return whether a leaf module computes with another weight."""
@@ -115,6 +117,7 @@ class Attachment:
         self.input_gates.clear()
         self.recorders.clear()
         self.parameter_gates.clear()
+        self.output_quantizers.clear()
         self.input_quantizer = self.weight_mask = self.weight_quantizer = self.subset = self.layer = None
 
     def factors(self) -> Tensor | None:
@@ -124,43 +127,6 @@ class Attachment:
             product = gate() if product is None else product * gate()
         return product
 
-
-@dataclass(frozen=True)
-class LeafKind:
-    """How one class of leaf module uses its input and its weight."""
-
-    compute: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-    """(module, input, weight, bias) -> output: what the class's own forward does."""
-
-    channel_dim: int
-    """The input's channel dimension, counted from the end for linear layers and from the front for convolutions."""
-
-    weight_in_dim: int
-    """The weight dimension that is contracted with the input's channels."""
-
-    is_linear: bool = False
-    """Whether it is a product of matrices alone, whose gradients are such products too."""
-
-
-def _linear(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def _conv1d(module: Conv1D, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], module.nf)
-
-
-def _convolution(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = module._conv_forward(x, weight, bias)
-    return output
-
-
-LEAF_KINDS: dict[type[nn.Module], LeafKind] = {
-    nn.Linear: LeafKind(_linear, channel_dim=-1, weight_in_dim=1, is_linear=True),
-    Conv1D: LeafKind(_conv1d, channel_dim=-1, weight_in_dim=0, is_linear=True),
-    nn.Conv1d: LeafKind(_convolution, channel_dim=1, weight_in_dim=1),
-    nn.Conv2d: LeafKind(_convolution, channel_dim=1, weight_in_dim=1),
-}
 
 _ATTRIBUTE = "_hf_compress_attachment"
 _swapped: dict[type[nn.Module], type[nn.Module]] = {}
@@ -288,6 +254,14 @@ def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any
     if self.training:
         for record in attachment.recorders:
             record(x.detach())
+    y = _computed(self, attachment, x, *args, **kwargs)
+    for quantizer in attachment.output_quantizers:
+        y = _quantized(self, quantizer, y, None, {}, "y")
+    return y
+
+
+def _computed(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Return the output of a leaf module with changed input and weight."""
     layer: Any = base_layer(self)
     kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
     # Autocast casts a weight once, however often it is used, and sums its gradients in the lower precision; a weight
@@ -295,7 +269,7 @@ def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any
     autocast = torch.is_autocast_enabled(x.device.type)
     plain = layer is self and kind.is_linear and not (autocast and not attachment.changes_weight())
     fold = plain and attachment.input_quantizer is None and x.numel() >= layer.weight.numel()
-    change_x, change_weight = changes = _changes(attachment, kind, x, layer.weight, fold)
+    change_x, change_weight = changes = _changes(self, attachment, kind, x, layer.weight, fold)
     if layer is not self and not attachment.changes_weight():
         return attachment.base.forward(self, change_x(x), *args, **kwargs)
     weight = effective_weight(self)
@@ -307,11 +281,12 @@ def _leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any
     return remade_linear(compute, (x, weight, layer.bias), changes, kind.weight_in_dim, guards)
 
 
-def _changes(attachment: Attachment, kind: LeafKind, x: Tensor, weight: Tensor, fold: bool) -> Changes:
+def _changes(self: nn.Module, attachment: Attachment, kind: LeafKind, x: Tensor, weight: Tensor, fold: bool) -> Changes:
     """Return what is done to input and weight, as it is now: the backward pass does it again.
 
     Args:
-        attachment: What is attached to the layer.
+        self: The layer.
+        attachment: What is attached to it.
         kind: How it computes.
         x: Its input.
         weight: Its weight.
@@ -319,35 +294,43 @@ def _changes(attachment: Attachment, kind: LeafKind, x: Tensor, weight: Tensor, 
             where there are more tokens than outputs; but a quantizer of the input has to see removed channels as 0.
     """
     factors = attachment.factors()
-    mask, x_scheme, weight_scheme = attachment.weight_mask, attachment.input_quantizer, attachment.weight_quantizer
-    for_x = for_weight = hidden = None
+    mask, for_inputs, for_weights = attachment.weight_mask, attachment.input_quantizer, attachment.weight_quantizer
+    for_x = for_weight = removed = None
     if factors is not None and fold:
         for_weight = _broadcast(factors.to(weight.dtype), weight.dim(), kind.weight_in_dim)
     elif factors is not None:
         for_x = _broadcast(factors.to(x.dtype), x.dim(), kind.channel_dim)
     if factors is not None:
-        hidden = _broadcast(factors.detach(), weight.dim(), kind.weight_in_dim)
-
-    scales: dict[str, Tensor] = {}  # small enough to be remembered
+        removed = kind.oriented(_broadcast(factors.detach() == 0, weight.dim(), kind.weight_in_dim))
+    prepared: dict[str, Prepared] = {}  # steps are small enough to be remembered
 
     def change_x(x: Tensor) -> Tensor:
         x = x if for_x is None else x * for_x
-        if x_scheme is None:
-            return x
-        if "x" not in scales:
-            scales["x"] = x_scheme.input_scale(x)
-        return x_scheme.fake_quantize_input(x, scales["x"])
+        return x if for_inputs is None else _quantized(self, for_inputs, x, None, prepared, "x")
 
     def change_weight(weight: Tensor) -> Tensor:
         weight = weight if for_weight is None else weight * for_weight
         weight = weight if mask is None else mask(weight)
-        if weight_scheme is None:
+        if for_weights is None:
             return weight
-        if "weight" not in scales:
-            scales["weight"] = weight_scheme.weight_scale(weight, hidden)
-        return weight_scheme.fake_quantize_weight(weight, hidden, scales["weight"])
+        return kind.oriented(_quantized(self, for_weights, kind.oriented(weight), removed, prepared, "weight"))
 
     return change_x, change_weight
+
+
+def _quantized(
+    self: nn.Module, quantizer: Quantizer, x: Tensor, removed: Tensor | None, prepared: dict[str, Prepared], key: str
+) -> Tensor:
+    """Return a tensor on its grid; the first time in a forward pass, it is watched and its step remembered."""
+    first = key not in prepared
+    if first and self.training and quantizer.collector is not None:
+        quantizer.collector.observe(x.detach())
+    if not quantizer.enabled:
+        prepared[key] = ()
+        return x
+    if first:
+        prepared[key] = quantizer.prepare(x.detach(), removed)
+    return quantizer.fake_quantize(x, removed, prepared[key])
 
 
 def _broadcast(factors: Tensor, num_dims: int, dim: int) -> Tensor:

@@ -62,6 +62,13 @@ def add_in_place(parameter: Tensor, change: Tensor) -> None:
 
 
 @torch.no_grad()
+def clamp(parameter: Tensor, low: float, high: float) -> None:
+    """Keep a parameter's entries within ends, in place; not collective."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.clamp_(low, high)
+
+
+@torch.no_grad()
 def _change_in_place(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     if not isinstance(parameter, DTensor):
         change(parameter)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from hf_compress.config import PruningConfig
 from hf_compress.errors import TargetError, TrainingError
 from hf_compress.instruments.adapters import base_layer
-from hf_compress.instruments.attach import LeafKind, leaf_kind
+from hf_compress.instruments.attach import leaf_kind
+from hf_compress.instruments.leaf import LeafKind
 from hf_compress.instruments.mask import ElementMask
 from hf_compress.instruments.record import InputWatch
 from hf_compress.instruments.sharded import add_in_place, whole

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hf_compress.errors import TargetError
 from hf_compress.graph.groups import DimensionGroup
-from hf_compress.instruments.attach import LeafKind, find_leaf_kind, leaf_kind
+from hf_compress.instruments.attach import find_leaf_kind, leaf_kind
+from hf_compress.instruments.leaf import LeafKind
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.errors import ConfigError
-from hf_compress.quantization.clipping import extremes, mse_range
+from hf_compress.quantization.clipping import Range, extremes, mse_range
 from hf_compress.quantization.grid import EPS, Grid
-from hf_compress.quantization.histogram import histogram_of
+from hf_compress.quantization.histogram import Histogram, histogram_of
 
 NUM_BINS = 4096
 """More values than this are counted first where a step is searched for: at 8 bits, 8 bins or more to a step."""
@@ -62,24 +62,33 @@ def initial_step_and_offset(
     """
     values = blocks.detach().to(torch.float32)
     weights = torch.ones_like(values) if keep is None else keep.to(torch.float32)
-    low, high = extremes(values, keep)
+    limits = extremes(values, keep)
     if values.shape[1] > NUM_BINS:
-        histogram = histogram_of(values, keep, NUM_BINS)
-        values, weights = histogram.centers(), histogram.counts.to(torch.float32)
-    low, high = low.masked_fill(low > high, 0.0), high.masked_fill(low > high, 0.0)
-    affine = Grid(num_bits=grid.num_bits, signed=grid.signed, symmetric=False)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for start in ((low, high), mse_range(values, weights, affine, (low, high))):
-        step = ((start[1] - start[0]) / (grid.high - grid.low)).clamp_(min=EPS)[:, None]
-        offset = start[0][:, None] - grid.low * step
-        for _ in range(num_rounds):
-            step, offset = _regression(values, weights, _steps(values, step, offset).round_(), grid, step)
-        error = ((learned_step(values, grid, step, offset) - values).square_() * weights).sum(1, keepdim=True)
-        if best is not None:
-            better = error < best[0]
-            error, step, offset = (torch.where(better, *pair) for pair in zip((error, step, offset), best, strict=True))
-        best = (error, step, offset)
-    return step.squeeze(1), offset.squeeze(1)
+        return counted_step_and_offset(histogram_of(values, keep, NUM_BINS), limits, grid, num_rounds=num_rounds)
+    return _least_squares(values, weights, limits, grid, num_rounds)
+
+
+@torch.no_grad()
+def counted_step(histogram: Histogram, grid: Grid) -> Tensor:
+    """Return what ``initial_step`` does, of values that were counted in bins."""
+    counts = histogram.counts.to(torch.float32)
+    mean: Tensor = (histogram.centers().abs() * counts).sum(1) / counts.sum(1).clamp_min(1)
+    return mean.mul(2 / grid.high**0.5).clamp_(min=EPS)
+
+
+@torch.no_grad()
+def counted_step_and_offset(
+    histogram: Histogram, limits: Range, grid: Grid, *, num_rounds: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Return what ``initial_step_and_offset`` does, of values that were counted in bins.
+
+    Args:
+        histogram: The counts.
+        limits: Least and largest value of each block.
+        grid: The format.
+        num_rounds: Turns.
+    """
+    return _least_squares(histogram.centers(), histogram.counts.to(torch.float32), limits, grid, num_rounds)
 
 
 def gradient_scale(numel: int, grid: Grid) -> float:
@@ -124,6 +133,26 @@ def learned_step(
     """
     result: Tensor = _LearnedStep.apply(x, step, offset, grid.low, grid.high, gradient_scale)  # type: ignore[no-untyped-call]
     return result
+
+
+def _least_squares(
+    values: Tensor, weights: Tensor, limits: Range, grid: Grid, num_rounds: int
+) -> tuple[Tensor, Tensor]:
+    low, high = limits
+    low, high = low.masked_fill(low > high, 0.0), high.masked_fill(low > high, 0.0)
+    affine = Grid(num_bits=grid.num_bits, signed=grid.signed, symmetric=False)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for start in ((low, high), mse_range(values, weights, affine, (low, high))):
+        step = ((start[1] - start[0]) / (grid.high - grid.low)).clamp_(min=EPS)[:, None]
+        offset = start[0][:, None] - grid.low * step
+        for _ in range(num_rounds):
+            step, offset = _regression(values, weights, _steps(values, step, offset).round_(), grid, step)
+        error = ((learned_step(values, grid, step, offset) - values).square_() * weights).sum(1, keepdim=True)
+        if best is not None:
+            better = error < best[0]
+            error, step, offset = (torch.where(better, *pair) for pair in zip((error, step, offset), best, strict=True))
+        best = (error, step, offset)
+    return step.squeeze(1), offset.squeeze(1)
 
 
 def _steps(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:

@@ -139,8 +139,13 @@ class MinMax(Observer):
 
     names = frozenset({"low", "high"})
 
+    @torch.no_grad()
+    def update(self, low: Tensor, high: Tensor) -> None:
+        """Take extremes in, [blocks] each; a block with low > high had no values and stays."""
+        self._widen(low, high)
+
     def _take(self, blocks: Tensor, keep: Tensor | None) -> None:
-        self._widen(*extremes(blocks, keep))
+        self.update(*extremes(blocks, keep))
 
 
 @observers.register("ema")

@@ -1,63 +1,347 @@
-"""Quantization schemes: which numbers of a layer become integers, with which scales."""
+"""Quantizers: what puts one tensor of one layer on a grid whenever the layer runs.
 
-from typing import Protocol
+The range is that of the tensor itself (``RangeQuantizer``), one that was observed (``ObservedQuantizer``), or learned
+(``LearnedQuantizer``); ``SignQuantizer`` and the ``Dorefa`` ones have none.
+"""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from hf_compress.quantization.numerics import fake_quantize, symmetric_scale
-from hf_compress.registry import schemes
+from hf_compress.errors import TargetError
+from hf_compress.quantization.binary import binarize
+from hf_compress.quantization.clipping import extremes
+from hf_compress.quantization.dorefa import dorefa_activation, dorefa_gradient, dorefa_weight
+from hf_compress.quantization.fake import fake_quantize
+from hf_compress.quantization.granularity import PER_TENSOR, Granularity
+from hf_compress.quantization.grid import EPS, Grid
+from hf_compress.quantization.lsq import (
+    counted_step,
+    counted_step_and_offset,
+    gradient_scale,
+    initial_step,
+    learned_step,
+)
+from hf_compress.quantization.observers import HistogramObserver, Observer
+from hf_compress.registry import observers
+
+Prepared = tuple[Tensor | None, ...]
+"""What is worth remembering between the forward pass and the backward pass: steps and zero points."""
 
 
-class Scheme(Protocol):
-    """How the weight [out_features, in_features] and the input [..., in_features] of a layer are quantized."""
+class Quantizer(ABC):
+    """Puts a tensor on its grid.
 
-    def weight_scale(self, weight: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Return the weight's scales.
-
-        Args:
-            weight: [out_features, in_features].
-            factors: What the inputs are multiplied by, broadcastable to the weight; 0 = the channel is removed and
-                must not influence the scale, or the layer that really lacks it would get another one.
-        """
-        ...
-
-    def input_scale(self, x: Tensor) -> Tensor:
-        """Return the input's scales."""
-        ...
-
-    def fake_quantize_weight(self, weight: Tensor, factors: Tensor | None, scale: Tensor | None = None) -> Tensor:
-        """Return the weight on its grid, differentiable; ``scale`` is the weight's, if it is known already."""
-        ...
-
-    def fake_quantize_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return the input on its grid, differentiable; ``scale`` is the input's, if it is known already."""
-        ...
-
-
-@schemes.register("int8_dynamic")
-class Int8Dynamic:
-    """Symmetric int8 weights per output channel, symmetric int8 inputs per token, scales computed at each call.
-
-    The numbers of torchao's ``Int8DynamicActivationInt8WeightConfig``, see ``hf_compress.quantization.numerics``.
+    Weights come as [outputs, inputs...], whatever the layer stores.
     """
 
-    def weight_scale(self, weight: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Return one scale per output channel, float32 [out_features, 1]."""
-        weight = weight.detach()
-        if factors is not None:
-            weight = weight.masked_fill(factors == 0, 0.0)
-        return symmetric_scale(weight)
+    grid: Grid | None = None
+    """The integers that an export can store; None: it cannot."""
 
-    def input_scale(self, x: Tensor) -> Tensor:
-        """Return one scale per token (row of the last dimension), float32 [..., 1]."""
-        return symmetric_scale(x.detach())
+    granularity: Granularity = PER_TENSOR
 
-    def fake_quantize_weight(self, weight: Tensor, factors: Tensor | None, scale: Tensor | None = None) -> Tensor:
-        """Return the weight on its int8 grid."""
-        scale = self.weight_scale(weight, factors) if scale is None else scale
-        # Only removed channels can exceed the range, and their gradient is zero already: their input is zero.
-        return fake_quantize(weight, scale, covered=True)
+    @property
+    def num_bits(self) -> int:
+        """Return the bits of a value."""
+        return 1 if self.grid is None else self.grid.num_bits
 
-    def fake_quantize_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return the input on its int8 grid."""
-        return fake_quantize(x, self.input_scale(x) if scale is None else scale, covered=True)
+    enabled: bool = True
+    """Whether ``fake_quantize`` is to be called; one that is not may still watch."""
+
+    collector: Observer | None = None
+    """What watches the tensors that come, while it is set."""
+
+    def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
+        """Return what ``fake_quantize`` needs and is worth remembering.
+
+        Args:
+            x: The tensor.
+            removed: Bool, broadcastable to it: True = belongs to a removed channel and must not count, or the layer
+                that really lacks it would get another range. None: nothing is.
+        """
+        return ()
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return the tensor on its grid, differentiable.
+
+        Args:
+            x: The tensor.
+            removed: See ``prepare``.
+            prepared: What ``prepare`` returned for it.
+        """
+
+    def parameters(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the steps, float32 [blocks], and the zero points, int32 [blocks] (None: 0).
+
+        Args:
+            x: The weight, for a quantizer whose range is that of the tensor.
+
+        Raises:
+            TargetError: If there are none.
+        """
+        raise TargetError(f"{type(self).__name__} has no integer grid, so only its values can be stored.")
+
+
+class RangeQuantizer(Quantizer):
+    """The range is that of the tensor itself, at every call.
+
+    Args:
+        grid: The format.
+        granularity: What shares a step.
+        observer: How the range is chosen, by registry name.
+        options: Arguments of the observer.
+    """
+
+    def __init__(
+        self, grid: Grid, granularity: Granularity, observer: str = "min_max", options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.grid: Grid = grid
+        self.granularity = granularity
+        self._covers = observer == "min_max"
+        self._observer, self._options = observer, dict(options or {})
+
+    @torch.no_grad()
+    def parameters(self, x: Tensor | None = None, removed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return steps and zero points of a tensor, [blocks] each."""
+        assert x is not None
+        if self._covers:  # zero belongs to every range, so zeros do not count
+            blocks = self.granularity.blocks(x if removed is None else x.masked_fill(removed, 0.0))
+            if blocks.numel() == 0:
+                blocks = x.new_zeros(len(blocks), 1)
+            return self.grid.parameters(*extremes(blocks))
+        observer: Observer = observers.get(self._observer)(self.grid, self.granularity, **self._options)
+        observer.observe(x, None if removed is None else ~removed)
+        return self.grid.parameters(*observer.range())
+
+    def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
+        """Return step and zero point, laid out for ``Granularity.view``."""
+        return _spread(self.granularity, self.parameters(x, removed), x)
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return the tensor on its grid; the gradient passes straight through within the range."""
+        return _on_grid(x, self.grid, self.granularity, prepared, covered=self._covers)
+
+
+class ObservedQuantizer(Quantizer):
+    """One range for all calls, observed while training or calibrating.
+
+    Args:
+        grid: The format.
+        observer: Chooses the range; whoever drives the quantizer feeds it.
+    """
+
+    def __init__(self, grid: Grid, observer: Observer) -> None:
+        self.grid: Grid = grid
+        self.observer = observer
+        self._known: tuple[Tensor, Tensor | None] | None = None
+
+    def settle(self) -> None:
+        """Take the range over that the observer has now."""
+        self._known = self.grid.parameters(*self.observer.range())
+
+    def fix(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Set step and zero point, [1] each; what is observed later has no effect before ``settle``."""
+        self._known = (scale, zero_point)
+
+    def parameters(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return step and zero point, [1] each.
+
+        Raises:
+            TargetError: If nothing was observed.
+        """
+        if self._known is None:
+            raise TargetError(
+                "quantization: a layer that is quantized has no range yet: nothing came through it while ranges were "
+                "observed. Observe earlier or longer, calibrate with more data, or exclude the layer."
+            )
+        return self._known
+
+    def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
+        """Return step and zero point; before anything was settled those of the tensor itself, if it is watched."""
+        if self._known is None and self.collector is not None:
+            found = self.grid.parameters(*extremes(self.granularity.blocks(x)))
+        else:
+            found = self.parameters()
+        return _spread(self.granularity, tuple(None if each is None else each.to(x.device) for each in found), x)
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return the tensor on its grid; the gradient passes straight through within the range."""
+        return _on_grid(x, self.grid, self.granularity, prepared)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was observed."""
+        return dict(self.observer.state)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was observed."""
+        self.observer.load(state)
+        self._known = None
+        if state:
+            self.settle()
+
+
+class LearnedQuantizer(Quantizer):
+    """Step, and offset if the grid is affine, are trained: LSQ and LSQ+, see ``hf_compress.quantization.lsq``.
+
+    Args:
+        grid: The format.
+        granularity: What shares a step.
+        is_weight: Whether the tensor is a weight; of others, values of all tokens share a step.
+    """
+
+    def __init__(self, grid: Grid, granularity: Granularity, *, is_weight: bool) -> None:
+        self.grid: Grid = grid
+        self.granularity = granularity
+        self._is_weight = is_weight
+        self.learned: dict[str, Tensor] = {}
+        """``"step"`` and ``"offset"``, float32 [blocks], once there is a first value; they get gradients."""
+
+    def initialize(self, source: Tensor | HistogramObserver) -> None:
+        """Choose the first values, as in the papers, for a weight or for what an observer has counted."""
+        if not isinstance(source, HistogramObserver):
+            self.load({"step": initial_step(self.granularity.blocks(source), self.grid)})
+        elif self.grid.symmetric:
+            self.load({"step": counted_step(source.histogram(), self.grid)})
+        else:
+            limits = source.state["low"], source.state["high"]
+            step, offset = counted_step_and_offset(source.histogram(), limits, self.grid)
+            self.load({"step": step, "offset": offset})
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Keep the steps positive, after the optimizer has moved them."""
+        self.learned["step"].clamp_(min=EPS)
+
+    @torch.no_grad()
+    def snap(self) -> None:
+        """Put zero on the grid, as integers need it: the offset becomes a multiple of the step."""
+        if "offset" in self.learned:
+            scale, zero_point = self.parameters()
+            assert zero_point is not None
+            self.learned["offset"].copy_(-zero_point * scale)
+
+    @torch.no_grad()
+    def parameters(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return steps and zero points, [blocks] each.
+
+        Raises:
+            TargetError: If there are no first values yet.
+        """
+        self._check()
+        step, offset = self.learned["step"].detach(), self.learned.get("offset")
+        if offset is None:
+            return step, None
+        return step, torch.round(-offset / step).clamp_(self.grid.low, self.grid.high).to(torch.int32)
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return the tensor on its grid; gradients go to the tensor, the steps and the offsets."""
+        if not self.learned and self.collector is not None:  # of the first step: nothing is learned yet
+            found = _spread(self.granularity, self.grid.parameters(*extremes(self.granularity.blocks(x))), x)
+            return _on_grid(x, self.grid, self.granularity, found, covered=True)
+        self._check()
+        per_step = x.numel() // len(self.learned["step"]) if self._is_weight else x.shape[-1]
+        scale = gradient_scale(max(per_step, 1), self.grid)
+
+        def on_grid(viewed: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
+            return learned_step(viewed, self.grid, step, offset, gradient_scale=scale)
+
+        return self.granularity.apply(on_grid, x, self.learned["step"], self.learned.get("offset"))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return step and offset."""
+        return {name: each.detach() for name, each in self.learned.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from step and offset."""
+        self.learned = {n: each.detach().to(torch.float32).clone().requires_grad_() for n, each in state.items()}
+
+    def _check(self) -> None:
+        if not self.learned:
+            raise TargetError(
+                "quantization: a layer has no learned step yet: nothing came through it in the first step after begin. "
+                "Exclude the layer, or train on data that reaches it."
+            )
+
+
+class SignQuantizer(Quantizer):
+    """One bit: the sign, see ``binary.binarize``.
+
+    Args:
+        granularity: Over which values the mean of magnitudes is taken.
+        scaled: Multiply by that mean.
+    """
+
+    def __init__(self, granularity: Granularity, *, scaled: bool) -> None:
+        self.granularity = granularity
+        self._scaled = scaled
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return signs, scaled or not."""
+        keep = None if removed is None else ~removed
+        return binarize(x, scaled=self._scaled, granularity=self.granularity, keep=keep)
+
+
+class DorefaWeightQuantizer(Quantizer):
+    """Weights of DoReFa-Net, see ``dorefa.dorefa_weight``.
+
+    Args:
+        num_bits: 2 to 8.
+        scaled: Give the weight the magnitude back that it had: multiply by max|w|. Without, it is in [-1, 1].
+    """
+
+    def __init__(self, num_bits: int, *, scaled: bool) -> None:
+        self._num_bits, self._scaled = num_bits, scaled
+
+    @property
+    def num_bits(self) -> int:
+        """Return the bits of a value."""
+        return self._num_bits
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return values in [-1, 1], or scaled by a constant."""
+        values = dorefa_weight(x, self._num_bits, None if removed is None else ~removed)
+        if not self._scaled:
+            return values
+        kept = x.detach() if removed is None else x.detach().masked_fill(removed, 0.0)
+        return values * kept.abs().max()
+
+
+class DorefaInputQuantizer(Quantizer):
+    """Activations of DoReFa-Net in [0, 1], see ``dorefa.dorefa_activation``."""
+
+    def __init__(self, num_bits: int) -> None:
+        self._num_bits = num_bits
+
+    @property
+    def num_bits(self) -> int:
+        """Return the bits of a value."""
+        return self._num_bits
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return values in [0, 1]."""
+        return dorefa_activation(x, self._num_bits)
+
+
+class DorefaGradientQuantizer(Quantizer):
+    """Leaves the tensor as it is and rounds its gradient, see ``dorefa.dorefa_gradient``."""
+
+    def __init__(self, num_bits: int) -> None:
+        self._num_bits = num_bits
+
+    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
+        """Return the tensor."""
+        return dorefa_gradient(x, self._num_bits)
+
+
+def _spread(granularity: Granularity, found: tuple[Tensor | None, ...], x: Tensor) -> Prepared:
+    return tuple(None if each is None else granularity.spread(each, x.shape) for each in found)
+
+
+def _on_grid(x: Tensor, grid: Grid, granularity: Granularity, prepared: Prepared, *, covered: bool = False) -> Tensor:
+    scale, zero_point = prepared
+    assert scale is not None
+    return granularity.restore(fake_quantize(granularity.view(x), grid, scale, zero_point, covered=covered))

@@ -33,7 +33,7 @@ from hf_compress import (
     cache_teacher_outputs,
 )
 from hf_compress.instruments.attach import attachment_of
-from hf_compress.instruments.fake_quantize import quantizable_linears
+from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.mask import ElementMask
 
 WARMUP = 2
@@ -75,7 +75,7 @@ class MaskCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the masks on."""
-        for name, module in quantizable_linears(kwargs["model"]).items():
+        for name, module in quantizable_layers(kwargs["model"]).items():
             if "encoder" in name:
                 mask = ElementMask(name, module)
                 mask.set_mask(torch.rand(mask.tensor().shape) > 0.5)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from quantized_models import install_quantizers, on_int8_grid
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -14,11 +15,9 @@ from uneven_models import example_ids, files, logits, uneven_bert, uneven_llama
 from hf_compress.errors import ExportError, TargetError
 from hf_compress.export.quantized import export_quantized
 from hf_compress.instruments.attach import attach
-from hf_compress.instruments.fake_quantize import install_fake_quantizers, quantizable_linears
-from hf_compress.quantization.numerics import quantize
-from hf_compress.quantization.quantizers import Int8Dynamic
+from hf_compress.instruments.fake_quantize import quantizable_layers
+from hf_compress.quantization.numerics import quantize, symmetric_scale
 
-SCHEME = Int8Dynamic()
 MODELS = {"uniform": tiny_models.bert, "uneven": uneven_bert, "uneven without biases": uneven_llama}
 both_sizes = pytest.mark.parametrize("make", list(MODELS.values()), ids=list(MODELS))
 
@@ -45,10 +44,10 @@ class TestTorchao:
         model = make()
         export_quantized(model, tmp_path / "int8")
         stored = load_file(tmp_path / "int8" / "model.safetensors")
-        linears = quantizable_linears(model)
+        linears = quantizable_layers(model)
         assert linears
         for name, layer in linears.items():
-            scale = SCHEME.weight_scale(layer.weight)
+            scale = symmetric_scale(layer.weight)
             assert stored[f"{name}._weight_qdata"].dtype == torch.int8
             assert torch.equal(stored[f"{name}._weight_scale"], scale)
             assert torch.equal(stored[f"{name}._weight_qdata"], quantize(layer.weight, scale))
@@ -62,8 +61,8 @@ class TestTorchao:
         export_quantized(model, tmp_path / "int8")
         reloaded = type(model).from_pretrained(tmp_path / "int8")
         generator = torch.Generator().manual_seed(0)
-        linears = quantizable_linears(model)
-        install_fake_quantizers(SCHEME, linears)
+        linears = quantizable_layers(model)
+        install_quantizers(linears)
         for name, layer in linears.items():
             real = reloaded.get_submodule(name)
             assert (real.in_features, real.out_features) == (layer.in_features, layer.out_features)
@@ -81,7 +80,7 @@ class TestTorchao:
         """
         model, ids = tiny_models.randomize(make(), seed), example_ids(batch=32, seed=seed)
         plain = logits(model, ids)
-        install_fake_quantizers(SCHEME, quantizable_linears(model))
+        install_quantizers(quantizable_layers(model))
         fake = logits(model, ids)
         export_quantized(model, tmp_path / "int8")
         real = logits(type(model).from_pretrained(tmp_path / "int8"), ids)
@@ -177,8 +176,8 @@ def test_dense_weights_lie_on_the_grid_and_load_everywhere(make, tmp_path) -> No
     export_quantized(model, tmp_path / "dense", format="dense")
     reloaded, info = type(model).from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not any(info.values())
-    for name, layer in quantizable_linears(model).items():
-        expected = SCHEME.fake_quantize_weight(layer.weight, None)
+    for name, layer in quantizable_layers(model).items():
+        expected = on_int8_grid(layer.weight)
         assert torch.equal(reloaded.get_submodule(name).weight, expected)
         assert not torch.equal(layer.weight, expected)
     assert tiny_models.relative_error(logits(model), logits(reloaded)) < 0.1
@@ -188,7 +187,7 @@ def test_dense_weights_lie_on_the_grid_and_load_everywhere(make, tmp_path) -> No
 def test_the_model_itself_is_not_changed(attached, tmp_path) -> None:
     model = uneven_bert()
     if attached:
-        install_fake_quantizers(SCHEME, quantizable_linears(model))
+        install_quantizers(quantizable_layers(model))
     before, config = logits(model), model.config.to_json_string()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     export_quantized(model, tmp_path / "dense", format="dense")
@@ -199,7 +198,7 @@ def test_the_model_itself_is_not_changed(attached, tmp_path) -> None:
 
 def test_layers_other_than_the_trained_ones_raise(tmp_path) -> None:
     model = tiny_models.bert()
-    install_fake_quantizers(SCHEME, quantizable_linears(model, ("classifier", "pooler")))
+    install_quantizers(quantizable_layers(model, ("classifier", "pooler")))
     with pytest.raises(ExportError, match=r"first difference: 'bert\.pooler\.dense'"):
         export_quantized(model, tmp_path / "dense", format="dense")
     export_quantized(model, tmp_path / "dense", format="dense", exclude=("classifier", "pooler"))
@@ -216,7 +215,7 @@ def test_gates_raise(tmp_path) -> None:
 def test_an_unknown_format_and_an_unknown_pattern_raise(tmp_path) -> None:
     with pytest.raises(ExportError, match="unknown format 'torch_ao'; closest match: 'torchao'"):
         export_quantized(tiny_models.bert(), tmp_path / "out", format="torch_ao")
-    with pytest.raises(TargetError, match="'nothing' matches no Linear"):
+    with pytest.raises(TargetError, match="'nothing' matches no layer"):
         export_quantized(tiny_models.bert(), tmp_path / "out", format="dense", exclude=("nothing",))
     with pytest.raises(ExportError, match=r"torch\.float64; allowed: torch\.float32"):
         export_quantized(tiny_models.bert().double(), tmp_path / "out", format="dense")

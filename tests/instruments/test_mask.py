@@ -5,6 +5,7 @@ import peft
 import pytest
 import tiny_models
 import torch
+from quantized_models import install_quantizers, on_int8_grid
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -12,11 +13,8 @@ from zoo import ZOO
 
 from hf_compress import ExportError, TargetError, export_quantized, make_example_inputs
 from hf_compress.instruments.attach import attach, attachment_of, suspended
-from hf_compress.instruments.fake_quantize import install_fake_quantizers, quantizable_linears, remove_fake_quantizers
+from hf_compress.instruments.fake_quantize import quantizable_layers, remove_fake_quantizers
 from hf_compress.instruments.mask import ElementMask
-from hf_compress.quantization.quantizers import Int8Dynamic
-
-SCHEME = Int8Dynamic()
 
 LEAVES = {
     "linear": lambda: (nn.Linear(6, 4), torch.randn(2, 3, 6)),
@@ -141,11 +139,12 @@ def test_a_pruned_weight_neither_sets_the_scale_nor_leaves_zero() -> None:
         zeroed.weight.mul_(keep)
     mask = ElementMask("layer", layer)
     mask.set_mask(keep)
-    install_fake_quantizers(SCHEME, {"layer": layer, "zeroed": zeroed})
+    install_quantizers({"layer": layer, "zeroed": zeroed})
     attachment = attachment_of(layer)
-    used = attachment.weight_quantizer.fake_quantize_weight(attachment.weight_mask(layer.weight), None)
+    masked = attachment.weight_mask(layer.weight)
+    used = attachment.weight_quantizer.fake_quantize(masked, None, attachment.weight_quantizer.prepare(masked, None))
     assert used[~keep].abs().max() == 0
-    assert torch.equal(used, SCHEME.fake_quantize_weight(zeroed.weight, None))
+    assert torch.equal(used, on_int8_grid(zeroed.weight))
     assert torch.equal(layer(x), zeroed(x))
     remove_fake_quantizers(layer)
     assert attachment.weight_mask is mask, "removing the quantizer took the mask along"
@@ -163,7 +162,7 @@ def test_with_a_gate_and_a_fake_quantizer_it_is_the_smaller_sparse_quantized_lay
     gate = torch.zeros(10).index_fill(0, kept, 1.0)
     attach("big", big).input_gates.append(lambda: gate)
     ElementMask("big", big).set_mask(keep)
-    install_fake_quantizers(SCHEME, {"big": big, "small": small})
+    install_quantizers({"big": big, "small": small})
     # The sum over the inputs is taken in another order where there are fewer.
     torch.testing.assert_close(big(x), small(x[:, kept]), rtol=1e-6, atol=1e-6)
 
@@ -325,7 +324,7 @@ def test_suspended_masks_do_nothing() -> None:
 
 def test_a_masked_model_is_not_exported(tmp_path) -> None:
     model = tiny_models.bert()
-    name, module = next(iter(quantizable_linears(model).items()))
+    name, module = next(iter(quantizable_layers(model).items()))
     ElementMask(name, module)
     with pytest.raises(ExportError, match="weight masks are attached"):
         export_quantized(model, tmp_path)

@@ -5,15 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from quantized_models import install_quantizers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.instruments import attach as attaching
 from hf_compress.instruments.attach import attach
-from hf_compress.instruments.fake_quantize import install_fake_quantizers
 from hf_compress.instruments.mask import ElementMask
-from hf_compress.quantization.quantizers import Int8Dynamic
 
 IN, OUT = 24, 16
 SHAPES = {"rows": (7, IN), "sequence": (3, 5, IN), "four dimensions": (2, 3, 5, IN), "empty": (0, 5, IN)}
@@ -33,7 +32,7 @@ def instrument(layer: nn.Module, *names: str) -> torch.Tensor:
     if "mask" in names:
         ElementMask("layer", layer).set_mask(torch.rand(layer.weight.shape) > 0.5)
     if "quantizer" in names:
-        install_fake_quantizers(Int8Dynamic(), {"layer": layer})
+        install_quantizers({"layer": layer})
     return gate
 
 

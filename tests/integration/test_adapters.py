@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
+from quantized_models import install_quantizers
 from torch import Tensor
 
 from hf_compress import (
@@ -24,9 +25,8 @@ from hf_compress import (
     export_quantized,
     shrink,
 )
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, install_fake_quantizers, quantizable_linears
+from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
 from hf_compress.instruments.gate import Gate
-from hf_compress.quantization.quantizers import Int8Dynamic
 from hf_compress.shrinking.verify import relative_error
 
 BASE_CHANGED = "ignore:PruningCallback. units were removed from the base weights"
@@ -196,14 +196,14 @@ def test_what_is_quantized_is_what_merging_leaves(build: Any, make_trainer: Any,
     callback = QuantizationCallback(QuantizationConfig())
     make_trainer(adapted, data, [callback], max_steps=4, learning_rate=1e-2).train()
     trained = logits(adapted, data)
-    names = list(quantizable_linears(adapted.get_base_model()))
+    names = list(quantizable_layers(adapted.get_base_model()))
     merged = adapted.merge_and_unload()
-    assert names == list(quantizable_linears(merged)) == fake_quantized_modules(merged)
+    assert names == list(quantizable_layers(merged)) == fake_quantized_modules(merged)
     assert torch.equal(trained, logits(merged, data))
     callback.detach()
     assert fake_quantized_modules(merged) == []
     assert not torch.equal(trained, logits(merged, data))
-    install_fake_quantizers(Int8Dynamic(), quantizable_linears(merged))
+    install_quantizers(quantizable_layers(merged))
     assert torch.equal(trained, logits(merged, data))
     export_quantized(merged, tmp_path / "dense", "dense")
 
@@ -221,7 +221,7 @@ def test_all_three_callbacks_and_adapters_together(build: Any, make_trainer: Any
     trainer = make_trainer(adapted, data, callbacks, max_steps=6, learning_rate=1e-2)
     trainer.train()
     small = shrink(trainer)
-    install_fake_quantizers(Int8Dynamic(), quantizable_linears(small))
+    install_quantizers(quantizable_layers(small))
     # A sum in another order may round to the next integer: a step of one grid point.
     assert relative_error(logits(adapted, data), logits(small, data)) < 2e-2
     head = adapted.get_base_model().classifier.modules_to_save["default"].weight

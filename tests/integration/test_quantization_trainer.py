@@ -3,14 +3,14 @@ import math
 import pytest
 import tiny_models
 import torch
+from quantized_models import on_int8_grid
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TargetError, TrainingError
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_linears
-from hf_compress.quantization.quantizers import Int8Dynamic
+from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
 
 
 class Recorder(TrainerCallback):
@@ -55,8 +55,8 @@ def test_logs_say_how_coarse_the_grid_is(tiny_bert, classification_data, make_tr
     trainer.train()
     found = [entry.get("weight_rounding_error") for entry in trainer.state.log_history if "loss" in entry]
     assert found[:2] == [None, None]
-    weights = [module.weight.detach() for module in quantizable_linears(model).values()]
-    rounded = [Int8Dynamic().fake_quantize_weight(weight, None) for weight in weights]
+    weights = [module.weight.detach() for module in quantizable_layers(model).values()]
+    rounded = [on_int8_grid(weight) for weight in weights]
     errors = [(weight - grid).pow(2).sum() for weight, grid in zip(weights, rounded, strict=True)]
     error = (sum(errors) / sum(weight.pow(2).sum() for weight in weights)).sqrt()
     assert found[2:] == pytest.approx([float(error)] * 2, rel=1e-5)
@@ -69,7 +69,7 @@ def test_evaluation_after_training_measures_the_quantized_model(tiny_bert, class
     trainer = make_trainer(tiny_bert(), classification_data(), [quantize])
     trainer.train()
     quantized = trainer.evaluate()["eval_loss"]
-    assert fake_quantized_modules(trainer.model) == list(quantizable_linears(trainer.model))
+    assert fake_quantized_modules(trainer.model) == list(quantizable_layers(trainer.model))
     assert trainer.evaluate()["eval_loss"] == quantized
     quantize.detach()
     assert fake_quantized_modules(trainer.model) == []
@@ -177,11 +177,11 @@ def test_a_second_callback_starts_from_the_weights_alone(tiny_bert, classificati
     assert recorder.quantized == [False, False, True, True]
 
 
-def test_a_model_without_linear_layers_raises_before_training(make_trainer) -> None:
+def test_a_model_without_such_layers_raises_before_training(make_trainer) -> None:
     recorder = Recorder()
     data = [{"input_ids": torch.arange(5), "labels": torch.arange(5)}] * 4
-    trainer = make_trainer(tiny_models.gpt2(), data, [callback(), recorder])
-    with pytest.raises(TargetError, match="left to quantize"):
+    trainer = make_trainer(tiny_models.gpt2(), data, [callback(targets=["convolution"]), recorder])
+    with pytest.raises(TargetError, match="has no Conv1d or Conv2d"):
         trainer.train()
     assert recorder.weights == []
 

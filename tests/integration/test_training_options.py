@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_models import install_quantizers
 from training_runs import (
     DELICATE,
     METHODS,
@@ -29,9 +30,8 @@ from hf_compress import (
     QuantizationCallback,
     shrink,
 )
-from hf_compress.instruments.fake_quantize import install_fake_quantizers, quantizable_linears
+from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.pruner_state import scores_of
-from hf_compress.quantization.quantizers import Int8Dynamic
 
 CASES = [
     slow_unless(method == "all" and option in DELICATE, option, method, name=f"{option}, {method}")
@@ -73,7 +73,7 @@ def test_fake_quantization_of_the_shrunk_model_is_the_trainers_own(
     trainer = make_trainer(tiny_bert(), classification_data(), compression(METHODS["all"], tiny_bert(seed=1)))
     trainer.train()
     small = shrink(trainer).double()
-    install_fake_quantizers(Int8Dynamic(), quantizable_linears(small))
+    install_quantizers(quantizable_layers(small))
     ids = torch.arange(3, 33).view(3, 10)
     with torch.no_grad():
         own = trainer.model.double().eval()(input_ids=ids).logits

@@ -3,8 +3,6 @@ import torch
 from torch import Tensor
 
 from hf_compress.quantization.numerics import EPS, dequantize, fake_quantize, integer_range, quantize, symmetric_scale
-from hf_compress.quantization.quantizers import Int8Dynamic
-from hf_compress.registry import schemes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -38,16 +36,6 @@ def test_scales_integers_and_values_are_bit_equal_to_torchao(dtype: torch.dtype,
         simulated = fake_quantize(x, scale, covered=covered)
         assert simulated.dtype == dtype
         assert torch.equal(simulated, reference.dequantize())
-
-
-def test_the_weight_of_a_layer_is_bit_equal_to_what_torchao_makes_of_it() -> None:
-    torchao = pytest.importorskip("torchao.quantization")
-    layer = torch.nn.Linear(33, 40)
-    weight = layer.weight.detach().clone()
-    scheme = schemes.get("int8_dynamic")()
-    torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig())
-    assert torch.equal(layer.weight.scale, scheme.weight_scale(weight))
-    assert torch.equal(layer.weight.dequantize(), scheme.fake_quantize_weight(weight, None))
 
 
 def test_a_row_that_can_be_checked_by_hand() -> None:
@@ -101,25 +89,3 @@ def test_covered_saves_the_mask_and_gives_the_same_gradient() -> None:
 def test_the_scale_is_a_constant_of_the_gradient() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     assert not symmetric_scale(x).requires_grad
-
-
-def test_removed_channels_do_not_touch_the_scale_of_the_others() -> None:
-    weight = torch.randn(7, 10, generator=torch.Generator().manual_seed(0))
-    weight[:, 3] = 50.0  # the largest of every row
-    factors = torch.ones(1, 10)
-    factors[0, [3, 8]] = 0.0
-    kept = factors[0].nonzero().flatten()
-    scheme = Int8Dynamic()
-    scale = scheme.weight_scale(weight, factors)
-    assert torch.equal(scale, scheme.weight_scale(weight[:, kept]))
-    assert not torch.equal(scale, scheme.weight_scale(weight))
-    simulated = scheme.fake_quantize_weight(weight, factors)
-    assert torch.equal(simulated[:, kept], scheme.fake_quantize_weight(weight[:, kept], None))
-
-
-def test_every_token_has_its_own_input_scale() -> None:
-    x = torch.tensor([[[1.0, -2.0]], [[100.0, 50.0]]])
-    scheme = Int8Dynamic()
-    both = scheme.fake_quantize_input(x)
-    assert torch.equal(both[:1], scheme.fake_quantize_input(x[:1]))
-    assert torch.equal(both[1:], scheme.fake_quantize_input(x[1:]))

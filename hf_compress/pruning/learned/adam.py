@@ -11,7 +11,7 @@ ALIKE = 1e-6
 """Relative difference of squared gradients that is taken for rounding."""
 
 
-def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor, learning_rate: float) -> None:
+def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor, learning_rate: float | Tensor) -> None:
     """Move ``tensors[name]`` by one step of Adam, in place; a gradient that is not finite moves nothing.
 
     Nothing waits for the device.
@@ -22,7 +22,7 @@ def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor,
         tensors: Also keeps the state: ``<name>/mean``, ``<name>/square``, ``<name>/steps``.
         name: What moves.
         gradient: Of the same shape.
-        learning_rate: Of the step.
+        learning_rate: Of the step; a tensor: of each entry.
     """
     finite = torch.isfinite(gradient).all()
     gradient = gradient.where(finite, 0.0)
@@ -37,7 +37,7 @@ def adam_step(tensors: MutableMapping[str, Tensor], name: str, gradient: Tensor,
     change = new_mean / (1 - DECAYS[0] ** count) / root
     for old, new in ((mean, new_mean), (square, new_square), (steps, count)):
         old.copy_(new.where(finite, old))
-    tensors[name].sub_(change.where(finite, 0.0), alpha=learning_rate)
+    tensors[name].sub_(change.where(finite, 0.0) * learning_rate)
 
 
 def told_apart(tensors: Mapping[str, Tensor], name: str) -> bool:
