@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from quantized_models import SETTINGS as NUMBERS
 from safetensors.torch import load_file, save_file
 from tiny_models import bert, llama
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -73,6 +74,8 @@ def callbacks_for(method: str, teacher: Any) -> list[CompressionCallback]:
         made.append(PruningCallback(config))
     if method in ("quantization", "all"):
         made.append(QuantizationCallback(QuantizationConfig()))
+    if method.startswith("quantization-"):
+        made.append(QuantizationCallback(QuantizationConfig(**NUMBERS[method.removeprefix("quantization-")])))
     if method in ("distillation", "all"):
         made.append(DistillationCallback(DistillationConfig(alpha=0.5), teacher=teacher))
     return made
@@ -185,6 +188,8 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"bert-{method}": ("bert", method, EQUAL) for method in METHODS},
     **{f"llama-{method}": ("llama", method, ACCUMULATED) for method in METHODS},
     **{f"bert-{name}": ("bert", name, EQUAL) for name in CRITERIA if name not in BY_ADAM},
+    "bert-quantization-static": ("bert", "quantization-static", EQUAL),
+    "llama-quantization-static": ("llama", "quantization-static", ACCUMULATED),
     # Masks do not depend on the gradient's scale where the weights stay the same.
     "scaled": ("bert", "taylor", {"learning_rate": 0.0}),
 }
@@ -193,6 +198,7 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 RUNS = {
     **SETTINGS,
     **{f"bert-{name}": ("bert", name, EQUAL) for name in BY_ADAM},
+    **{f"bert-quantization-{name}": ("bert", f"quantization-{name}", EQUAL) for name in NUMBERS},
     **{f"ragged-{method}": ("llama", method, RAGGED) for method in ("plain", "neutral", "all")},
 }
 

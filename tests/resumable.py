@@ -9,6 +9,7 @@ from typing import Any
 
 import tiny_models
 import torch
+from quantized_models import SETTINGS
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress import (
@@ -27,7 +28,8 @@ NUM_STEPS = 10
 STEPS_PER_EPOCH = 4
 
 TRAINING = [name for name in criteria if criteria.get(name).trains]
-METHODS = [*(f"pruning-{name}" for name in TRAINING), "lottery_ticket", "quantization", "distillation", "all"]
+QUANTIZING = [f"quantization-{name}" for name in SETTINGS]
+METHODS = [*(f"pruning-{name}" for name in TRAINING), "lottery_ticket", *QUANTIZING, "distillation", "all"]
 
 
 def pruning(criterion: str = "taylor", **changes: Any) -> PruningCallback:
@@ -55,13 +57,13 @@ def distillation(teacher: Any = None, **changes: Any) -> DistillationCallback:
 
 def callbacks_of(method: str) -> list[TrainerCallback]:
     """Fresh callbacks for one of ``METHODS``."""
-    name, _, criterion = method.partition("-")
+    name, _, kind = method.partition("-")
     if name == "all":
         return [pruning(), distillation(), quantization()]
     makers: dict[str, Callable[[], TrainerCallback]] = {
-        "pruning": lambda: pruning(criterion),
+        "pruning": lambda: pruning(kind),
         "lottery_ticket": lottery_ticket,
-        "quantization": quantization,
+        "quantization": lambda: quantization(**SETTINGS[kind]),
         "distillation": distillation,
     }
     return [makers[name]()]

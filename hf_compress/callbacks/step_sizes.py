@@ -116,6 +116,8 @@ class StepSizes:
                     "the model and the config that it was written for."
                 )
             quantizer.load({key: tensor.to(self._device) for key, tensor in found.items()})
+            if found:  # what had no step yet is still being watched
+                quantizer.collector = None
             for key, tensor in quantizer.learned.items():
                 self._owned.add(f"{name}|{key}", tensor, tensors[f"rate/{name}|{key}"].to(self._device))
         for name, tensor in learned.items():

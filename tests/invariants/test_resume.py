@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from resumable import (
     METHODS,
     NUM_STEPS,
+    QUANTIZING,
     STEPS_PER_EPOCH,
     AtSave,
     CutAfterSave,
@@ -37,7 +38,9 @@ MID_EPOCH = 3
 """In the middle of an epoch, after the first change of the masks, when quantization is about to begin."""
 
 QUICK = [
-    *((method, MID_EPOCH) for method in METHODS),
+    *((method, MID_EPOCH) for method in METHODS if method not in QUANTIZING),
+    ("quantization-qat", MID_EPOCH),
+    *((method, MID_EPOCH + 1) for method in QUANTIZING if method != "quantization-qat"),
     *(("all", step) for step in (STEPS_PER_EPOCH, 7)),
     *(("lottery_ticket", step) for step in (1, 2, 4, 7)),
 ]
