@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -90,9 +91,11 @@ def steps_per_epoch(trainer: Trainer) -> int:
         return int(_initial_values(trainer, dataloader)[1])
 
 
-def first_batch(trainer: Trainer) -> dict[str, Any]:
-    """Return a training batch as the model gets it, on the training device."""
+def first_batch(trainer: Trainer) -> dict[str, Any] | None:
+    """Return a training batch as the model gets it, on the training device; None of a stream, which would lose it."""
     with train_dataloader(trainer) as dataloader:
+        if isinstance(dataloader, Iterator) or isinstance(getattr(dataloader, "dataset", None), IterableDataset):
+            return None
         batch: dict[str, Any] = trainer._prepare_inputs(next(iter(dataloader)))
     return batch
 
