@@ -48,7 +48,8 @@ def preview(trainer: Trainer) -> Preview:
     """Say what the compression callbacks of a Trainer are going to do, without training.
 
     Everything up to the first step is done for real: models are analyzed, teachers loaded, a copy is shrunk on trial,
-    the first batch, unless it comes from a stream, is run through student and teacher. Afterwards all is as it was, random states too.
+    the first batch, unless it comes from a stream, is run through student and teacher. Afterwards all is as it was,
+    random states too.
 
     Args:
         trainer: A Trainer with compression callbacks that has not trained yet.

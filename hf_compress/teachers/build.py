@@ -49,8 +49,8 @@ def cache_teacher_outputs(
     that changes between epochs (augmentation, dynamic masking) cannot be cached. A cache that is there already is
     reused if it fits teacher, settings and data; one that was interrupted is gone on with. Token-level outputs are
     stored without padding; padding before an example is allowed where it changes nothing of what the teacher says
-    (relative positions), see ``may_move``. In a run of several processes every one has to call this, and the first does the work; a
-    long one is better done beforehand in a process of its own.
+    (relative positions), see ``may_move``. In a run of several processes every one has to call this, and the first
+    does the work; a long one is better done beforehand in a process of its own.
 
     Args:
         teacher: Runs in eval mode on the device it is on.
