@@ -14,10 +14,11 @@ from hf_compress.teachers.live import teacher_outputs
 _COLUMNS = 3
 """By how much an example is moved at the most."""
 
-_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Differences relative to the largest number that are rounding; other dtypes have 8 bits or 11."""
+_ROUNDING = 1e-4
+"""Differences relative to the largest number that are rounding."""
 
 _COARSE_ROUNDING = 0.03
+"""The same for numbers with 8 bits or 11, such as bfloat16."""
 
 
 def may_move(teacher: nn.Module, inputs: Mapping[str, Any], spec: InputSpec, autocast: torch.dtype | None) -> bool:
@@ -50,7 +51,9 @@ def may_move(teacher: nn.Module, inputs: Mapping[str, Any], spec: InputSpec, aut
         said = [_at_positions(teacher_outputs(teacher, each, autocast), spec, each) for each in (behind, before)]
     except (IndexError, RuntimeError, TypeError, ValueError):  # a part of an example may be none
         return False
-    return all(_alike(said[0][name], said[1][name]) for name in said[0])
+    is_fine = autocast is None and all(each.dtype.itemsize >= 4 for each in teacher.parameters())
+    rounding = _ROUNDING if is_fine else _COARSE_ROUNDING
+    return all(_alike(said[0][name].float(), said[1][name].float(), rounding) for name in said[0])
 
 
 def _longest(inputs: Mapping[str, Any], spec: InputSpec, mask: Tensor) -> tuple[dict[str, Any], int]:
@@ -89,9 +92,8 @@ def _at_positions(outputs: Mapping[str, Tensor], spec: InputSpec, inputs: Mappin
     return {name: each[counts] if per_position[name] else each for name, each in outputs.items()}
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _alike(one: Tensor, other: Tensor, rounding: float) -> bool:
     if one.shape != other.shape or not bool(one.isfinite().all() & other.isfinite().all()) or one.numel() == 0:
         return False
-    rounding = _ROUNDING.get(one.dtype, _COARSE_ROUNDING)
     difference, largest = float((one - other).abs().max()), float(one.abs().max())
     return math.isfinite(difference) and difference <= rounding * largest

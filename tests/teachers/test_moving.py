@@ -78,6 +78,17 @@ def test_a_row_without_padding_is_on_neither_side(tmp_path: Path, make: Callable
     assert largest_difference(cache, teacher, text_batch([max(ROWS, key=len)], 0, "left")) < 1e-4
 
 
+@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("half", ["weights", "autocast"])
+def test_rounding_to_few_bits_is_no_difference(tmp_path: Path, make: Callable[[], Any], half: str) -> None:
+    teacher: Any = make()
+    settings: dict[str, Any] = {"autocast": torch.bfloat16} if half == "autocast" else {}
+    if half == "weights":
+        teacher.to(torch.bfloat16)
+    cache = cache_teacher_outputs(teacher, [text_batch(ROWS)], tmp_path, **settings)
+    assert cache.manifest.content.inputs.moves == (make is llama)
+
+
 def test_an_accelerator_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_teacher_outputs(bert(), [text_batch(ROWS)], tmp_path)
     monkeypatch.setattr("hf_compress.teachers.cached._waits", lambda device: True)
