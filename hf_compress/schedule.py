@@ -111,6 +111,19 @@ def parse_epochs(when: str) -> float:
     return float(found[1])
 
 
+def gap(begin: Moment, end: Moment) -> float | None:
+    """Return how much later ``end`` is, in the unit of both; None for unlike ones, of which only the run can tell.
+
+    Raises:
+        ConfigError: For a text that is no number of epochs.
+    """
+    if isinstance(begin, str) and isinstance(end, str):
+        return parse_epochs(end) - parse_epochs(begin)
+    if isinstance(begin, str) or isinstance(end, str) or type(begin) is not type(end):
+        return None
+    return end - begin
+
+
 def to_steps(when: Moment, total_steps: int, steps_per_epoch: Callable[[], int] | None = None) -> int:
     """Return a moment in optimizer steps.
 

@@ -1,5 +1,6 @@
 """Tiny models, tiny data and a Trainer on the CPU; nothing is downloaded."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,13 @@ Example = dict[str, torch.Tensor]
 def _one_thread() -> None:
     # Tiny tensors gain nothing from threads, which wait for each other on a busy machine.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage() -> None:
+    # Every train() collects garbage, which takes most of a second with all of torch and transformers to look through.
+    gc.collect()
+    gc.freeze()
 
 
 def _tiny_bert(*, seed: int = 0, **overrides: Any) -> BertForSequenceClassification:

@@ -124,3 +124,16 @@ class Snapshot:
     @staticmethod
     def _gradient(parameter: Tensor) -> tuple[bool, Any]:
         return parameter.requires_grad, None if parameter.grad is None else parameter.grad.clone()
+
+
+def gram_of_inputs(model: PreTrainedModel, name: str, data: list[Any]) -> Tensor:
+    """Return X^T X of what reaches a module, padding left out, float64, [inputs, inputs]."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        for batch in data:
+            model.eval()(**batch)
+            found[-1] = found[-1][batch["attention_mask"].bool()].double()
+    handle.remove()
+    x = torch.cat(found)
+    return x.T @ x

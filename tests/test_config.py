@@ -12,6 +12,8 @@ from hf_compress import (
     Recipe,
 )
 from hf_compress.config.data import DatasetConfig
+from hf_compress.config.distillation import FeatureConfig
+from hf_compress.config.stages import StageConfig
 from hf_compress.registry import Registry
 
 PRUNING = {"structures": {"heads": 0.5, "ffn": 0.7}}
@@ -42,6 +44,24 @@ def test_unknown_keys_are_refused_with_the_closest_match(config) -> None:
         type(config).from_dict({**config.to_dict(), "schema_versoin": 1})
 
 
+@pytest.mark.parametrize("kind", [type(config) for config in CONFIGS[:4]] + [DatasetConfig, StageConfig, FeatureConfig])
+@pytest.mark.parametrize("data", [None, 5, "x", [], [("seed", 1)], {1: 2}], ids=repr)
+def test_what_is_no_mapping_of_fields_is_refused(kind, data) -> None:
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}: (got .*; allowed: a mapping|unknown key 1;)"):
+        kind.from_dict(data)
+
+
+def test_moments_of_unlike_kinds_are_left_to_the_run() -> None:
+    config = PruningConfig(**PRUNING, begin="1 epoch", end=0.5)
+    assert config.window(100, lambda: 10) == (10, 50)
+
+
+def test_a_path_that_is_none_is_refused() -> None:
+    for use in (PruningConfig.load, CONFIGS[0].save):
+        with pytest.raises(ConfigError, match=r"PruningConfig: got 5 as a path; allowed: that of a \.json"):
+            use(5)
+
+
 def test_a_newer_schema_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"schema_version: got 99; allowed: 1\. Upgrade hf-compress"):
         DistillationConfig(schema_version=99)
@@ -63,7 +83,7 @@ def test_a_newer_schema_is_refused() -> None:
         ({"exclude": "layer.0"}, "a tuple or list of regular expressions"),
         ({"exclude": (3,)}, "a tuple or list of regular expressions"),
         ({"exclude": ("[",)}, "got '\\['; allowed: regular expressions. This one is none"),
-        ({"begin": 0.7, "end": 0.6}, "at least begin = 0.7"),
+        ({"begin": 0.7, "end": 0.6}, "end: got 0.6; allowed: nothing earlier than begin=0.7"),
         ({"begin": -1}, "an int >= 0"),
         ({"end": 1.5}, "float in \\[0, 1\\]"),
         ({"update_every": 0}, "an int >= 1"),
@@ -250,6 +270,14 @@ def test_bad_budgets_are_refused(changes, message) -> None:
         ({"structures": 5, "target_params": 0.5}, "structures: got 5; allowed: a non-empty list"),
         ({"structures": None, "target_params": 0.5}, "structures: got None; allowed: a non-empty list"),
         ({"begin": "1.5 epoch s"}, "a text such as '1.5 epochs'"),
+        (
+            {"begin": "1 epoch", "end": "0.5 epochs"},
+            r"end: got '0\.5 epochs'; allowed: nothing earlier than begin='1 epoch'",
+        ),
+        ({"begin": 9, "end": 3}, "end: got 3; allowed: nothing earlier than begin=9"),
+        ({"rules": [{"match": ["a"], "begin": 0.9}]}, r"rules\[0\].*end: got 0\.6; allowed: nothing earlier"),
+        ({"regrow": 1}, "regrow: got 1; allowed: True or False"),
+        ({"regrow": "yes"}, "regrow: got 'yes'; allowed: True or False"),
         ({"granularity": "row"}, '"element" unless'),
         ({"structures": {"weights": 0.5}, "granularity": "4:2"}, "or N:M such as 2:4"),
         ({"structures": {"weights": 0.25}, "granularity": "2:4"}, "allowed: 0.5, which is what the pattern removes"),

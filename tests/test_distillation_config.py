@@ -67,9 +67,9 @@ def test_layers_are_numbers_whatever_the_file_makes_of_them() -> None:
         ({"end": "2 weeks"}, r"Ramp\.end: got '2 weeks'"),
         ({"schedule": "cubik"}, r"Ramp\.schedule: unknown value 'cubik'; closest match: 'cubic'"),
         ({"stop": 0.5}, r"Ramp\.stop: got 0\.5; allowed: another number than start=0\.5\. Or give the number alone"),
-        ({"begin": 5, "end": 2}, r"Ramp\.begin: got 5; allowed: nothing later than end=2"),
-        ({"begin": 0.5, "end": 0.25}, r"Ramp\.begin: got 0\.5; allowed: nothing later than end=0\.25"),
-        ({"begin": "2 epochs", "end": "1.5 epochs"}, r"Ramp\.begin: got '2 epochs'; allowed: nothing later"),
+        ({"begin": 5, "end": 2}, r"Ramp\.end: got 2; allowed: nothing earlier than begin=5"),
+        ({"begin": 0.5, "end": 0.25}, r"Ramp\.end: got 0\.25; allowed: nothing earlier than begin=0\.5"),
+        ({"begin": "2 epochs", "end": "1.5 epochs"}, r"Ramp\.end: got '1\.5 epochs'; allowed: nothing earlier"),
         ({"until": 3}, r"Ramp: unknown key 'until'; .*'start'"),
     ],
 )

@@ -32,8 +32,10 @@ class CachedTeacher:
         self.cache = cache
         self.temperature = _temperature(cache, config)
         check_same_task(_task(cache), run.model)
-        self.cache.outputs(first_batch(run.trainer), temperature=self.temperature)
-        self.cache.check()
+        batch = first_batch(run.trainer)
+        if batch is not None:
+            self.cache.outputs(batch, temperature=self.temperature)
+            self.cache.check()
 
     def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
         """Return what is stored for the examples of a batch."""

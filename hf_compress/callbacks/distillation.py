@@ -20,7 +20,7 @@ from hf_compress.callbacks.base import CompressionCallback, Run
 from hf_compress.callbacks.cached_teacher import CachedTeacher
 from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import head_of
-from hf_compress.callbacks.mixing import LossListener, Mixer
+from hf_compress.callbacks.mixing import LossListener, Mixer, computes_as_usual, is_compiled
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import check_windows
 from hf_compress.callbacks.teachers import (
@@ -36,6 +36,7 @@ from hf_compress.callbacks.teachers import (
 from hf_compress.config import DistillationConfig, Ramp
 from hf_compress.config.distillation import AUTO, TEMPERATURE
 from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.instruments.attach import attachment_of
 from hf_compress.teachers.cached import TeacherCache
 from hf_compress.teachers.manifest import MANIFEST
 
@@ -93,6 +94,8 @@ class DistillationCallback(CompressionCallback):
         self._copy: nn.Module | None = None
         self._installed = ExitStack()
         self._mixer: Mixer | None = None
+        self._rehearsed: Mapping[str, Tensor] | None = None
+        """Losses of the first batch, if it was compared before training."""
         self._teacher_digest = ""
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -121,7 +124,8 @@ class DistillationCallback(CompressionCallback):
         mixer = self._mixer = Mixer(self.config, teacher, run, names, features)
         if features is not None:
             undo.callback(features.tap.close)  # KeyboardInterrupt runs no hook
-            features.prepare(teacher, mixer.head)
+            features.tap.check_checkpointing()
+        self._rehearse(run, mixer)
         mixer.listeners = self.listeners
         # PEFT calls the base model's forward directly, so its hooks would not run: hook the Trainer's model.
         model: Any = trainer.model
@@ -134,8 +138,24 @@ class DistillationCallback(CompressionCallback):
         for name in names:
             replace_attribute(trainer, name, mixer.mixed(getattr(trainer, name)), undo)
 
+    def _rehearse(self, run: Run, mixer: Mixer) -> None:
+        """Compare the first batch, unless the model may get something else than the batch, or would be compiled for it.
+
+        Of a stream, which would lose it, features are prepared when training gets there.
+        """
+        trainer: Any = run.trainer
+        as_usual = computes_as_usual(trainer) and not is_compiled(run)
+        batch = first_batch(trainer) if mixer.features is not None or as_usual else None
+        if batch is not None:
+            self._rehearsed = mixer.rehearse(batch)
+        elif mixer.features is not None and trainer.is_fsdp_enabled:
+            raise TrainingError(
+                "distillation: features are prepared on the first batch, which a stream (an IterableDataset) under "
+                "FSDP would lose. Use a data set with __getitem__ and __len__, or DDP."
+            )
+
     def _remove(self) -> None:
-        self._mixer = None
+        self._mixer = self._rehearsed = None
         self._installed.close()
 
     def on_pre_optimizer_step(
@@ -167,7 +187,7 @@ class DistillationCallback(CompressionCallback):
                 "with that teacher, or start a new run from the checkpoint's weights."
             )
         if self._mixer is not None and self._mixer.features is not None:
-            self._mixer.features.projections.restore(tensors)
+            self._mixer.features.restore(tensors)
 
     def _preview(self, run: Run) -> Mapping[str, Any]:
         mixer = self._mixer
@@ -175,13 +195,9 @@ class DistillationCallback(CompressionCallback):
         facts: dict[str, Any] = {"teacher": mixer.teacher.describe(), "alpha": _text(self.config.alpha)}
         if self.config.uses_temperature():
             facts["temperature"] = _text(self.config.temperature)
-        inputs = first_batch(run.trainer)
-        model: Any = run.trainer.model
-        with torch.no_grad(), torch.random.fork_rng(), run.trainer.accelerator.autocast():
-            outputs = model(**inputs)  # no gradients, so the hooks leave it alone
-            taken = mixer.features.of(model, inputs) if mixer.features is not None else None
-            losses = mixer.losses(outputs, inputs, inputs.get("labels"), mixer.head.shift, None, taken)
-        for name, loss in losses.items():
+        if self._rehearsed is None and (batch := first_batch(run.trainer)) is not None:
+            self._rehearsed = mixer.rehearse(batch)
+        for name, loss in (self._rehearsed or {}).items():
             facts[f"{name} loss of the first batch"] = float(loss)
         return facts
 
@@ -197,6 +213,13 @@ class DistillationCallback(CompressionCallback):
             return CachedTeacher(opened, self.config, run)
         wants = FeatureDistillation.wants(self.config.features)
         if source == UNMASKED:
+            others = [each for each in trainer.callback_handler.callbacks if isinstance(each, CompressionCallback)]
+            if others == [self] and not _differs_in_training(run.model):
+                raise ConfigError(
+                    f"DistillationCallback: teacher={UNMASKED!r}, but no callback masks or quantizes, and there is no "
+                    "dropout, so the student would teach itself what it says. Add a PruningCallback or "
+                    f"QuantizationCallback, or use teacher={SELF!r}."
+                )
             if trainer.is_fsdp_enabled:
                 raise TrainingError(f"distillation: teacher={UNMASKED!r} does not work under FSDP; use {SELF!r}.")
             return UnmaskedStudent(trainer.model, run.model, trainer, wants)
@@ -226,6 +249,18 @@ def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:
             f"DistillationConfig.teacher_device: got {config.teacher_device!r}; allowed: None where the teacher is the "
             "student itself or a cache."
         )
+
+
+def _differs_in_training(model: PreTrainedModel) -> bool:
+    """Return whether something is attached to a model, or drops a part of it while it trains."""
+    attached = any(attachment_of(module) is not None for module in model.modules())
+    config = model.config.get_text_config().to_dict() | model.config.to_dict()
+    drops = any("drop" in name and isinstance(value, int | float) and value > 0 for name, value in config.items())
+    return attached or drops or any(getattr(module, "p", 0) for module in model.modules() if _is_dropout(module))
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return "drop" in type(module).__name__.lower()
 
 
 def _is_cache(source: Any) -> bool:

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from hf_compress.callbacks.base import Run
 from hf_compress.callbacks.feature_terms import FeatureTerm
-from hf_compress.callbacks.heads import Head
-from hf_compress.callbacks.preview import first_batch, unchanged
 from hf_compress.callbacks.projections import Projections
 from hf_compress.callbacks.ramps import value_at
-from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import FeatureConfig
-from hf_compress.errors import TrainingError
+from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of
 from hf_compress.instruments.features import Features, FeatureTap
 from hf_compress.instruments.stacks import kept_layers
@@ -40,6 +37,9 @@ class FeatureDistillation:
             for i, each in enumerate(configs)
         ]
         self.tap = FeatureTap(model, self.wants(configs))
+        self.is_ready = False
+        """Whether projections are made."""
+        self._stored: Mapping[str, Tensor] | None = None
         self._kept: dict[str, list[bool]] = {}
         self._kept_at = -1
 
@@ -49,32 +49,42 @@ class FeatureDistillation:
         unbound = (FeatureTerm("", each, torch.nn.Identity(), Projections()) for each in configs)
         return frozenset(want for term in unbound for want in term.wants())
 
-    def prepare(self, teacher: Teacher, head: Head) -> None:
-        """Compare the first batch, so that errors come before training, and make projections; all ranks must call it.
+    def prepare(self, student: Features, teachers: Sequence[Features], inputs: Mapping[str, Any]) -> None:
+        """Check that there is something to compare, and make projections; all ranks must call it.
+
+        Args:
+            student: Features of the student in a pass in which all layers ran.
+            teachers: Those of each teacher.
+            inputs: What the student was called with.
 
         Raises:
-            ConfigError: If layers cannot be paired.
+            ConfigError: If layers cannot be paired, or a setting has no effect.
             TrainingError: If features are missing or do not fit each other.
         """
-        self.tap.check_checkpointing()
-        model: Any = self.run.trainer.model
-        inputs = first_batch(self.run.trainer)
-        with torch.no_grad(), unchanged(model), torch.random.fork_rng(), self.run.trainer.accelerator.autocast():
-            student = self.of(model.eval(), inputs)
-            lesson = teacher.teach(inputs, head)
-            teacher.check()
-            for term in self.terms:
-                for number, features in enumerate(lesson.features):
-                    term.prepare(student, features, inputs, number)
-            self.losses(student, lesson.features, inputs, torch.ones(0))
-        self._kept_at = -1  # masks may come from a checkpoint after this
+        for term in self.terms:
+            for number, features in enumerate(teachers):
+                term.prepare(student, features, inputs, number)
+            has_maps = any(name.startswith(f"{term.name}.") for name in self.projections.rates)
+            if term.config.learning_rate != FeatureConfig.learning_rate and not has_maps:
+                raise ConfigError(
+                    f"FeatureConfig.learning_rate: got {term.config.learning_rate}; allowed: "
+                    f"{FeatureConfig.learning_rate} for {term.name!r}, which needs no projections, since the widths "
+                    'are equal. Leave it out, or set projection="always".'
+                )
+        self.is_ready = True
+        if self._stored is not None:
+            self.projections.restore(self._stored)
 
-    def of(self, model: Any, inputs: Mapping[str, Any]) -> Features:
-        """Return the features of the student for some inputs."""
-        try:
-            return self.tap.read(model(**self.tap.prepare(inputs)))
-        finally:
-            self.tap.close()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the projections of a checkpoint, at once or when they are made.
+
+        Raises:
+            TrainingError: If some are missing, or are of other sizes.
+        """
+        if self.is_ready:
+            self.projections.restore(tensors)
+        else:
+            self._stored = tensors
 
     def losses(
         self, student: Features, teachers: Sequence[Features], inputs: Mapping[str, Any], shares: Tensor
@@ -102,6 +112,10 @@ class FeatureDistillation:
             per_example = values.reshape(len(shares), -1).mean(1)  # several texts where there are choices
             found[term.name] = value_at(term.config.weight, self.run) * (per_example * shares).sum()
         return found
+
+    def forget_masks(self) -> None:
+        """Ask anew which layers are pruned: masks may have come from a checkpoint."""
+        self._kept_at = -1
 
     def _kept_layers(self, student: Features) -> Mapping[str, Sequence[bool]]:
         """Return which layers are not pruned; asked once a step, because it waits for the device."""

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from hf_compress.callbacks.base import Run
 from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import Head, head_of
 from hf_compress.callbacks.item_count import CountProbe, gradient_says, loss_of_twice_as_many, values_say
+from hf_compress.callbacks.preview import unchanged
 from hf_compress.callbacks.ramps import value_at
 from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teachers import Teacher
@@ -20,6 +22,7 @@ from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.features import Features
 from hf_compress.registry import distillation_losses
+from hf_compress.teachers.inputs import IGNORED_LABEL
 from hf_compress.teachers.outputs import SparseLogits
 
 LossListener = Callable[[Tensor, Tensor], None]
@@ -64,18 +67,50 @@ class Mixer:
         self.sums: dict[str, Tensor] = {}
         """By name, losses since the last log, scaled as the Trainer scales the loss."""
 
+    def rehearse(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Compare a batch as training will, so that errors come before it, and make projections; for all ranks.
+
+        Args:
+            batch: As the Trainer gets it, or as the model does.
+
+        Returns:
+            Every loss by name.
+
+        Raises:
+            ConfigError: If a setting does not fit the models, or has no effect.
+            TrainingError: If outputs are missing or do not fit each other.
+        """
+        model: Any = self.run.trainer.model
+        labels, shift = self._labels(batch)
+        inputs = dict(batch)
+        if self.mixes_in:
+            inputs.pop("labels", None)  # as the Trainer does
+        if self.run.trainer.model_accepts_loss_kwargs and isinstance(labels, Tensor):
+            inputs["num_items_in_batch"] = labels.ne(IGNORED_LABEL).sum()
+        with torch.no_grad(), unchanged(model), torch.random.fork_rng(), self.run.trainer.accelerator.autocast():
+            model.eval()  # so that the hooks leave it alone
+            outputs, taken = self._watched(model, inputs)
+            if not self.mixes_in and computes_as_usual(self.run.trainer):
+                _task_loss(model, outputs)
+            found = self.losses(outputs, inputs, labels, shift, None, taken)
+        self.teacher.check()
+        if self.features is not None:
+            self.features.forget_masks()
+        return found
+
     def begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before a forward pass: watch its features, and let the first show whether its loss depends on a count."""
         if not _is_training(module):
             return None
         if self.features is not None:
+            if not self.features.is_ready:
+                self.rehearse(_keywords(args, kwargs))
             kwargs = self.features.tap.prepare(kwargs)
         if self.mixes_in or self.per_item is not None or kwargs.get("num_items_in_batch") is None:
             return args, kwargs
         # A compiler would trace the subclass; the plain tensor's gradient says the same.
-        compiled = self.run.args.torch_compile or getattr(module, "_compiled_call_impl", None) is not None
         probe = CountProbe.of(kwargs["num_items_in_batch"], self.run.device)
-        return args, {**kwargs, "num_items_in_batch": probe.as_subclass(Tensor) if compiled else probe}
+        return args, {**kwargs, "num_items_in_batch": probe.as_subclass(Tensor) if is_compiled(self.run) else probe}
 
     def end_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         """After a forward pass, also one that failed: mix the loss, or keep what that takes for whoever computes it."""
@@ -97,16 +132,8 @@ class Mixer:
     ) -> Any:
         """Replace ``outputs.loss``."""
         inputs = _keywords(args, kwargs)
-        task_loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if not isinstance(task_loss, Tensor):
-            raise TrainingError(
-                f"distillation: {type(module).__name__} returned no loss to mix with (got a {type(outputs).__name__}). "
-                "The data needs labels, return_dict must not be False, and an overridden Trainer.compute_loss must "
-                "pass labels to the model and use outputs.loss; for your own loss use Trainer(compute_loss_func=...)."
-            )
-        labels, shift = kwargs.get("labels"), self.head.shift
-        if kwargs.get("shift_labels") is not None:
-            labels, shift = kwargs["shift_labels"], False
+        task_loss = _task_loss(module, outputs)
+        labels, shift = self._labels(kwargs)
         num_items = kwargs.get("num_items_in_batch")
         if self.per_item is None and num_items is not None:
             self.per_item = gradient_says(task_loss, num_items)
@@ -195,8 +222,28 @@ class Mixer:
             # An example counts as often as the task loss counts its positions.
             shares = counted.reshape(len(counted), -1).sum(1) / count
             # Where the loss is computed outside the model, it has not got the labels, which show a decoder's padding.
-            found |= self.features.losses(taken, lesson.features, {**inputs, "labels": labels}, shares)
+            complete = {**inputs, "labels": labels}
+            if not self.features.is_ready:
+                self.features.prepare(taken, lesson.features, complete)
+            found |= self.features.losses(taken, lesson.features, complete, shares)
         return found
+
+    def _watched(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Features | None]:
+        """Return outputs of the student, and its features if they are compared."""
+        if self.features is None:
+            return model(**inputs), None
+        tap = self.features.tap
+        try:
+            outputs = model(**tap.prepare(dict(inputs)))
+            return outputs, tap.read(outputs)
+        finally:
+            tap.close()
+
+    def _labels(self, inputs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Return labels, and whether position i predicts the label at i + 1."""
+        if inputs.get("shift_labels") is not None:
+            return inputs["shift_labels"], False
+        return inputs.get("labels"), self.head.shift
 
     def _of_logits(self, name: str, own: Tensor, theirs: Tensor | SparseLogits, counted: Tensor) -> Tensor:
         """Return the sum of the loss over the positions that count."""
@@ -274,6 +321,28 @@ class Mixer:
             f"{reason} Trainer.compute_loss is probably overridden; make it call the model with labels and use "
             "outputs.loss, or use Trainer(compute_loss_func=...) instead."
         )
+
+
+def _task_loss(module: nn.Module, outputs: Any) -> Tensor:
+    """Return ``outputs.loss``."""
+    task_loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if not isinstance(task_loss, Tensor):
+        raise TrainingError(
+            f"distillation: {type(module).__name__} returned no loss to mix with (got a {type(outputs).__name__}). "
+            "The data needs labels, return_dict must not be False, and an overridden Trainer.compute_loss must "
+            "pass labels to the model and use outputs.loss; for your own loss use Trainer(compute_loss_func=...)."
+        )
+    return task_loss
+
+
+def computes_as_usual(trainer: Trainer) -> bool:
+    """Return whether the model gets the batches of a Trainer as they are."""
+    return getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
+
+
+def is_compiled(run: Run) -> bool:
+    """Return whether torch.compile has to do with the model."""
+    return bool(run.args.torch_compile) or getattr(run.trainer.model, "_compiled_call_impl", None) is not None
 
 
 def _is_training(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -47,7 +48,8 @@ def preview(trainer: Trainer) -> Preview:
     """Say what the compression callbacks of a Trainer are going to do, without training.
 
     Everything up to the first step is done for real: models are analyzed, teachers loaded, a copy is shrunk on trial,
-    the first batch is run through student and teacher. Afterwards all is as it was, random states too.
+    the first batch, unless it comes from a stream, is run through student and teacher. Afterwards all is as it was,
+    random states too.
 
     Args:
         trainer: A Trainer with compression callbacks that has not trained yet.
@@ -90,9 +92,11 @@ def steps_per_epoch(trainer: Trainer) -> int:
         return int(_initial_values(trainer, dataloader)[1])
 
 
-def first_batch(trainer: Trainer) -> dict[str, Any]:
-    """Return a training batch as the model gets it, on the training device."""
+def first_batch(trainer: Trainer) -> dict[str, Any] | None:
+    """Return a training batch as the model gets it, on the training device; None of a stream, which would lose it."""
     with train_dataloader(trainer) as dataloader:
+        if isinstance(dataloader, Iterator) or isinstance(getattr(dataloader, "dataset", None), IterableDataset):
+            return None
         batch: dict[str, Any] = trainer._prepare_inputs(next(iter(dataloader)))
     return batch
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Self
 import yaml
 
 from hf_compress.errors import ConfigError, choices
-from hf_compress.schedule import parse_epochs
+from hf_compress.schedule import gap, parse_epochs
 
 SCHEMA_VERSION = 1
 
@@ -46,6 +47,11 @@ class Settings:
         if value not in tuple(allowed):
             raise ConfigError(f"{type(self).__name__}.{name}: unknown value {value!r}; {choices(value, allowed)}.")
 
+    def _check_bool(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise self._error(name, value, "True or False")
+
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) or not value:
@@ -60,6 +66,11 @@ class Settings:
         """A moment is an int (optimizer steps), a float (fraction of the run) or a text (epochs)."""
         if not is_moment(getattr(self, name)):
             raise self._error(name, getattr(self, name), MOMENTS)
+
+    def _check_order(self, begin: str, end: str) -> None:
+        """Check that a moment is not before another; of unlike ones only the run can tell."""
+        if (gap(getattr(self, begin), getattr(self, end)) or 0) < 0:
+            raise self._error(end, getattr(self, end), f"nothing earlier than {begin}={getattr(self, begin)!r}")
 
     def _check_patterns(self, name: str) -> None:
         """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
@@ -83,8 +94,11 @@ class Settings:
         """Build a config from ``to_dict()`` output.
 
         Raises:
-            ConfigError: For an unknown key, one that is missing, or a value that the config does not allow.
+            ConfigError: If ``data`` is no mapping, for an unknown key, one that is missing, or a value that the config
+                does not allow.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{cls.__name__}: got {data!r}; allowed: a mapping of its fields.")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
@@ -118,8 +132,12 @@ class Config(Settings):
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
 
     def save(self, path: str | Path) -> None:
-        """Write the config to a ``.json``, ``.yaml`` or ``.yml`` file."""
-        path = Path(path)
+        """Write the config to a ``.json``, ``.yaml`` or ``.yml`` file.
+
+        Raises:
+            ConfigError: If the path is none, or of another kind of file.
+        """
+        path = _path(path, type(self).__name__)
         path.write_text(self.to_json() if _suffix(path) == "json" else self.to_yaml(), encoding="utf-8")
 
     @classmethod
@@ -127,9 +145,9 @@ class Config(Settings):
         """Read a config from a ``.json``, ``.yaml`` or ``.yml`` file.
 
         Raises:
-            ConfigError: If the file cannot be parsed or holds anything but a valid config.
+            ConfigError: If the path is none, or if the file cannot be parsed or holds anything but a valid config.
         """
-        return cls.from_dict(read_file(Path(path), cls.__name__))
+        return cls.from_dict(read_file(_path(path, cls.__name__), cls.__name__))
 
 
 def is_moment(value: object) -> bool:
@@ -191,6 +209,12 @@ def _needed(kind: type[Settings]) -> list[str]:
     """Return the names of the fields that have no default."""
     missing = dataclasses.MISSING
     return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+
+
+def _path(given: str | Path, kind: str) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(f"{kind}: got {given!r} as a path; allowed: that of a .json, .yaml or .yml file.")
+    return Path(given)
 
 
 def _suffix(path: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from hf_compress.config.base import Config, Settings
 from hf_compress.errors import ConfigError, choices
 from hf_compress.registry import distillation_losses
-from hf_compress.schedule import Moment, parse_epochs, schedules
+from hf_compress.schedule import Moment, schedules
 
 AUTO = "auto"
 """The loss of logits that suits the task."""
@@ -55,8 +55,7 @@ class Ramp(Settings):
             self._check_number(name, 0, 1e6)
         for name in ("begin", "end"):
             self._check_moment(name)
-        if type(self.begin) is type(self.end) and _number(self.begin) > _number(self.end):
-            raise self._error("begin", self.begin, f"nothing later than end={self.end!r}")
+        self._check_order("begin", "end")
         self._check_choice("schedule", schedules)
         if self.start == self.stop:
             raise self._error("stop", self.stop, f"another number than start={self.start}", "Or give the number alone.")
@@ -199,8 +198,7 @@ class FeatureConfig(_WithRamps):
                     raise self._error(f"candidates[{key}]", each, "each layer once")
             object.__setattr__(self, "candidates", {key: tuple(each) for key, each in self.candidates.items()})
         self._check_choice("chosen_by", ("student", "teacher"))
-        if not isinstance(self.ordered, bool):
-            raise self._error("ordered", self.ordered, "True or False")
+        self._check_bool("ordered")
         if self.teacher_layers is not None:
             if not _are_layers(self.teacher_layers):
                 raise self._error("teacher_layers", self.teacher_layers, "a list of layers that is not empty, or None")
@@ -297,10 +295,6 @@ class DistillationConfig(_WithRamps, Config):
 def _reads_logits(name: str) -> bool:
     """Users may register plain functions, which are given logits."""
     return bool(getattr(distillation_losses.get(name), "reads", "logits") == "logits")
-
-
-def _number(when: Moment) -> float:
-    return parse_epochs(when) if isinstance(when, str) else when
 
 
 def _repeats(values: Sequence[Any]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_compress.config.base import MOMENTS, is_moment
-from hf_compress.schedule import parse_epochs
+from hf_compress.schedule import gap
 
 PAIRS = f"pairs of a moment ({MOMENTS}) and a share in (0, 1], the last share 1, moments and shares growing"
 
@@ -21,11 +21,5 @@ def are_milestones(pairs: Any) -> bool:
         return False
     grow = all(a < b for a, b in itertools.pairwise([0, *shares]))
     last = not shares or shares[-1] == 1
-    return grow and last and all(_comes_first(a, b) for (a, _), (b, _) in itertools.pairwise(pairs))
-
-
-def _comes_first(a: Any, b: Any) -> bool:
-    """Return whether a moment may come before another; of unlike ones only the run can tell."""
-    if type(a) is not type(b):
-        return True
-    return parse_epochs(a) < parse_epochs(b) if isinstance(a, str) else bool(a < b)
+    gaps = [gap(a, b) for (a, _), (b, _) in itertools.pairwise(pairs)]
+    return grow and last and all(each is None or each > 0 for each in gaps)

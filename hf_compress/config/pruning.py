@@ -113,7 +113,7 @@ class PruningConfig(Budgets):
         self._check_choice("schedule", {*schedules, POLYNOMIAL, STEPS, LOTTERY_TICKET})
         for name in ("update_every", "min_units", "multiple_of", "rounds"):
             self._check_count(name)
-        self._check_choice("regrow", (True, False))
+        self._check_bool("regrow")
         self._check_choice("gradients", ("training", "distillation"))
         self._check_number("score_decay", 0, 1, open_high=True)
         self._check_number("initial_sparsity", 0, 1, open_high=True)
@@ -201,8 +201,7 @@ class PruningConfig(Budgets):
     def _check_window(self) -> None:
         for name in ("begin", "end", "rewind_to"):
             self._check_moment(name)
-        if type(self.begin) is type(self.end) and not isinstance(self.begin, str) and self.begin > self.end:  # type: ignore[operator]
-            raise self._error("end", self.end, f"at least begin = {self.begin}")
+        self._check_order("begin", "end")
         if (self.schedule == STEPS) != bool(self.milestones):
             allowed = "moments with shares" if self.schedule == STEPS else 'none without schedule="steps"'
             raise self._error("milestones", self.milestones, allowed)

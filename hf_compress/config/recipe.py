@@ -32,7 +32,7 @@ class ShrinkConfig(Config):
     """Sizes of feed-forward layers are rounded up to multiples of this."""
 
     def _validate(self) -> None:
-        self._check_choice("uniform", (True, False))
+        self._check_bool("uniform")
         self._check_count("multiple_of")
 
 

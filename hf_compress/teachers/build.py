@@ -23,6 +23,7 @@ from hf_compress.teachers.inputs import InputSpec
 from hf_compress.teachers.live import model_digest, output_specs, speaking, teacher_outputs
 from hf_compress.teachers.loader import to_device, training_batches
 from hf_compress.teachers.manifest import DRAFT, MANIFEST, SCHEMA_VERSION, Content, Manifest, leftovers, read_manifest
+from hf_compress.teachers.moving import may_move
 from hf_compress.teachers.request import StorageRequest, check_count, check_top_k, stored_parts
 from hf_compress.teachers.shards import ShardWriter, as_bytes, known_keys
 
@@ -47,8 +48,9 @@ def cache_teacher_outputs(
     Examples are known by their contents, so training may shuffle, batch, pad and distribute them as it likes; data
     that changes between epochs (augmentation, dynamic masking) cannot be cached. A cache that is there already is
     reused if it fits teacher, settings and data; one that was interrupted is gone on with. Token-level outputs are
-    stored without padding. In a run of several processes every one has to call this, and the first does the work; a
-    long one is better done beforehand in a process of its own.
+    stored without padding; padding before an example is allowed where it changes nothing of what the teacher says
+    (relative positions), see ``may_move``. In a run of several processes every one has to call this, and the first
+    does the work; a long one is better done beforehand in a process of its own.
 
     Args:
         teacher: Runs in eval mode on the device it is on.
@@ -126,6 +128,7 @@ class _Build:
                 inputs = to_device(batch, device)
                 if writer is None:
                     writer, known = self._begin(inputs)
+                _check_place(writer.draft.content.inputs, inputs)
                 keys = writer.draft.content.inputs.keys(inputs).cpu()
                 new = _first_seen(keys, known)
                 num_missing += len(new)
@@ -155,23 +158,27 @@ class _Build:
 
     def _begin(self, inputs: Mapping[str, Any]) -> tuple[ShardWriter, set[bytes]]:
         """Find out what there is to store from the first batch, and what there is already."""
-        content = self._content(inputs)
         earlier = next((name for name in (MANIFEST, DRAFT) if (self.folder / name).exists()), None)
-        if earlier is None:
+        stored = None if earlier is None else read_manifest(self.folder, earlier)
+        content = self._content(inputs, None if stored is None else stored.content.inputs.moves)
+        if stored is None:
             plain = without_wrapper(self.teacher)
             config = json.loads(json.dumps(plain.config.to_dict(), default=str))
             about = {"class": type(plain).__name__, "config": config}
             draft = Manifest(SCHEMA_VERSION, content, (), about, {name: version(name) for name in _PACKAGES})
             draft.write(self.folder, DRAFT)
         else:
-            draft = read_manifest(self.folder, earlier)
+            draft = stored
             _check_same(self.folder, draft.content, content)
         known = known_keys(self.folder, draft.shards, content)
         return ShardWriter(self.folder, draft, self.shard_bytes), known
 
-    def _content(self, inputs: Mapping[str, Any]) -> Content:
+    def _content(self, inputs: Mapping[str, Any], moves: bool | None) -> Content:
         spec = InputSpec.of(self.teacher, inputs)
-        outputs = teacher_outputs(self.teacher, inputs, self.request.autocast)
+        autocast = self.request.autocast
+        moves = may_move(self.teacher, inputs, spec, autocast) if moves is None else moves
+        spec = dataclasses.replace(spec, moves=moves)
+        outputs = teacher_outputs(self.teacher, inputs, autocast)
         specs = output_specs(outputs, spec.output_counts(inputs))
         check_top_k(self.request.top_k, specs)
         digest = model_digest(self.teacher)
@@ -194,6 +201,15 @@ class _Build:
         per_position = any(each.per_position for each in specs)
         lengths = torch.zeros_like(new) if counts is None or not per_position else counts.sum(1).cpu()[new]
         writer.add(keys[new], lengths, stored_parts(outputs, counts, new.to(keys.device), content))
+
+
+def _check_place(spec: InputSpec, inputs: Mapping[str, Any]) -> None:
+    moved = spec.moved(inputs)
+    if moved is not None and bool(moved.any()):
+        raise TrainingError(
+            "teacher cache: a batch has padding before its examples, and what this teacher says depends on how much, "
+            "which differs from batch to batch. Pad on the right (tokenizer.padding_side = 'right')."
+        )
 
 
 def _first_seen(keys: Tensor, known: set[bytes]) -> list[int]:

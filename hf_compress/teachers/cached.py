@@ -40,6 +40,7 @@ class TeacherCache:
         self._tables: dict[torch.device, KeyTable] = {}
         self._loaded: dict[torch.device, dict[str, Tensor]] = {}
         self._missing: Tensor | None = None
+        self._moved: Tensor | None = None
 
     @classmethod
     def open(
@@ -103,13 +104,15 @@ class TeacherCache:
             temperature: Of the loss, if only some classes are stored; None: the only one that there is.
 
         Raises:
-            TrainingError: If the batch has other inputs, or an example is not found. On an accelerator a small cache
-                raises that in ``check``, and until then returns NaN.
+            TrainingError: If the batch has other inputs, an example is not found, or it has padding before it, which
+                changes what this teacher says. On an accelerator the latter two are raised in ``check``, by a small
+                cache, which until then returns NaN for what it does not find.
             ConfigError: If the rest of the classes was not summed up at this temperature.
         """
         column = self._column(temperature)
         spec, content = self.manifest.content.inputs, self.manifest.content
         keys = spec.keys(inputs, labels)
+        self._note_moved(inputs)
         per_position = any(output.per_position for output in content.outputs)
         counts = spec.output_counts(inputs, labels) if per_position else None
         if per_position and counts is None:
@@ -146,6 +149,9 @@ class TeacherCache:
             TrainingError: If not.
         """
         missing, self._missing = self._missing, None
+        moved, self._moved = self._moved, None
+        if moved is not None:
+            self._require_unmoved(int(moved))
         if missing is not None:
             self._require_found(int(missing))
 
@@ -243,6 +249,24 @@ class TeacherCache:
                     f"{self.directory}: damaged: {output.name} has class {low if low < 0 else high} of "
                     f"{output.shape[-1]}. Delete it and make the cache anew."
                 )
+
+    def _note_moved(self, inputs: Mapping[str, Any]) -> None:
+        moved = self.manifest.content.inputs.moved(inputs)
+        if moved is None:
+            return
+        number = moved.sum()
+        if _waits(number.device):
+            self._moved = number if self._moved is None else self._moved + number
+        else:
+            self._require_unmoved(int(number))
+
+    def _require_unmoved(self, num_moved: int) -> None:
+        if num_moved:
+            raise TrainingError(
+                f"{self.directory}: {num_moved} of the examples trained on have padding before them, and what this "
+                f"{self.manifest.teacher.get('class')} says depends on how much. Pad on the right "
+                "(tokenizer.padding_side = 'right'), or use the live teacher."
+            )
 
     def _require_found(self, num_missing: int) -> None:
         if num_missing:

@@ -77,6 +77,9 @@ class InputSpec:
     pad_token_id: int | None
     """Ends of ``decoder_input_ids`` with this token do not count, if they are the decoder mask."""
 
+    moves: bool = False
+    """Whether padding before an example changes nothing of what the teacher says; where it does, none is allowed."""
+
     @classmethod
     def of(cls, teacher: nn.Module, inputs: Mapping[str, Any]) -> "InputSpec":
         """Read it off a batch.
@@ -137,6 +140,17 @@ class InputSpec:
         if self.decoder_mask == "decoder_attention_mask":
             return mask.bool()
         return _through_last(mask.ne(IGNORED_LABEL if self.decoder_mask == "labels" else self.pad_token_id or 0))
+
+    def moved(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return which examples begin elsewhere than the teacher allows, bool, [batch]; None if none can.
+
+        Raises:
+            TrainingError: See ``counts``.
+        """
+        mask = None if self.moves else self.counts(inputs, False)
+        if mask is None:
+            return None
+        return (mask.any(-1) & ~mask[..., 0]).flatten(1).any(1) if mask.dim() == 3 else mask.any(1) & ~mask[:, 0]
 
     def output_counts(self, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor | None:
         """Return which positions of token-level outputs count, bool, [batch, length]; None if there are no positions.

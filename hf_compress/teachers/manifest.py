@@ -20,7 +20,7 @@ MANIFEST = "teacher_outputs.json"
 DRAFT = "teacher_outputs.unfinished.json"
 """The manifest of a cache that is being written: of the shards that are complete."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_BYTES = 1 << 26
 _MAX_SIZE = 1 << 50

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ddp_trainers import Gradients, trained, trainer_of
 from taught_tasks import ALPHA, TASKS, TEMPERATURE, differences
 from tiny_models import bert, llama
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 from hf_compress.callbacks.distillation import DistillationCallback
 from hf_compress.callbacks.pruning import PruningCallback
@@ -20,44 +21,14 @@ from hf_compress.errors import TrainingError
 CONFIG = DistillationConfig(alpha=0.7, temperature=2.0)
 
 
-class Gradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).clone()
-
-
 class IgnoresLoss(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         return F.cross_entropy(model(**inputs).logits, inputs["labels"])
 
 
-def trainer_of(
-    model: Any, data: Any, callbacks: Any, folder: str, kind: type[Trainer] = Trainer, **args: Any
-) -> Trainer:
-    options: dict[str, Any] = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_steps": 1,
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        **args,
-    }
-    trainer = kind(
-        model=copy.deepcopy(model), args=TrainingArguments(**options), train_dataset=data, callbacks=callbacks
-    )
-    assert trainer.accelerator.num_processes == 2
-    return trainer
-
-
 def gradient_in_training(*args: Any, callbacks: Any = (), **kwargs: Any) -> tuple[torch.Tensor, Trainer]:
     gradients = Gradients()
-    trainer = trainer_of(args[0], args[1], [*callbacks, gradients], args[2], **kwargs)
-    trainer.train()
+    trainer = trained(args[0], args[1], [*callbacks, gradients], args[2], **kwargs)
     return gradients.flat, trainer
 
 

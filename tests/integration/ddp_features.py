@@ -1,46 +1,19 @@
 """Run by ``test_feature_ddp.py`` in two processes; every assertion is made on both ranks."""
 
-import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ddp_trainers import Gradients, trained
 from features_by_hand import ALPHA, WEIGHT, config, examples, hidden_mse, models
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_compress import DistillationCallback, DistillationConfig, PruningCallback, PruningConfig
 from hf_compress.callbacks.state import read_state
 from hf_compress.config import FeatureConfig
-
-
-class Gradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        self.flat = torch.cat(found).clone()
-
-
-def train(model: Any, data: Any, callbacks: Any, folder: str, **args: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_steps": 1,
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        **args,
-    }
-    trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=data, callbacks=callbacks)
-    assert trainer.accelerator.num_processes == 2
-    trainer.train()
-    return trainer
 
 
 def gathered(tensor: Tensor) -> list[Tensor]:
@@ -55,9 +28,9 @@ def check_gradients(kind: str, folder: str) -> None:
     data = examples(kind)
     gradients = Gradients()
     callback = DistillationCallback(config("hidden_mse"), teacher)
-    trainer = train(copy.deepcopy(student), data, [callback, gradients], f"{folder}/{kind}")
+    trainer = trained(student, data, [callback, gradients], f"{folder}/{kind}")
     plain = Gradients()
-    train(copy.deepcopy(student), data, [plain], f"{folder}/{kind}")
+    trained(student, data, [plain], f"{folder}/{kind}")
 
     batch = {name: torch.stack([example[name] for example in data]) for name in data[0]}
     own = student(**batch, output_hidden_states=True)
@@ -100,7 +73,7 @@ def check_maps(folder: str) -> None:
             seen.append({name: each.clone() for name, each in callback._state()[0].items()})
 
     args = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "learning_rate": 1e-3}
-    trainer = train(student, examples("bert"), [callback, pruning, Watch()], folder, **args)
+    trainer = trained(student, examples("bert"), [callback, pruning, Watch()], folder, **args)
     assert [len(state) for state in seen] == [3, *[12] * 5]
     for state in seen:
         for name, tensor in state.items():

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oneshot_models import batches, for_language, prune, trained
-from torch import Tensor
-from transformers import PreTrainedModel
+from oneshot_models import batches, for_language, gram_of_inputs, prune, trained
 
 from hf_compress import PruningConfig, dimension_groups
 from hf_compress.pruning.obs import Consumer, inverse_hessian, removal_order, sparsegpt, without_units
@@ -17,18 +15,6 @@ from hf_compress.pruning.obs import Consumer, inverse_hessian, removal_order, sp
 
 def data_for(kind: str) -> list[Any]:
     return batches(3) if kind == "bert" else for_language(batches(3))
-
-
-def gram(model: PreTrainedModel, name: str, data: list[Any]) -> Tensor:
-    found: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
-    with torch.no_grad():
-        for batch in data:
-            model.eval()(**batch)
-            found[-1] = found[-1][batch["attention_mask"].bool()].double()
-    handle.remove()
-    x = torch.cat(found)
-    return x.T @ x
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -41,7 +27,7 @@ def test_units(kind: str, allocation: str) -> None:
         if group.name not in result.masks:
             continue
         (reader,) = group.gates
-        inverse = inverse_hessian(gram(model, reader.module, data), 0.02)
+        inverse = inverse_hessian(gram_of_inputs(model, reader.module, data), 0.02)
         consumer = Consumer(dense.get_parameter(reader.parameter).detach(), inverse, reader.index)
         mask = result.masks[group.name]
         gone = (~mask).nonzero().flatten()
@@ -61,7 +47,7 @@ def test_single_weights(kind: str) -> None:
     names = [name for name in result.weight_masks if "pooler" not in name]
     assert len(names) >= 12
     for name in names:
-        inverse = inverse_hessian(gram(model, name.removesuffix(".weight"), data))
+        inverse = inverse_hessian(gram_of_inputs(model, name.removesuffix(".weight"), data))
         expected, mask = sparsegpt(dense.get_parameter(name).detach(), inverse, sparsity=0.5, block_size=16)
         assert float((mask == result.weight_masks[name]).float().mean()) > 0.99  # rounding may decide between equals
         same = (mask == result.weight_masks[name]).all(1)

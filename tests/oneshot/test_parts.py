@@ -7,7 +7,7 @@ from typing import Any
 import oneshot_models
 import pytest
 import torch
-from oneshot_models import batches, for_language, logit_error, prune, trained
+from oneshot_models import batches, for_language, gram_of_inputs, logit_error, prune, trained
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import ZOO
@@ -123,18 +123,6 @@ def test_making_up_for_columns_and_blocks_is_closer_than_their_size(granularity:
     assert errors["obs"] < (0.8 if granularity != "row" else 1.0) * min(errors["level"], errors["wanda"])
 
 
-def seen_gram(model: PreTrainedModel, name: str, data: list[Any]) -> Tensor:
-    found: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
-    with torch.no_grad():
-        for batch in data:
-            model.eval()(**batch)
-            found[-1] = found[-1][batch["attention_mask"].bool()].double()
-    handle.remove()
-    x = torch.cat(found)
-    return x.T @ x
-
-
 @pytest.mark.parametrize("granularity", ["column", "block"])
 def test_each_row_is_the_least_squares_solution_for_what_reaches_it(granularity: str) -> None:
     """Damped normal equations of each row on its own inputs, in the model that comes out."""
@@ -143,7 +131,7 @@ def test_each_row_is_the_least_squares_solution_for_what_reaches_it(granularity:
     config = PruningConfig(structures={"weights": 0.5}, criterion="obs", options={"damping": 0.02}, **settings)
     result = prune(model, data, config)
     for name in [each for each in result.weight_masks if "layer.1" in each]:
-        gram = seen_gram(model, name.removesuffix(".weight"), data)
+        gram = gram_of_inputs(model, name.removesuffix(".weight"), data)
         hessian = inverse_hessian(gram, 0.02).inverse()
         weight = dense.get_parameter(name).detach().double()
         for row in range(0, len(weight), 7):
@@ -179,7 +167,7 @@ def test_the_inputs_of_conv1d_come_first(criterion: str, granularity: str) -> No
 
 def test_wanda_sums_the_scores_of_rows_and_columns() -> None:
     data, name = batches(3), "bert.encoder.layer.0.attention.self.query"
-    norms = seen_gram(trained("bert"), name, data).diagonal().sqrt()
+    norms = gram_of_inputs(trained("bert"), name, data).diagonal().sqrt()
     scores = trained("bert").get_submodule(name).weight.detach().abs().double() * norms
     for granularity, dim in (("row", 1), ("column", 0)):
         config = PruningConfig(

@@ -135,7 +135,7 @@ def changed(path: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 2, "schema_version is 2, allowed: 1"),
+        ("schema_version", 1, "schema_version is 1, allowed: 2"),
         ("teacher", {}, "teacher.class must be of type str, not NoneType"),
         ("teacher.config", "abc", "teacher.config must be of type dict, not str"),
         ("teacher.config", [1], "teacher.config must be of type dict, not list"),

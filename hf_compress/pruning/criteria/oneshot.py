@@ -75,8 +75,8 @@ class KwonOptions(MethodOptions):
     def _validate(self) -> None:
         if self.flops is not None:
             self._check_number("flops", 0, 1, open_low=True, open_high=True)
-        self._check_choice("rearrange", (True, False))
-        self._check_choice("tune", (True, False))
+        self._check_bool("rearrange")
+        self._check_bool("tune")
         self._check_number("damping", 0, 1, open_low=True)
         if not self.tune and self.damping != KwonOptions.damping:
             raise self._error("damping", self.damping, f"{KwonOptions.damping} with tune=False")

@@ -1,0 +1,180 @@
+"""What distillation compares before the first step: errors come early, and no example of a stream is lost."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from features_by_hand import config, examples, models
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from training_runs import NO_DROPOUT, Recorder, StopAt, same
+from transformers import Trainer
+
+from hf_compress import (
+    ConfigError,
+    DistillationCallback,
+    DistillationConfig,
+    QuantizationCallback,
+    QuantizationConfig,
+    TrainingError,
+    preview,
+)
+from hf_compress.config import FeatureConfig
+
+WIDER = {"hidden_size": 48, "num_attention_heads": 4}
+
+
+class Once(IterableDataset[Any]):
+    """Examples that come once; ``wrapped`` hides it behind generators."""
+
+    def __init__(self, given: list[dict[str, Tensor]], wrapped: bool) -> None:
+        self.left = iter(given)
+        self.wrapped = wrapped
+
+    def __iter__(self) -> Iterator[Any]:
+        return (each for each in self.left) if self.wrapped else self.left
+
+
+def inputs_seen(student: Any) -> list[Tensor]:
+    """Return a list that gains the inputs of every forward pass that is trained with."""
+    seen: list[Tensor] = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            seen.append(kwargs["input_ids"])
+
+    student.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+def test_outputs_that_cannot_be_compared_are_errors_before_training(make_trainer: Any) -> None:
+    student, teacher = models("bert")
+    seen = inputs_seen(student)
+
+    def shorten(module: Any, args: Any, outputs: Any) -> None:
+        outputs["logits"] = outputs.logits[:, :2]
+
+    teacher.register_forward_hook(shorten)
+    with pytest.raises(TrainingError, match="logits"):
+        make_trainer(student, examples("bert"), [DistillationCallback(DistillationConfig(), teacher)]).train()
+    assert not seen
+
+
+def test_a_trainer_that_changes_batches_is_left_alone_until_it_has(make_trainer: Any) -> None:
+    class Renames(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, {**inputs, "labels": inputs["labels"] % 3}, *args, **kwargs)
+
+    student, teacher = models("bert")
+    data = [{**each, "labels": each["labels"] + 3} for each in examples("bert")]  # the model has no such labels
+    callbacks = [DistillationCallback(DistillationConfig(), teacher)]
+    make_trainer(student, data, callbacks, trainer_class=Renames).train()
+
+
+def test_labels_that_only_the_trainers_loss_reads_are_not_given_to_the_model(make_trainer: Any) -> None:
+    def loss(outputs: Any, labels: Tensor, **kwargs: Any) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels - 3)
+
+    student, teacher = models("bert")
+    data = [{**each, "labels": each["labels"] + 3} for each in examples("bert")]  # the model has no such labels
+    make_trainer(
+        student,
+        data,
+        [DistillationCallback(DistillationConfig(), teacher)],
+        trainer_options={"compute_loss_func": loss},
+    ).train()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("features", [False, True])
+def test_a_stream_loses_no_example(make_trainer: Any, features: bool, wrapped: bool) -> None:
+    student, teacher = models("bert", teacher=WIDER if features else {})
+    settings = config("hidden_mse") if features else DistillationConfig()
+    data, seen = examples("bert", 16), inputs_seen(student)
+    trainer = make_trainer(student, Once(data, wrapped), [DistillationCallback(settings, teacher)])
+    told = preview(trainer).sections["distillation"]
+    assert not any("loss" in name for name in told)
+    trainer.train()
+    assert torch.equal(torch.cat(seen), torch.stack([each["input_ids"] for each in data]))
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def test_a_stream_trains_like_a_list(make_trainer: Any) -> None:
+    """Maps start from the first batch that is trained with."""
+    student, teacher = models("bert", teacher=WIDER)
+    found = []
+    for made in (examples("bert", 16), Once(examples("bert", 16), wrapped=True)):
+        recorder, callback = Recorder(), DistillationCallback(config("hidden_mse"), teacher)
+        make_trainer(copy.deepcopy(student), made, [callback, recorder], trainer_class=InOrder).train()
+        found.append(recorder.gradients)
+    assert len(found[0]) == len(found[1]) == 4
+    assert all(same(a, b) for a, b in zip(*found, strict=True))
+
+
+class Again(Once):
+    """A stream that starts over, as one has to that training resumes with."""
+
+    def __init__(self, given: list[dict[str, Tensor]]) -> None:
+        self.given = given
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.given)
+
+
+def test_a_stream_resumes_as_a_straight_run(make_trainer: Any) -> None:
+    """Law 5: maps of the checkpoint are taken over once there are some."""
+    student, teacher = models("bert", teacher=WIDER)
+    args = {"save_strategy": "steps", "save_steps": 2}
+    ends = []
+    for more in ((StopAt(2),), ()):
+        callbacks = [DistillationCallback(config("hidden_mse"), teacher), *more]
+        trainer = make_trainer(copy.deepcopy(student), Again(examples("bert", 16)), callbacks, **args)
+        if more:
+            trainer.train()
+        else:
+            trainer.train(resume_from_checkpoint=True)
+        ends.append(trainer)
+    straight = make_trainer(
+        copy.deepcopy(student), Again(examples("bert", 16)), [DistillationCallback(config("hidden_mse"), teacher)]
+    )
+    straight.train()
+    assert ends[1].state.global_step == straight.state.global_step == 4
+    assert same(ends[1].model.state_dict(), straight.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "teacher"),
+    [({}, WIDER), ({"projection": "always"}, {})],
+)
+def test_a_learning_rate_of_maps_is_read_where_there_are_some(make_trainer: Any, changes: Any, teacher: Any) -> None:
+    student, teacher = models("bert", teacher=teacher)
+    settings = config("hidden_mse", learning_rate=0.1, **changes)
+    make_trainer(student, examples("bert"), [DistillationCallback(settings, teacher)]).train()
+
+
+def test_a_learning_rate_without_maps_is_refused(make_trainer: Any) -> None:
+    student, teacher = models("bert")
+    features = (FeatureConfig(loss="hidden_mse", projection="always"), FeatureConfig(loss="fsp", learning_rate=0.1))
+    with pytest.raises(ConfigError, match=r"learning_rate: got 0\.1; allowed: 0\.001 for 'fsp', which needs no proj"):
+        make_trainer(
+            student, examples("bert"), [DistillationCallback(DistillationConfig(features=features), teacher)]
+        ).train()
+
+
+def test_the_student_as_it_is_teaches_nothing_unless_training_changes_it(make_trainer: Any, tiny_bert: Any) -> None:
+    settings, data = DistillationConfig(), examples("bert")
+    student, _ = models("bert")
+    with pytest.raises(ConfigError, match="teacher='unmasked', but no callback masks or quantizes, and there is no"):
+        make_trainer(student, data, [DistillationCallback(settings, "unmasked")]).train()
+    quantizes = QuantizationCallback(QuantizationConfig(begin=0))
+    for callbacks, dropout in (([quantizes], NO_DROPOUT), ([], {"hidden_dropout_prob": 0.1})):
+        student, _ = models("bert", **dropout)
+        trainer = make_trainer(student, data, [DistillationCallback(settings, "unmasked"), *callbacks], max_steps=1)
+        trainer.train()
+        assert trainer.state.global_step == 1
