@@ -48,6 +48,8 @@ from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedu
 from hf_compress.latency.table import LatencyTable
 from hf_compress.oneshot.prune import OneShotResult, prune_oneshot
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
+from hf_compress.ptq.calibrate import CalibrationResult, calibrate
+from hf_compress.ptq.stored import apply_calibration_config, calibration_config
 from hf_compress.quantization import methods  # noqa: F401 - imported for what it registers
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
@@ -74,6 +76,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AnnealingConfig",
     "AutoCompressResult",
+    "CalibrationResult",
     "CompressionError",
     "ConfigError",
     "DatasetConfig",
@@ -107,8 +110,11 @@ __all__ = [
     "TeacherCache",
     "TeacherOutputs",
     "TrainingError",
+    "apply_calibration_config",
     "auto_compress",
     "cache_teacher_outputs",
+    "calibrate",
+    "calibration_config",
     "compare",
     "dimension_groups",
     "export_quantized",
