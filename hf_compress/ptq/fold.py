@@ -42,6 +42,9 @@ class Fold:
 
     readers: Sequence[LinearLayer]
 
+    offset: float = 0.0
+    """What the norm adds to its weight before it multiplies: 1 in Gemma."""
+
     @torch.no_grad()
     def apply(self, factors: Tensor, undo: Undo) -> Tensor:
         """Divide what is made by the factors, and multiply the columns of the readers by them.
@@ -61,7 +64,8 @@ class Fold:
             rows = self.linear is not None and parameter.dim() == 2 and self.linear.kind.weight_in_dim == 1
             here = factors.to(parameter.device)
             undo.remember(parameter)
-            parameter.copy_(parameter / (here[:, None] if rows else here))
+            offset = self.offset if parameter is producer.get_parameter("weight") else 0.0
+            parameter.copy_((parameter + offset) / (here[:, None] if rows else here) - offset)
         for reader in self.readers:
             undo.remember(reader.parameter)
             reader.parameter.copy_(reader.as_stored(reader.weight() * factors.to(reader.parameter.device)))
@@ -106,8 +110,11 @@ class FoldFinder:
                 linear = None if maker is None or norms else linear_layer(self.model, maker, "ptq")
             except TargetError:  # a weight that others share
                 continue
-            if maker is not None:
-                yield Fold(maker, self.model.get_submodule(maker) if norms else None, linear, layers)
+            if maker is not None and norms:
+                norm = self.model.get_submodule(maker)
+                yield Fold(maker, norm, None, layers, _offset(norm, _channels(node)) or 0.0)
+            elif maker is not None:
+                yield Fold(maker, None, linear, layers)
 
     def _is_linear(self, name: str) -> bool:
         if self._count[name] != 1:
@@ -142,7 +149,7 @@ class FoldFinder:
             return False
         if any(parameter.shape != (channels,) for parameter in own.values()) or self._is_shared(module):
             return False
-        return _scales_with_weight(module, channels)
+        return _offset(module, channels) is not None
 
     def _is_shared(self, module: nn.Module) -> bool:
         own = {id(parameter) for parameter in module.parameters()}
@@ -155,25 +162,35 @@ def _channels(node: fx.Node) -> int:
     return shape[-1] if shape and isinstance(shape[-1], int) else -1
 
 
+def _offset(norm: nn.Module, channels: int) -> float | None:
+    """Return what a norm adds to its weight, or None if its output is not proportional to weight (and bias) at all.
+
+    1 + weight, as in Gemma, cannot be divided exactly in half precision.
+    """
+    exact = norm.get_parameter("weight").dtype in (torch.float32, torch.float64)
+    return next((each for each in ((0.0, 1.0) if exact else (0.0,)) if _scales(norm, channels, each)), None)
+
+
 @torch.no_grad()
-def _scales_with_weight(module: nn.Module, channels: int) -> bool:
-    """Try whether the output is divided by what weight and bias are divided by; 1 + weight, as in Gemma, is not."""
-    own = list(module.parameters())
-    before = [parameter.detach().clone() for parameter in own]
+def _scales(norm: nn.Module, channels: int, offset: float) -> bool:
+    """Try whether the output is divided by what weight and bias are divided by."""
+    own = dict(norm.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, channels, generator=generator).to(own[0])
-    factors = torch.randint(1, 4, (channels,), generator=generator).to(own[0]).exp2()  # exact in every dtype
+    x = torch.randn(2, 3, channels, generator=generator).to(own["weight"])
+    factors = torch.randint(1, 4, (channels,), generator=generator).to(x).exp2()  # exact in every dtype
     try:
-        plain = module(x)
-        for parameter in own:
-            parameter.div_(factors)
-        scaled = module(x)
-        return isinstance(plain, Tensor) and torch.allclose(scaled * factors, plain, rtol=1e-3, atol=1e-6)
+        plain = norm(x)
+        for name, parameter in own.items():
+            added = offset if name == "weight" else 0.0
+            parameter.copy_((parameter + added) / factors - added)
+        scaled = norm(x)
+        return isinstance(plain, Tensor) and torch.allclose(scaled * factors, plain, rtol=1e-3, atol=1e-5)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # needs other inputs: no plain norm
         return False
     finally:
-        for parameter, values in zip(own, before, strict=True):
-            parameter.copy_(values)
+        for name, parameter in own.items():
+            parameter.copy_(before[name])
 
 
 def check_unchanged(before: Sequence[Tensor], after: Sequence[Tensor], what: str) -> None:
