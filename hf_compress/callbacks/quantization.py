@@ -28,7 +28,8 @@ class QuantizationCallback(CompressionCallback):
     of them. Where PEFT trains LoRA adapters, the merged weight is what is quantized; merge before exporting.
 
     After training the fake quantizers stay on, so that evaluation sees the model that will be deployed; ``detach``
-    takes them off, as does the next training with compression callbacks.
+    takes them off, as does the next training with compression callbacks. So it is with what ``calibrate`` has left:
+    the callback makes quantizers of its own, and trains the weights as they are.
 
     Args:
         config: Which numbers, which layers, from when on.

@@ -191,14 +191,15 @@ def _observe(work: Work) -> None:
         with _installed(work.quantized):
             for _ in work.data().outputs("Observing ranges", ready):
                 pass
-        for name, quantizer in observed.items():
+        for quantizer in observed.values():
             quantizer.collector = None
-            if not quantizer.observer.state:
-                layer, _, role = name.partition("|")
-                raise TargetError(
-                    f"calibrate: {layer!r} is never called with these batches, so nothing is known about its {role}. "
-                    "Exclude it, or give batches that reach it."
-                )
+        missing = {name.partition("|")[0]: None for name, each in observed.items() if not each.observer.state}
+        if missing:
+            names = ", ".join(map(repr, list(missing)[:3])) + (", ..." if len(missing) > 3 else "")
+            raise TargetError(
+                f"calibrate: {len(missing)} layers are never called with these batches, so nothing is known about "
+                f"their ranges: {names}. Exclude them, or give batches that reach them."
+            )
     for name, quantizer in observed.items():
         quantizer.observer.merge(elementwise)
         quantizer.settle()

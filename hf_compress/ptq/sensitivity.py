@@ -131,6 +131,8 @@ def quantization_sensitivity(
 ) -> Sensitivity:
     """Measure how much the loss rises when only one layer is quantized: once for each layer and number of bits.
 
+    Each process measures by itself, on the data that it is given.
+
     Args:
         model: Wherever it is, in whatever mode; it is left as it was.
         dataloader: Gives mappings of forward arguments with labels. The model runs over all of them once for each layer

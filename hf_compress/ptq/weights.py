@@ -158,9 +158,9 @@ def _smooth(work: Work, finder: FoldFinder, facts: Mapping[str, InputFacts], alp
         smoothed.update(known)
     if not smoothed:
         raise TargetError(
-            f"calibrate: smooth: no norm of {type(work.model).__name__} feeds linear layers alone, so nothing could "
-            "take the inverse factors (in models that add before they normalize, residuals read the norms, too). "
-            "Leave it out."
+            f"calibrate: smooth: no norm of {type(work.model).__name__} feeds linear layers alone and has a weight "
+            "that could take the inverse factors (in models that add before they normalize, residuals read the norms, "
+            "too; norms that add 1 to their weight can take them in float32 alone). Leave it out."
         )
     left = [name for name in names if name not in smoothed]
     if left:

@@ -21,6 +21,7 @@ from hf_compress import (
     TargetError,
     calibrate,
     calibration_config,
+    dimension_groups,
     export_quantized,
     make_example_inputs,
     shrink,
@@ -74,6 +75,22 @@ def test_ranges_are_those_of_torchs_observer_without_padding() -> None:
         stored = found[name]["inputs"]
         assert torch.equal(torch.tensor(stored["scale"]), scale) and stored["zero_point"] == zero_point.tolist()
         assert (stored["low"], stored["high"]) == ([float(reference.min_val)], [float(reference.max_val)])
+
+
+def test_outputs_have_ranges_too() -> None:
+    data, dense, model = batches(2), trained("bert"), trained("bert")
+    calibrate(model, data, ptq(weights=False, inputs=False, outputs={"symmetric": False}))
+    layer = dense.get_submodule(QUERY)
+    with torch.no_grad():
+        y = layer(inputs_of(dense, QUERY, data))
+        entry = calibration_config(model)["layers"][QUERY]
+        assert entry.keys() == {"digest", "outputs"}
+        stored = entry["outputs"]
+        assert stored["low"] == pytest.approx([float(y.min())]) and stored["high"] == pytest.approx([float(y.max())])
+        x = torch.randn(4, 32) * 3
+        scale, zero_point = stored["scale"][0], stored["zero_point"][0]
+        expected = torch.fake_quantize_per_tensor_affine(layer(x), scale, zero_point, -128, 127)
+        assert torch.allclose(model.get_submodule(QUERY)(x), expected, atol=1e-5)
 
 
 def test_encoders_with_decoders_count_all_positions() -> None:
@@ -331,7 +348,8 @@ def test_layers_that_no_data_reach_are_named() -> None:
     before = Snapshot(model)
     skipped = model.bert.encoder.layer[1].attention.self
     skipped.forward = lambda x, *args, **kwargs: (x, None)
-    with pytest.raises(TargetError, match=r"'bert.encoder.layer.1.attention.self.query' is never called"):
+    message = rf"3 layers are never called .*: '{QUERY}', .*key', .*value'\. Exclude them"
+    with pytest.raises(TargetError, match=message):
         calibrate(model, batches(1), ptq(**STATIC))
     del skipped.forward
     before.check()
@@ -411,3 +429,16 @@ def test_convolutions_are_quantized_and_said_to_be_rounded_to_nearest() -> None:
     stored = calibration_config(model)["layers"][convolution]["weights"]
     expected = model.get_submodule(convolution).weight.detach().flatten(1).abs().amax(1) / 7.5
     assert torch.allclose(torch.tensor(stored["scale"]), expected)
+
+
+def test_shrinking_gives_a_floating_point_model() -> None:
+    model, data = trained("bert"), batches(1)
+    masks = {
+        group.name: torch.arange(group.num_units) >= 16 for group in dimension_groups(model) if group.kind == "ffn"
+    }
+    calibrate(model, data, ptq(**STATIC))
+    small = shrink(model, masks)
+    assert logit_error(small, shrink(trained("bert"), masks), data) == 0
+    with pytest.raises(TargetError, match="no quantizers"):
+        calibration_config(small)
+    assert len(calibration_config(model)["layers"]) == 13

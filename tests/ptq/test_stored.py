@@ -1,6 +1,7 @@
 """A calibration that is stored and put on a fresh model gives bit-identical outputs; wrong ones are refused."""
 
 import copy
+import functools
 import json
 from typing import Any
 
@@ -128,6 +129,13 @@ def _drop(*path: str) -> Any:
     return change
 
 
+@functools.cache
+def calibrated() -> str:
+    model = trained("bert")
+    calibrate(model, batches(1), QuantizationConfig(method="ptq", scheme="int8_static"))
+    return json.dumps(calibration_config(model))
+
+
 WEIGHTS, INPUTS = ("layers", QUERY, "weights"), ("layers", QUERY, "inputs")
 
 
@@ -161,9 +169,7 @@ WEIGHTS, INPUTS = ("layers", QUERY, "weights"), ("layers", QUERY, "inputs")
     ],
 )
 def test_wrong_descriptions_are_refused(change: Any, error: type[Exception], message: str) -> None:
-    model, fresh = trained("bert"), trained("bert")
-    calibrate(model, batches(1), QuantizationConfig(method="ptq", scheme="int8_static"))
-    stored = calibration_config(model)
+    stored, fresh = json.loads(calibrated()), trained("bert")
     change(stored)
     before = Snapshot(fresh)
     with pytest.raises(error, match=message):
