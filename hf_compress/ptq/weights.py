@@ -110,23 +110,38 @@ def round_weights(work: Work, facts: Mapping[str, InputFacts]) -> None:
         TargetError: If no layer has a bias to correct, or the inputs of a layer cannot be used.
     """
     linear = work.linear()
-    without_bias = 0
+    corrected = []
     turns = _by_gptq(work, linear) if work.options.rounding == "gptq" else _to_nearest(work.quantized.layers)
     for layer, before in turns:
-        bias = layer.module.bias if layer.name in linear else None
-        if not work.options.bias_correction or not isinstance(bias, nn.Parameter):
-            without_bias += 1
-            continue
-        assert layer.weights is not None
-        weight = oriented_weight(layer.name, layer.module).detach()
-        rounded = layer.weights.fake_quantize(weight, None, layer.weights.prepare(weight, None))
-        work.undo.remember(bias)
-        bias.copy_(corrected_bias(before, rounded, facts[layer.name].mean().to(before.device), bias))
-    if not work.options.bias_correction or not without_bias:
+        if work.options.bias_correction and layer.name in linear:
+            corrected.append(_correct_bias(work, layer, before, facts[layer.name]))
+    if not work.options.bias_correction:
         return
-    if without_bias == sum(layer.weights is not None for layer in work.quantized.layers):
+    if not any(corrected):
         raise TargetError("calibrate: bias_correction: no quantized linear layer has a bias. Leave it out.")
-    work.notes.append(f"bias_correction: {without_bias} layers have no bias, or are convolutions; they stay")
+    left = sum(layer.weights is not None for layer in work.quantized.layers) - sum(corrected)
+    if left:
+        work.notes.append(f"bias_correction: {left} layers have no bias, or are convolutions; they stay")
+
+
+def _correct_bias(work: Work, layer: QuantizedLayer, before: Tensor, facts: InputFacts) -> bool:
+    """Correct the bias of a linear layer for the change of its weight; return whether it has one.
+
+    Args:
+        work: The model.
+        layer: With a quantizer of its weight.
+        before: The weight before it was rounded, [outputs, inputs].
+        facts: Of its inputs.
+    """
+    bias = layer.module.bias
+    if not isinstance(bias, nn.Parameter):
+        return False
+    assert layer.weights is not None
+    weight = oriented_weight(layer.name, layer.module).detach()
+    rounded = layer.weights.fake_quantize(weight, None, layer.weights.prepare(weight, None))
+    work.undo.remember(bias)
+    bias.copy_(corrected_bias(before, rounded, facts.mean().to(before.device), bias))
+    return True
 
 
 def _equalize(work: Work, finder: FoldFinder) -> None:
