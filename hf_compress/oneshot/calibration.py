@@ -5,6 +5,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Calibration:
         if not self.batches:
             raise ConfigError(f"{self.caller}: the dataloader gave no batch; allowed: at least one, as in training.")
         self._calls: list[dict[str, int]] = []
+        self._encoder = _encoder_of(model)
 
     def stages(self, layers: Mapping[str, LinearLayer]) -> list[list[str]]:
         """Return the layers in the order in which they run, those that are given the same input together.
@@ -113,10 +115,9 @@ class Calibration:
         Raises:
             TargetError: If the forward pass fails.
         """
-        tokens = self._tokens(batch)
 
         def read_tokens(name: str, x: Tensor) -> None:
-            read(name, rows(x, tokens))
+            read(name, rows(x, self._tokens(batch, name)))
 
         calls = {name: self._calls[number].get(name, 0) for name in layers}
         if any(calls.values()):
@@ -159,10 +160,10 @@ class Calibration:
             read: Called with the number of the batch, the name, and both hidden states of all tokens, [tokens, width].
         """
         for number, batch in self.each("Comparing layers"):
-            tokens = self._tokens(batch)
 
-            def read_tokens(name: str, x: Tensor, y: Tensor, number: int = number, at: Tensor | None = tokens) -> None:
-                read(number, name, rows(x, at), rows(y, at))
+            def read_tokens(name: str, x: Tensor, y: Tensor, number: int = number, batch: Batch = batch) -> None:
+                tokens = self._tokens(batch, name)
+                read(number, name, rows(x, tokens), rows(y, tokens))
 
             with reading_changes(modules, read_tokens):
                 self._forward(number, batch)
@@ -190,20 +191,22 @@ class Calibration:
         result: Tensor = loss
         return result
 
-    def outputs(self, doing: str, ready: Callable[[Tensor | None], None] | None = None) -> Iterator[tuple[int, Any]]:
+    def outputs(
+        self, doing: str, ready: Callable[[Callable[[str], Tensor | None]], None] | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yield the number of each batch and what the model returns for it.
 
         Args:
             doing: What to show beside the progress bar.
-            ready: Called before each pass with where texts are no padding, bool [batch, length], or None where it is
-                not said.
+            ready: Called before each pass with a function that returns where texts are no padding, bool [batch,
+                length], for the name of a layer, or None where it is not said.
 
         Raises:
             TargetError: If a forward pass fails.
         """
         for number, batch in self.each(doing):
             if ready is not None:
-                ready(self._tokens(batch))
+                ready(partial(self._tokens, batch))
             yield number, self._forward(number, batch)
 
     def _forward(self, number: int, batch: Batch) -> Any:
@@ -233,13 +236,17 @@ class Calibration:
         bars: Any = logging
         yield from enumerate(bars.tqdm(self.batches, desc=doing, leave=False))
 
-    def _tokens(self, batch: Batch) -> Tensor | None:
+    def _tokens(self, batch: Batch, name: str = "") -> Tensor | None:
         """Return where texts are no padding, bool [batch, length], or None where it is not said.
 
         An encoder's mask says nothing about its decoder's positions, which may be as many by chance.
+
+        Args:
+            batch: The batch.
+            name: Of the layer that sees it.
         """
         mask = batch.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or _has_two_parts(self.model):
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not f"{name}.".startswith(self._encoder):
             return None
         return mask.bool()
 
@@ -263,9 +270,12 @@ def check_finite(number: int, what: str, values: Tensor, caller: str = "prune_on
         )
 
 
-def _has_two_parts(model: nn.Module) -> bool:
-    config: Any = model.config
-    return bool(config.is_encoder_decoder)
+def _encoder_of(model: Any) -> str:
+    """Return the beginning of the names of what ``attention_mask`` is about: the encoder, if there is a decoder too."""
+    if not model.config.is_encoder_decoder:
+        return ""
+    encoder = model.get_encoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is encoder), "none.")
 
 
 def _modules(layers: Mapping[str, LinearLayer]) -> dict[str, nn.Module]:

@@ -1,7 +1,7 @@
 """``calibrate``: from a trained model and a few batches to a quantized model, without training."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +69,7 @@ def calibrate(
     ``CalibrationResult.detach`` does.
 
     Positions that a two-dimensional ``attention_mask`` calls padding do not count, where a layer sees
-    [batch, length, width]; in models with encoder and decoder all positions count. Several processes may calibrate
+    [batch, length, width]; in a decoder that has an encoder all positions count. Several processes may calibrate
     together, each on data of its own: all have the same ranges then.
 
     If anything fails, the model is as it was.
@@ -179,15 +179,15 @@ def _observe(work: Work) -> None:
     observed = work.quantized.observed()
     if not observed:
         return
-    collectors = [_TokenCollector(quantizer.observer) for quantizer in observed.values()]
+    collectors = {name: _TokenCollector(quantizer.observer) for name, quantizer in observed.items()}
 
-    def ready(tokens: Tensor | None) -> None:
-        for collector in collectors:
-            collector.tokens = tokens
+    def ready(tokens_of: Callable[[str], Tensor | None]) -> None:
+        for name, collector in collectors.items():
+            collector.tokens = tokens_of(name.partition("|")[0])
 
     with fail_together(work.device()):
-        for quantizer, collector in zip(observed.values(), collectors, strict=True):
-            quantizer.collector = collector
+        for name, quantizer in observed.items():
+            quantizer.collector = collectors[name]
         with _installed(work.quantized):
             for _ in work.data().outputs("Observing ranges", ready):
                 pass

@@ -93,14 +93,25 @@ def test_outputs_have_ranges_too() -> None:
         assert torch.allclose(model.get_submodule(QUERY)(x), expected, atol=1e-5)
 
 
-def test_encoders_with_decoders_count_all_positions() -> None:
-    model = tiny_models.t5().eval()
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_padding_does_not_count_in_encoders_and_all_positions_do_in_decoders(kind: str) -> None:
+    model = getattr(tiny_models, kind)().eval()
     data = [make_example_inputs(model, seed=seed) for seed in range(2)]
-    name = "decoder.block.1.layer.1.EncDecAttention.k"
-    x = inputs_of(copy.deepcopy(model), name, data, padding=True)
+    for batch in data:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, 3:] = 0
+        batch["input_ids"][0, 3:] = 7
+    dense = copy.deepcopy(model)
     calibrate(model, data, ptq(scheme="int8_static"))
-    stored = calibration_config(model)["layers"][name]["inputs"]
-    assert (stored["low"], stored["high"]) == ([float(x.min())], [float(x.max())])
+    layers = calibration_config(model)["layers"]
+    differ = 0
+    for name in layers:
+        every = inputs_of(dense, name, data, padding=True)
+        x = inputs_of(dense, name, data) if name.startswith(("encoder.", "model.encoder.")) else every
+        stored = layers[name]["inputs"]
+        assert (stored["low"], stored["high"]) == ([float(x.min())], [float(x.max())])
+        differ += not torch.equal(x.amax(), every.amax())
+    assert differ > 0
 
 
 def test_a_layer_computes_with_torchs_own_fake_quantization() -> None:
