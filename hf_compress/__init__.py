@@ -48,6 +48,9 @@ from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedu
 from hf_compress.latency.table import LatencyTable
 from hf_compress.oneshot.prune import OneShotResult, prune_oneshot
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
+from hf_compress.ptq.calibrate import CalibrationResult, calibrate
+from hf_compress.ptq.sensitivity import Sensitivity, quantization_sensitivity
+from hf_compress.ptq.stored import apply_calibration_config, calibration_config
 from hf_compress.quantization import methods  # noqa: F401 - imported for what it registers
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
@@ -74,6 +77,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AnnealingConfig",
     "AutoCompressResult",
+    "CalibrationResult",
     "CompressionError",
     "ConfigError",
     "DatasetConfig",
@@ -98,6 +102,7 @@ __all__ = [
     "Recipe",
     "RunResult",
     "SearchResult",
+    "Sensitivity",
     "ShrinkConfig",
     "ShrinkError",
     "ShrinkPlan",
@@ -107,8 +112,11 @@ __all__ = [
     "TeacherCache",
     "TeacherOutputs",
     "TrainingError",
+    "apply_calibration_config",
     "auto_compress",
     "cache_teacher_outputs",
+    "calibrate",
+    "calibration_config",
     "compare",
     "dimension_groups",
     "export_quantized",
@@ -126,6 +134,7 @@ __all__ = [
     "profile",
     "prune_oneshot",
     "prune_vocabulary",
+    "quantization_sensitivity",
     "run_recipe",
     "shrink",
     "simulated_annealing",

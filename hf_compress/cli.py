@@ -24,6 +24,7 @@ from hf_compress.latency.timing import DEFAULT_ROUNDS, compile_model
 from hf_compress.recipe.models import load_config, loading
 from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.run import run_recipe
+from hf_compress.recipe.sensitivity import sensitivity_on_recipe
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
@@ -67,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="a line for each group, not for each kind of layer")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--load-weights", action="store_true", help="analyze the loaded model, not its shapes alone")
+    inspect.add_argument(
+        "--sensitivity",
+        metavar="RECIPE",
+        help="instead: how much the loss rises when one layer is quantized, on the data of a recipe file",
+    )
+    inspect.add_argument("--bits", type=_count, nargs="+", help="with --sensitivity: numbers of bits (default: 8 4 2)")
+    inspect.add_argument("--batches", type=_count, help="with --sensitivity: how many batches of evaluation data")
+    inspect.add_argument("--output", help="with --sensitivity: folder for sensitivity.json, .txt and .png (default: .)")
     inspect.set_defaults(run=_inspect)
 
     _add_run(commands)
@@ -152,6 +161,11 @@ def _config_and_class(name: str, auto_class: str | None) -> tuple[Any, Any]:
 
 
 def _inspect(given: argparse.Namespace) -> str:
+    if given.sensitivity is not None:
+        return _sensitivity(given)
+    for option in ("bits", "batches", "output"):
+        if getattr(given, option) is not None:
+            raise ConfigError(f"--{option}: has no effect without --sensitivity.")
     start = time.perf_counter()
     if given.load_weights:
         model = load_model(given.model, given.auto_class)
@@ -162,6 +176,21 @@ def _inspect(given: argparse.Namespace) -> str:
     if given.json:
         return json.dumps(found.to_dict(), indent=2)
     return f"{found.table(collapse=not given.all)}\n{found.summary()}{_compressed_note(model)}"
+
+
+def _sensitivity(given: argparse.Namespace) -> str:
+    for option in ("kind", "all", "json", "load_weights", "auto_class"):
+        if getattr(given, option):
+            raise ConfigError(f"--{option.replace('_', '-')}: has no effect with --sensitivity.")
+    output = Path(given.output or ".")
+    recipe = load_recipe(given.sensitivity, [f"model={json.dumps(given.model)}"])
+    datasets.disable_progress_bars()
+    found = sensitivity_on_recipe(recipe, tuple(given.bits or (8, 4, 2)), given.batches)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "sensitivity.json").write_text(json.dumps(found.to_dict(), indent=2), encoding="utf-8")
+    (output / "sensitivity.txt").write_text(f"{found.table()}\n", encoding="utf-8")
+    picture = found.plot(output / "sensitivity.png")
+    return f"{found.table()}\nwrote {picture} and the same as .json and .txt"
 
 
 def _compressed_note(model: PreTrainedModel) -> str:

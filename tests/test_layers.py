@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"teachers"},
     {"callbacks", "report", "vocabulary"},
     {"oneshot"},
+    {"ptq"},
     {"export", "search"},
     {"recipe"},
     {"cli"},

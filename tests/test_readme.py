@@ -1,6 +1,7 @@
 """The README says what is true: its example runs, its lists are complete, its numbers come from a run."""
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -115,6 +116,31 @@ def test_the_example_without_training_runs(tiny_bert, classification_data) -> No
     names = {"model": tiny_bert(), "dataloader": data}
     exec(compile(example, "README.md", "exec"), names)
     assert names["small"].num_parameters() < tiny_bert().num_parameters()
+
+
+def test_the_examples_that_quantize_without_training_run(tiny_bert, classification_data, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calibrated, mixed = (block for block in blocks("python") if "calibrate(model" in block)
+    data = torch.utils.data.DataLoader(classification_data(16), batch_size=4)
+    names = {"model": tiny_bert(), "dataloader": data, "json": json}
+    exec(compile(calibrated, "README.md", "exec"), names)
+    names["result"] = hf_compress.apply_calibration_config(names["model"], "calibration.json")
+    (batch, *_) = data
+    assert torch.equal(names["fresh"](**batch).logits, names["model"].eval()(**batch).logits)
+    loaded = AutoModelForSequenceClassification.from_pretrained("bert-quantized")
+    assert torch.equal(loaded.bert.pooler.dense.weight, names["fresh"].bert.pooler.dense.weight)
+
+    names = {"model": tiny_bert(), "dataloader": data}
+    exec(compile(mixed, "README.md", "exec"), names)
+    layers = hf_compress.calibration_config(names["model"])["layers"].values()
+    assert {layer["weights"]["num_bits"] for layer in layers} > {8}
+    assert Path("sensitivity.png").is_file()
+
+
+def test_the_options_of_ptq_are_all_there() -> None:
+    rows = README.split("## Quantize without training")[1].split("## Methods")[0]
+    names = set(quantization_methods.get("ptq").options().to_dict()) - {"damping"}
+    assert [name for name in names if f"`{name}=" not in rows] == []
 
 
 def test_the_example_that_keeps_zeros_runs(tiny_bert, classification_data, make_trainer, tmp_path, monkeypatch) -> None:

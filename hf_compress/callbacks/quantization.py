@@ -13,7 +13,7 @@ from hf_compress.callbacks.state import check_moments
 from hf_compress.callbacks.step_sizes import StepSizes
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TrainingError
-from hf_compress.instruments.fake_quantize import check_fake_quantizable, quantizable_layers, remove_fake_quantizers
+from hf_compress.instruments.fake_quantize import check_fake_quantizable, quantizable_layers
 from hf_compress.instruments.quantize import Quantized, QuantizedLayer, make_quantizers, oriented_weight
 from hf_compress.instruments.sharded import clamp, whole
 from hf_compress.quantization.quantizers import SignQuantizer
@@ -28,7 +28,8 @@ class QuantizationCallback(CompressionCallback):
     of them. Where PEFT trains LoRA adapters, the merged weight is what is quantized; merge before exporting.
 
     After training the fake quantizers stay on, so that evaluation sees the model that will be deployed; ``detach``
-    takes them off, as does the next training with compression callbacks.
+    takes them off, as does the next training with compression callbacks. So it is with what ``calibrate`` has left:
+    the callback makes quantizers of its own, and trains the weights as they are.
 
     Args:
         config: Which numbers, which layers, from when on.
@@ -206,8 +207,7 @@ class QuantizationCallback(CompressionCallback):
 
     def _remove(self) -> None:
         if self._installed:
-            for layer in self._quantized.layers:
-                remove_fake_quantizers(layer.module)
+            self._quantized.remove()
             self._installed = False
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:

@@ -40,6 +40,18 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return total / num_ranks()
 
 
+def elementwise(tensor: Tensor, operation: str) -> Tensor:
+    """Return the elementwise ``"min"``, ``"max"`` or ``"sum"`` of a tensor over all ranks.
+
+    Every rank must call it, with the same shape.
+    """
+    joined = tensor.clone()
+    if num_ranks() > 1:
+        operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
+        dist.all_reduce(joined, op=operations[operation])
+    return joined
+
+
 def mean_gradients(gradients: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Return every gradient's mean over all ranks, in a single exchange.
 

@@ -8,15 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_compress.callbacks.owned import OwnedTensors
-from hf_compress.callbacks.ranks import num_ranks
+from hf_compress.callbacks.ranks import elementwise, num_ranks
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.quantize import Quantized, oriented_weight
 from hf_compress.instruments.sharded import whole
 from hf_compress.quantization.granularity import PER_TENSOR
 from hf_compress.quantization.observers import Ema, MinMax, Mse
 from hf_compress.quantization.quantizers import LearnedQuantizer
-
-_OPERATIONS = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
 
 
 class StepSizes:
@@ -168,13 +166,7 @@ class StepSizes:
             if not reached or not isinstance(collector, Mse):
                 continue
             if num_ranks() > 1:
-                collector.merge(_reduce)
+                collector.merge(elementwise)
             each.initialize(collector)
             each.collector = None
             self._own(name, each)
-
-
-def _reduce(tensor: Tensor, operation: str) -> Tensor:
-    joined = tensor.clone()
-    dist.all_reduce(joined, op=_OPERATIONS[operation])
-    return joined

@@ -141,6 +141,7 @@ class QuantizationConfig(Config):
             raise ConfigError("QuantizationConfig: weights, inputs and outputs are all False, so nothing is quantized.")
         for formats in every:
             method(options).check(formats)
+        method(options).check_together(every)
         observed = any(formats.has_observed() for formats in every)
         for name in ("observe", "freeze"):
             if getattr(self, name) is not None and not (observed or (name == "freeze" and method.learns)):

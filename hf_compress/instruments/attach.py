@@ -323,8 +323,9 @@ def _quantized(
 ) -> Tensor:
     """Return a tensor on its grid; the first time in a forward pass, it is watched and its step remembered."""
     first = key not in prepared
-    if first and self.training and quantizer.collector is not None:
-        quantizer.collector.observe(x.detach())
+    collector = quantizer.collector
+    if first and collector is not None and (self.training or collector.while_evaluating):
+        collector.observe(x.detach())
     if not quantizer.enabled:
         prepared[key] = ()
         return x

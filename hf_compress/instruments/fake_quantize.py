@@ -70,8 +70,8 @@ def check_fake_quantizable(layers: Mapping[str, nn.Module]) -> None:
         leaf_kind(name, module)
         if is_fake_quantized(module):
             raise TargetError(
-                f"quantization: {name!r} has a fake quantizer already, left by an earlier training run. Call detach() "
-                "on the QuantizationCallback of that run first."
+                f"quantization: {name!r} has a fake quantizer already, left by calibrate or an earlier training run. "
+                "Call detach() first: on what calibrate returned, or on the QuantizationCallback of that run."
             )
 
 

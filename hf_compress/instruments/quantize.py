@@ -11,7 +11,11 @@ from hf_compress.config.formats import LayerFormats
 from hf_compress.errors import TargetError, choices
 from hf_compress.instruments.adapters import base_layer, effective_weight, named_plain_modules
 from hf_compress.instruments.attach import attach, attachment_of, leaf_kind
-from hf_compress.instruments.fake_quantize import check_fake_quantizable, is_fake_quantized
+from hf_compress.instruments.fake_quantize import (
+    check_fake_quantizable,
+    is_fake_quantized,
+    remove_fake_quantizers,
+)
 from hf_compress.quantization.methods import Method
 from hf_compress.quantization.quantizers import (
     DorefaGradientQuantizer,
@@ -59,6 +63,11 @@ class Quantized:
     def learned(self) -> dict[str, LearnedQuantizer]:
         """Return those that learn steps."""
         return {name: each for name, each in self.named().items() if isinstance(each, LearnedQuantizer)}
+
+    def remove(self) -> None:
+        """Take the quantizers off their layers; gates stay."""
+        for layer in self.layers:
+            remove_fake_quantizers(layer.module)
 
     def enable(self, enabled: bool) -> None:
         """Let all quantizers act, or none."""
@@ -108,6 +117,8 @@ def make_quantizers(config: QuantizationConfig, modules: Mapping[str, nn.Module]
             _check_shape(name, module, layer.weights)
         layer.inputs = None if wanted.inputs is None else method.activation(wanted.inputs)
         layer.outputs = None if wanted.outputs is None else method.activation(wanted.outputs)
+        for role, quantizer in layer.quantizers():
+            quantizer.format, quantizer.method = getattr(wanted, role), config.method
         layers.append(layer)
     if not layers:
         raise TargetError("quantization: the rules leave no layer to quantize. Let a rule leave something.")

@@ -5,6 +5,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,24 +28,33 @@ class Calibration:
         model: In eval mode while anything here is called.
         dataloader: Gives mappings; it is read once.
         num_batches: Take no more than so many.
+        caller: The function that was called, for messages.
 
     Raises:
         ConfigError: If the data cannot be read, there are no batches, or one is no mapping with tensors.
     """
 
-    def __init__(self, model: nn.Module, dataloader: Iterable[Any], num_batches: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Iterable[Any],
+        num_batches: int | None = None,
+        caller: str = "prune_oneshot",
+    ) -> None:
+        self.caller = caller
         if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
-            raise ConfigError(f"prune_oneshot: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
+            raise ConfigError(f"{self.caller}: num_batches={num_batches!r}; allowed: an int >= 1, or None for all.")
         if not isinstance(dataloader, Iterable) and not hasattr(type(dataloader), "__getitem__"):
             raise ConfigError(
-                f"prune_oneshot: the dataloader is a {type(dataloader).__name__}; allowed: an iterable of batches, "
+                f"{self.caller}: the dataloader is a {type(dataloader).__name__}; allowed: an iterable of batches, "
                 "such as a DataLoader or a list."
             )
         self.model = model
-        self.batches = [_checked(n, batch) for n, batch in enumerate(itertools.islice(dataloader, num_batches))]
+        self.batches = [_checked(caller, n, batch) for n, batch in enumerate(itertools.islice(dataloader, num_batches))]
         if not self.batches:
-            raise ConfigError("prune_oneshot: the dataloader gave no batch; allowed: at least one, as in training.")
+            raise ConfigError(f"{self.caller}: the dataloader gave no batch; allowed: at least one, as in training.")
         self._calls: list[dict[str, int]] = []
+        self._encoder = _encoder_of(model)
 
     def stages(self, layers: Mapping[str, LinearLayer]) -> list[list[str]]:
         """Return the layers in the order in which they run, those that are given the same input together.
@@ -54,8 +64,8 @@ class Calibration:
         """
         if all(tokens is not None and not tokens.any() for tokens in map(self._tokens, self.batches)):
             raise TargetError(
-                "prune_oneshot: attention_mask is 0 everywhere in these batches, so all tokens are padding and nothing "
-                "is known about inputs. Set it to 1 where there is text."
+                f"{self.caller}: attention_mask is 0 everywhere in these batches, so all tokens are padding and "
+                "nothing is known about inputs. Set it to 1 where there is text."
             )
         given: dict[str, list[tuple[int, int, int]]] = {}
         self._calls = []
@@ -83,7 +93,7 @@ class Calibration:
         missing = sorted(layers.keys() - given)
         if missing:
             raise TargetError(
-                f"prune_oneshot: {missing[0]!r} is never called with these batches, so nothing is known about its "
+                f"{self.caller}: {missing[0]!r} is never called with these batches, so nothing is known about its "
                 "inputs. Exclude it, or give batches that reach it."
             )
         stages: dict[tuple[tuple[int, int, int], ...], list[str]] = {}
@@ -105,10 +115,9 @@ class Calibration:
         Raises:
             TargetError: If the forward pass fails.
         """
-        tokens = self._tokens(batch)
 
         def read_tokens(name: str, x: Tensor) -> None:
-            read(name, _rows(x, tokens))
+            read(name, rows(x, self._tokens(batch, name)))
 
         calls = {name: self._calls[number].get(name, 0) for name in layers}
         if any(calls.values()):
@@ -137,7 +146,7 @@ class Calibration:
 
             def read(name: str, x: Tensor, number: int = number) -> None:
                 term = of(x if x.dtype == torch.float64 else x.float()).double()
-                check_finite(number, name, term)
+                check_finite(number, name, term, self.caller)
                 sums[name] = term if name not in sums else sums[name].add_(term)
 
             self.inputs_of(number, batch, layers, read)
@@ -151,10 +160,10 @@ class Calibration:
             read: Called with the number of the batch, the name, and both hidden states of all tokens, [tokens, width].
         """
         for number, batch in self.each("Comparing layers"):
-            tokens = self._tokens(batch)
 
-            def read_tokens(name: str, x: Tensor, y: Tensor, number: int = number, at: Tensor | None = tokens) -> None:
-                read(number, name, _rows(x, at), _rows(y, at))
+            def read_tokens(name: str, x: Tensor, y: Tensor, number: int = number, batch: Batch = batch) -> None:
+                tokens = self._tokens(batch, name)
+                read(number, name, rows(x, tokens), rows(y, tokens))
 
             with reading_changes(modules, read_tokens):
                 self._forward(number, batch)
@@ -175,12 +184,30 @@ class Calibration:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is None:
             raise TargetError(
-                f"prune_oneshot: batch {number} gives no loss; this criterion needs gradients of it. Add labels to the "
+                f"{self.caller}: batch {number} gives no loss; this criterion needs gradients of it. Add labels to the "
                 "batches, or use a criterion without gradients (l2, wanda, obs)."
             )
-        check_finite(number, "the loss", loss.detach())
+        check_finite(number, "the loss", loss.detach(), self.caller)
         result: Tensor = loss
         return result
+
+    def outputs(
+        self, doing: str, ready: Callable[[Callable[[str], Tensor | None]], None] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each batch and what the model returns for it.
+
+        Args:
+            doing: What to show beside the progress bar.
+            ready: Called before each pass with a function that returns where texts are no padding, bool [batch,
+                length], for the name of a layer, or None where it is not said.
+
+        Raises:
+            TargetError: If a forward pass fails.
+        """
+        for number, batch in self.each(doing):
+            if ready is not None:
+                ready(partial(self._tokens, batch))
+            yield number, self._forward(number, batch)
 
     def _forward(self, number: int, batch: Batch) -> Any:
         """Run one batch; None if the pass ended early because everything had been seen.
@@ -200,7 +227,7 @@ class Calibration:
             raise
         except FORWARD_ERRORS as error:
             raise TargetError(
-                f"prune_oneshot: {type(self.model).__name__}.forward failed on batch {number} (with "
+                f"{self.caller}: {type(self.model).__name__}.forward failed on batch {number} (with "
                 f"{', '.join(batch)}): {type(error).__name__}: {error}. Batches are passed as keyword arguments."
             ) from error
 
@@ -209,55 +236,68 @@ class Calibration:
         bars: Any = logging
         yield from enumerate(bars.tqdm(self.batches, desc=doing, leave=False))
 
-    def _tokens(self, batch: Batch) -> Tensor | None:
+    def _tokens(self, batch: Batch, name: str = "") -> Tensor | None:
         """Return where texts are no padding, bool [batch, length], or None where it is not said.
 
         An encoder's mask says nothing about its decoder's positions, which may be as many by chance.
+
+        Args:
+            batch: The batch.
+            name: Of the layer that sees it.
         """
         mask = batch.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or _has_two_parts(self.model):
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not f"{name}.".startswith(self._encoder):
             return None
         return mask.bool()
 
 
-def check_finite(number: int, what: str, values: Tensor) -> None:
+def check_finite(number: int, what: str, values: Tensor, caller: str = "prune_oneshot") -> None:
     """Check numbers that a batch gave.
 
     Args:
         number: Of the batch.
         what: What they are, for the message.
         values: The numbers.
+        caller: The function that was called, for the message.
 
     Raises:
         TargetError: If any is not finite.
     """
     if not bool(torch.isfinite(values).all()):
         raise TargetError(
-            f"prune_oneshot: batch {number} gives numbers in {what!r} that are not finite (or whose squares are not). "
+            f"{caller}: batch {number} gives numbers in {what!r} that are not finite (or whose squares are not). "
             "Check the batch and the model's weights; half precision may be too narrow."
         )
 
 
-def _has_two_parts(model: nn.Module) -> bool:
-    config: Any = model.config
-    return bool(config.is_encoder_decoder)
+def _encoder_of(model: Any) -> str:
+    """Return the beginning of the names of what ``attention_mask`` is about: the encoder, if there is a decoder too."""
+    if not model.config.is_encoder_decoder:
+        return ""
+    encoder = model.get_encoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is encoder), "none.")
 
 
 def _modules(layers: Mapping[str, LinearLayer]) -> dict[str, nn.Module]:
     return {name: layer.module for name, layer in layers.items()}
 
 
-def _rows(x: Tensor, tokens: Tensor | None) -> Tensor:
-    """Return [tokens, width], without padding."""
+def rows(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return [tokens, width], without padding.
+
+    Args:
+        x: [batch, length, width], or anything else, which is taken as a whole.
+        tokens: True = no padding, bool [batch, length]; None: there is none.
+    """
     if tokens is not None and x.shape[:-1] == tokens.shape:
         return x.detach()[tokens.to(x.device)]
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def _checked(number: int, batch: Any) -> Batch:
+def _checked(caller: str, number: int, batch: Any) -> Batch:
     if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
         raise ConfigError(
-            f"prune_oneshot: batch {number} of the dataloader is a {type(batch).__name__}; allowed: a mapping of "
+            f"{caller}: batch {number} of the dataloader is a {type(batch).__name__}; allowed: a mapping of "
             "forward arguments with tensors, as transformers' data collators make."
         )
     return dict(batch)

@@ -1,6 +1,7 @@
 """Quantization methods: which quantizer each tensor gets, given its format."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,6 +83,13 @@ class Method(ABC):
     def _check(self, role: str, wanted: TensorFormat) -> None:  # noqa: B027 - most have nothing to check
         """Check what else the method cannot do."""
 
+    def check_together(self, every: Sequence[LayerFormats]) -> None:  # noqa: B027 - most have nothing to check
+        """Check what concerns the formats of all layers of a model.
+
+        Raises:
+            ConfigError: If the method's settings do not suit them.
+        """
+
     @classmethod
     def _refusal(cls, role: str, name: str, given: object, allowed: str) -> ConfigError:
         method = next(each for each in quantization_methods if quantization_methods.get(each) is cls)
@@ -121,16 +129,76 @@ class Qat(_Ranges):
             raise self._refusal(role, "observer", wanted.observer, "None, 'ema' or 'min_max' in training")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PtqOptions(Settings):
+    """Settings of ``"ptq"``."""
+
+    rounding: str = "nearest"
+    """Of weights. ``"nearest"``; or ``"gptq"``: column by column, so that later columns make up for each error, which
+    needs data and changes the weights to those on the grid."""
+
+    damping: float = 0.01
+    """Of ``"gptq"``: what is added to the Hessian, relative to the mean of its diagonal."""
+
+    smooth: float | None = None
+    """Move outliers from the inputs of layers to their weights (SmoothQuant): the exponent alpha in [0, 1], usually
+    0.5; needs data. None: do not. Only where a norm alone feeds the layers, so that its weight can take the inverse
+    factors."""
+
+    equalize: bool = False
+    """Give channels between two linear layers the same range on both sides, where what lies between is linear or
+    ReLU (cross-layer equalization)."""
+
+    bias_correction: bool = False
+    """Take the mean error that rounded weights make out of the bias; needs data, and layers with a bias."""
+
+    ROUNDINGS: ClassVar[tuple[str, ...]] = ("nearest", "gptq")
+
+    def _validate(self) -> None:
+        self._check_choice("rounding", self.ROUNDINGS)
+        self._check_number("damping", 0, 1)
+        if self.rounding != "gptq" and self.damping != PtqOptions.damping:
+            raise self._error("damping", self.damping, f"{PtqOptions.damping} unless rounding is 'gptq'")
+        if self.smooth is not None:
+            self._check_number("smooth", 0, 1)
+        for name in ("equalize", "bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._error(name, getattr(self, name), "True or False")
+
+
 @quantization_methods.register("ptq")
 class Ptq(_Ranges):
-    """After training: ranges observed on a few batches, weights rounded; nothing is trained."""
+    """After training: ranges observed on a few batches, weights rounded; nothing is trained.
 
+    Source: ``rounding="gptq"``: Frantar et al. 2022, arXiv:2210.17323; ``smooth``: Xiao et al. 2022, arXiv:2211.10438;
+    ``equalize`` and ``bias_correction``: Nagel et al. 2019, arXiv:1906.04721.
+    """
+
+    options = PtqOptions
     trains = False
     default_observer = "min_max"
 
     def _check(self, role: str, wanted: TensorFormat) -> None:
         if wanted.observer == "ema":
             raise self._refusal(role, "observer", "ema", "others: a model that does not change has no moving average")
+        if role == "weights" and wanted.granularity == "tensor" and self.settings.rounding == "gptq":
+            raise self._refusal(role, "granularity", "tensor", "'channel' or 'group' with rounding='gptq'")
+
+    def check_together(self, every: Sequence[LayerFormats]) -> None:
+        """Check that no setting is without effect on all formats of a model.
+
+        Raises:
+            ConfigError: If one is.
+        """
+        settings = self.settings
+        if settings.smooth is not None and not any(each.weights and each.inputs for each in every):
+            raise self._refusal("inputs", "smooth", settings.smooth, "None unless weights and inputs are quantized")
+        if any(each.weights for each in every):
+            return
+        for name in ("rounding", "equalize", "bias_correction"):
+            default = getattr(PtqOptions, name)
+            if getattr(settings, name) != default:
+                raise self._refusal("weights", name, getattr(settings, name), f"{default!r} without weights")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,9 @@ class Observer(ABC):
     names: ClassVar[frozenset[str]]
     """Of the tensors in ``state``."""
 
+    while_evaluating = False
+    """Whether it also watches layers in eval mode, as a collector of a quantizer."""
+
     def __init__(self, grid: Grid, granularity: Granularity = PER_TENSOR) -> None:
         if granularity.kind == "token":
             raise ConfigError(

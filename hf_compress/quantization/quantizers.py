@@ -6,14 +6,15 @@ The range is that of the tensor itself (``RangeQuantizer``), one that was observ
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_compress.config.formats import TensorFormat
 from hf_compress.errors import TargetError
 from hf_compress.quantization.binary import binarize
-from hf_compress.quantization.clipping import extremes
+from hf_compress.quantization.clipping import Range, extremes
 from hf_compress.quantization.dorefa import dorefa_activation, dorefa_gradient, dorefa_weight
 from hf_compress.quantization.fake import fake_quantize
 from hf_compress.quantization.granularity import PER_TENSOR, Granularity
@@ -30,6 +31,21 @@ from hf_compress.registry import observers
 
 Prepared = tuple[Tensor | None, ...]
 """What is worth remembering between the forward pass and the backward pass: steps and zero points."""
+
+
+class Collector(Protocol):
+    """Watches the tensors that come to a quantizer."""
+
+    @property
+    def while_evaluating(self) -> bool:
+        """Whether it also watches layers in eval mode."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Return what is known; empty before the first tensor."""
+
+    def observe(self, x: Tensor) -> None:
+        """Take a tensor in."""
 
 
 class Quantizer(ABC):
@@ -51,8 +67,14 @@ class Quantizer(ABC):
     enabled: bool = True
     """Whether ``fake_quantize`` is to be called; one that is not may still watch."""
 
-    collector: Observer | None = None
+    collector: Collector | None = None
     """What watches the tensors that come, while it is set."""
+
+    format: TensorFormat | None = None
+    """What it was made for."""
+
+    method: str | None = None
+    """Registry name of the method that made it."""
 
     def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
         """Return what ``fake_quantize`` needs and is worth remembering.
@@ -102,20 +124,34 @@ class RangeQuantizer(Quantizer):
         self.grid: Grid = grid
         self.granularity = granularity
         self._covers = observer == "min_max"
-        self._observer, self._options = observer, dict(options or {})
+        self.observer, self.options = observer, dict(options or {})
+        self._fixed: tuple[Tensor, Tensor | None] | None = None
+
+    def fix(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Set steps and zero points of a weight, [blocks] each, for good: its own range no longer counts."""
+        self._fixed = (scale, zero_point)
+        self._covers = False
+
+    @torch.no_grad()
+    def range(self, x: Tensor, removed: Tensor | None = None) -> Range:
+        """Return the low and high ends of the range of a tensor, [blocks] each, whatever is fixed."""
+        if self.observer == "min_max":  # zero belongs to every range, so zeros do not count
+            blocks = self.granularity.blocks(x if removed is None else x.masked_fill(removed, 0.0))
+            if blocks.numel() == 0:
+                blocks = x.new_zeros(len(blocks), 1)
+            return extremes(blocks)
+        observer: Observer = observers.get(self.observer)(self.grid, self.granularity, **self.options)
+        observer.observe(x, None if removed is None else ~removed)
+        return observer.range()
 
     @torch.no_grad()
     def parameters(self, x: Tensor | None = None, removed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return steps and zero points of a tensor, [blocks] each."""
         assert x is not None
-        if self._covers:  # zero belongs to every range, so zeros do not count
-            blocks = self.granularity.blocks(x if removed is None else x.masked_fill(removed, 0.0))
-            if blocks.numel() == 0:
-                blocks = x.new_zeros(len(blocks), 1)
-            return self.grid.parameters(*extremes(blocks))
-        observer: Observer = observers.get(self._observer)(self.grid, self.granularity, **self._options)
-        observer.observe(x, None if removed is None else ~removed)
-        return self.grid.parameters(*observer.range())
+        if self._fixed is not None:
+            scale, zero_point = self._fixed
+            return scale.to(x.device), None if zero_point is None else zero_point.to(x.device)
+        return self.grid.parameters(*self.range(x, removed))
 
     def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
         """Return step and zero point, laid out for ``Granularity.view``."""
@@ -138,14 +174,18 @@ class ObservedQuantizer(Quantizer):
         self.grid: Grid = grid
         self.observer = observer
         self._known: tuple[Tensor, Tensor | None] | None = None
+        self.limits: Range | None = None
+        """Low and high ends of the range, [1] each, once it is known."""
 
     def settle(self) -> None:
         """Take the range over that the observer has now."""
-        self._known = self.grid.parameters(*self.observer.range())
+        self.limits = self.observer.range()
+        self._known = self.grid.parameters(*self.limits)
 
-    def fix(self, scale: Tensor, zero_point: Tensor | None) -> None:
+    def fix(self, scale: Tensor, zero_point: Tensor | None, limits: Range | None = None) -> None:
         """Set step and zero point, [1] each; what is observed later has no effect before ``settle``."""
         self._known = (scale, zero_point)
+        self.limits = limits
 
     def parameters(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return step and zero point, [1] each.
@@ -179,7 +219,7 @@ class ObservedQuantizer(Quantizer):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what was observed."""
         self.observer.load(state)
-        self._known = None
+        self._known = self.limits = None
         if state:
             self.settle()
 

@@ -13,6 +13,7 @@ from hf_compress.errors import ConfigError
 KEPT_COLOR = "#1f6f8b"
 REMOVED_COLOR = "#e3e7ea"
 TEXT_COLOR = "#24292f"
+BIT_COLORS = ("#9ecae1", "#1f6f8b", "#d1495b", "#edae49")
 MAX_LABELED_BARS = 32
 INCHES_PER_BAR = 0.34
 MIN_WIDTH, MAX_WIDTH = 6.0, 18.0
@@ -56,6 +57,44 @@ def plot_kept_units(kept: Mapping[str, Sequence[KeptUnits]], path: str | Path) -
     FigureCanvasAgg(figure)
     for position, (kind, units) in enumerate(panels.items()):
         _draw_panel(figure.add_subplot(len(panels), 1, position + 1), kind, units)
+    return _save(figure, path)
+
+
+def plot_sensitivity(increases: Mapping[str, Mapping[int, float]], path: str | Path) -> Path:
+    """Draw by how much the loss rises when one layer is quantized: a group of bars for each layer.
+
+    Args:
+        increases: By layer and number of bits; the same bits for all layers.
+        path: File to write; the suffix chooses the format (``.png``, ``.svg``).
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: If there is nothing to draw.
+    """
+    if not increases:
+        raise ConfigError("plot_sensitivity: nothing to draw; give at least one layer.")
+    bits = list(next(iter(increases.values())))
+    height = min(MAX_WIDTH, max(MIN_WIDTH / 2, len(increases) * INCHES_PER_BAR * 0.8 + 1.2))
+    figure = Figure(figsize=(MIN_WIDTH + 2, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    thickness = 0.8 / len(bits)
+    for number, each in enumerate(bits):
+        places = [layer + (number - (len(bits) - 1) / 2) * thickness for layer in range(len(increases))]
+        values = [found[each] for found in increases.values()]
+        axes.barh(places, values, thickness, color=BIT_COLORS[number % len(BIT_COLORS)], label=f"{each} bits")
+    axes.set_yticks(range(len(increases)), list(increases), fontsize=7 if len(increases) <= MAX_LABELED_BARS else 4)
+    axes.invert_yaxis()
+    axes.set_xlabel("increase of the loss when this layer alone is quantized", fontsize=9, color=TEXT_COLOR)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     # Without metadata the same data give the same bytes.
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})

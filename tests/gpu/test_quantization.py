@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from oneshot_models import batches, for_language, trained
 from torch import Tensor
 
+from hf_compress import QuantizationConfig, apply_calibration_config, calibrate, calibration_config
 from hf_compress.quantization.fake import fake_quantize, to_integers
 from hf_compress.quantization.granularity import PER_TENSOR, Granularity, per_channel, per_group
 from hf_compress.quantization.grid import Grid
@@ -66,3 +68,22 @@ def test_training_steps_wait_for_nothing() -> None:
     step = initial_step(x, grid)[:, None].requires_grad_()
     (learned_step(x, grid, step) + fake_quantize(x, grid, step.detach())).sum().backward()
     assert x.grad is not None and step.grad is not None
+
+
+def test_calibration_on_the_gpu_finds_what_the_cpu_finds() -> None:
+    data = for_language(batches(2))
+    options = {"rounding": "gptq", "smooth": 0.5, "equalize": True}
+    config = QuantizationConfig(method="ptq", scheme="int8_static", options=options)
+    here, there = trained("llama"), trained("llama").cuda()
+    calibrate(here, data, config)
+    calibrate(there, data, config)
+    stored = calibration_config(there)
+    for name, layer in calibration_config(here)["layers"].items():
+        expected = torch.tensor(layer["inputs"]["scale"])
+        torch.testing.assert_close(torch.tensor(stored["layers"][name]["inputs"]["scale"]), expected, rtol=1e-3, atol=0)
+    fresh = trained("llama")
+    fresh.load_state_dict(there.state_dict())
+    apply_calibration_config(fresh.cuda(), stored)
+    inputs = data[0]["input_ids"].cuda()
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(inputs).logits, there.eval()(inputs).logits)
