@@ -26,7 +26,7 @@ from transformers import (
 import hf_compress
 from hf_compress import PruningCallback, PruningConfig, cli, shrink
 from hf_compress.config import TRAINABLE_STRUCTURES
-from hf_compress.export.quantized import FORMATS
+from hf_compress.export.formats.table import FORMATS
 from hf_compress.latency import measure
 from hf_compress.oneshot.prune import CRITERIA
 from hf_compress.registry import (

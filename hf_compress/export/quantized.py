@@ -146,13 +146,13 @@ def _made(model: PreTrainedModel, config: QuantizationConfig) -> Quantized:
     """Make the quantizers that a config asks for."""
     if any(formats.has_observed() for formats in (config.formats(), *config.rule_formats())):
         raise ExportError(
-            "export_quantized: config asks for inputs or outputs whose range has to be observed, and nothing was. Train "
-            "with a QuantizationCallback or calibrate first, or set dynamic=True."
+            "export_quantized: config asks for inputs or outputs whose range has to be observed, and nothing was. "
+            "Train with a QuantizationCallback or calibrate first, or set dynamic=True."
         )
     if quantization_methods.get(config.method).learns:
         raise ExportError(
-            f"export_quantized: config has method {config.method!r}, whose steps have to be trained, and none were. Use "
-            "method='qat', or train with a QuantizationCallback."
+            f"export_quantized: config has method {config.method!r}, whose steps have to be trained, and none were. "
+            "Use method='qat', or train with a QuantizationCallback."
         )
     quantized = make_quantizers(config, quantizable_layers(model, config.exclude, config.targets))
     quantized.install()

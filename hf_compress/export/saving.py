@@ -14,7 +14,8 @@ from hf_compress.errors import ExportError
 MAIN_FILES = ("config.json", "model.onnx")
 """Without one of these nothing loads a folder."""
 
-_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|model\.onnx\.data")
+_WEIGHTS = r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+_WEIGHT_FILE = re.compile(rf"{_WEIGHTS}|model\.onnx\.data")
 
 
 def check_target(directory: Path) -> None:
@@ -28,8 +29,8 @@ def check_target(directory: Path) -> None:
     held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if held and held.isdisjoint(MAIN_FILES):
         raise ExportError(
-            f"{directory}: holds files but no model (no {' and no '.join(MAIN_FILES)}), so it is not overwritten. Choose "
-            "another folder."
+            f"{directory}: holds files but no model (no {' and no '.join(MAIN_FILES)}), so it is not overwritten. "
+            "Choose another folder."
         )
 
 

@@ -77,8 +77,8 @@ class Format(ABC):
     def installation(cls, package: str) -> str:
         """Return what to do about a missing package."""
         return (
-            f"export_quantized: format {cls.name!r} needs the {package.replace('_', '-')} package. Install it with: pip "
-            f"install 'hf-compress[{cls.extra}]'; or use format='dense'."
+            f"export_quantized: format {cls.name!r} needs the {package.replace('_', '-')} package. Install it with: "
+            f"pip install 'hf-compress[{cls.extra}]'; or use format='dense'."
         )
 
 
@@ -111,10 +111,11 @@ def stored_weight(layer: QuantizedLayer) -> StoredWeight:
     weight = oriented_weight(layer.name, layer.module).detach()
     granularity, grid = quantizer.granularity, quantizer.grid
     scale, zero_point = quantizer.parameters(weight)
-    spread = [None if each is None else granularity.spread(each.detach(), weight.shape) for each in (scale, zero_point)]
-    integers = granularity.restore(to_integers(granularity.view(weight), grid, spread[0], spread[1]))
-    zeros = None if zero_point is None else zero_point.cpu()
-    return StoredWeight(integers.cpu().contiguous(), scale.detach().cpu(), zeros, grid, granularity)
+    steps = granularity.spread(scale.detach(), weight.shape)
+    zeros = None if zero_point is None else granularity.spread(zero_point, weight.shape)
+    integers = granularity.restore(to_integers(granularity.view(weight), grid, steps, zeros))
+    kept = None if zero_point is None else zero_point.cpu()
+    return StoredWeight(integers.cpu().contiguous(), scale.detach().cpu(), kept, grid, granularity)
 
 
 def progress(layers: list[QuantizedLayer]) -> Any:

@@ -1,7 +1,7 @@
 """The compressed-tensors format, which transformers and vLLM load; written without that library.
 
-Layout of a layer: ``weight`` int8 [outputs, inputs] (``int-quantized``), or ``weight_packed`` int32 [outputs, words] and
-``weight_shape`` (``pack-quantized``); ``weight_scale`` [outputs, groups], or [1]; ``weight_zero_point`` if it is not 0;
+Layout of a layer: ``weight`` int8 [outputs, inputs] (``int-quantized``), or ``weight_packed`` int32 [outputs, words]
+and ``weight_shape`` (``pack-quantized``); ``weight_scale`` [outputs, groups], or [1]; ``weight_zero_point`` if it is not 0;
 ``input_scale`` [1] and ``input_zero_point`` [1] of observed ranges. Source: the compressed-tensors library,
 ``compressors/naive_quantized`` and ``compressors/pack_quantized``.
 """
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.errors import ExportError
 from hf_compress.export.combined import guard_of, with_sizes
-from hf_compress.export.formats.base import Format, StoredWeight, progress, stored_weight, without_grid
+from hf_compress.export.formats.base import Format, progress, stored_weight, without_grid
 from hf_compress.export.pretrained import reshape_parameter
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
@@ -44,6 +43,8 @@ class CompressedTensors(Format):
             return f"is a {type(layer.module).__name__}; compressed-tensors stores Linear layers"
         if layer.weights is None:
             return "has quantized inputs or outputs alone; compressed-tensors needs integer weights with them"
+        if not _whole(layer.weights) and layer.weights.grid is not None and not layer.weights.grid.symmetric:
+            return "has packed weights with zero points, which transformers cannot load: use symmetric ones, or 8 bits"
         role = without_grid(layer)
         if role is not None:
             return f"has {role} that are no integers times a step"
@@ -51,7 +52,7 @@ class CompressedTensors(Format):
         for role, quantizer in layer.quantizers():
             scale = _scale(layer, quantizer)
             if scale is not None and not torch.equal(scale.to(dtype).float(), scale):
-                return f"has steps of {role} in float32 that {dtype} rounds; compressed-tensors keeps them in the weight's dtype"
+                return f"has steps of {role} that {dtype}, in which they are stored, would round: use model.float()"
         return None
 
     @torch.no_grad()
@@ -104,7 +105,7 @@ def _store(layer: QuantizedLayer, format: str) -> None:
     else:
         tensors["weight"] = stored.integers
     if stored.zero_point is not None:
-        tensors["weight_zero_point"] = _zero_points(stored, format)
+        tensors["weight_zero_point"] = stored.per_row(stored.zero_point).to(torch.int8)
     for role, name in (("inputs", "input"), ("outputs", "output")):
         quantizer = getattr(layer, role)
         if quantizer is not None and not isinstance(quantizer, RangeQuantizer):
@@ -117,20 +118,16 @@ def _store(layer: QuantizedLayer, format: str) -> None:
         module.register_parameter(name, nn.Parameter(tensor.cpu().contiguous(), requires_grad=False))
 
 
-def _zero_points(stored: StoredWeight, format: str) -> Tensor:
-    assert stored.zero_point is not None
-    zeros = stored.per_row(stored.zero_point).to(torch.int8)
-    if format == "pack-quantized" and stored.granularity.kind != "tensor":
-        return pack(zeros.t().contiguous(), stored.grid.num_bits).t()
-    return zeros
+def _whole(quantizer: Quantizer) -> bool:
+    """Return whether each integer is stored in a byte of its own."""
+    return quantizer.num_bits == 8 and quantizer.granularity.kind != "group"
 
 
 def _scheme(layer: QuantizedLayer) -> dict[str, Any]:
     weights = layer.weights
-    assert weights is not None and weights.grid is not None
-    whole = weights.grid.num_bits == 8 and weights.granularity.kind != "group"
+    assert weights is not None
     return {
-        "format": "int-quantized" if whole else "pack-quantized",
+        "format": "int-quantized" if _whole(weights) else "pack-quantized",
         "weights": _arguments(weights, dynamic=False),
         "input_activations": _activations(layer.inputs),
         "output_activations": _activations(layer.outputs),

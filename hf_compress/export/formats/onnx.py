@@ -44,7 +44,7 @@ class Onnx(Format):
         if role is not None:
             return f"has {role} that are no integers times a step"
         if layer.module.weight.dtype != torch.float32:
-            return f"has a weight in {layer.module.weight.dtype}, which ONNX Runtime lacks kernels for: use model.float()"
+            return f"has a weight in {layer.module.weight.dtype}, for which ONNX Runtime lacks kernels; use float()"
         return None
 
     def write(
@@ -100,8 +100,8 @@ def _output_names(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str
         result = model(**inputs, return_dict=True)
     except FORWARD_ERRORS as error:
         raise ExportError(
-            f"export_quantized: {type(model).__name__} does not run on example inputs ({type(error).__name__}: {error}), "
-            "so its graph cannot be recorded. Pass example_inputs that it runs on."
+            f"export_quantized: {type(model).__name__} does not run on example inputs ({type(error).__name__}: {error}), so "
+            "its graph cannot be recorded. Pass example_inputs that it runs on."
         ) from error
     main = {id(each) for each in main_outputs(result)}
     return [name for name, value in result.items() if id(value) in main]

@@ -1,7 +1,7 @@
 """How a quantized layer computes in an ONNX graph.
 
-Operators of ONNX stand in the forward pass itself; ``torch.onnx.export`` takes them over as they are. Letters in shapes:
-O outputs, I inputs.
+Operators of ONNX stand in the forward pass itself; ``torch.onnx.export`` takes them over as they are. Letters in
+shapes: O outputs, I inputs.
 """
 
 import types
@@ -21,6 +21,9 @@ from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
 
 OPSET = 21
 """Of ONNX; the first with steps per group."""
+
+_UNSIGNED = 128
+"""What int8 values are raised by where they are stored as uint8, which the kernels on x86 expect of activations."""
 
 
 def replace_forward(layer: QuantizedLayer) -> None:
@@ -60,9 +63,9 @@ class _Activation:
         self.computed = self._dynamic or self.grid.num_bits != 8
         if not self._dynamic:
             scale, zero_point = quantizer.parameters()
-            zero = torch.zeros(()) if zero_point is None else zero_point
+            zero = torch.zeros((), dtype=torch.int32) if zero_point is None else zero_point.reshape(())
             _keep(module, f"{role}_scale", scale.detach().reshape(()).float())
-            _keep(module, f"{role}_zero_point", zero.reshape(()).to(torch.int8))
+            _keep(module, f"{role}_zero_point", zero if self.computed else (zero + _UNSIGNED).to(torch.uint8))
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return values on the grid."""
@@ -70,7 +73,7 @@ class _Activation:
             integers, scale, zero_point = self.integers(x)
             return (integers if zero_point is None else integers - zero_point) * scale
         scale, zero_point = self._stored()
-        integers = _operator("QuantizeLinear", (x, scale, zero_point), torch.int8, x.shape)
+        integers = _operator("QuantizeLinear", (x, scale, zero_point), torch.uint8, x.shape)
         return _operator("DequantizeLinear", (integers, scale, zero_point), torch.float32, x.shape)
 
     def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
