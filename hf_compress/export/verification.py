@@ -136,8 +136,8 @@ def named_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
             result = model(**inputs, return_dict=True)
     except FORWARD_ERRORS as error:
         raise ExportError(
-            f"export_quantized: {type(model).__name__} does not run on example inputs ({type(error).__name__}: {error}), so "
-            "what is written cannot be checked. Pass example_inputs that it runs on, or verify=False."
+            f"export_quantized: {type(model).__name__} does not run on example inputs ({error!r}), "
+            "so what is written cannot be checked. Pass example_inputs that it runs on, or verify=False."
         ) from error
     main = {id(each) for each in main_outputs(result)}
     found = {n: t.detach().cpu() for n, t in result.items() if id(t) in main and t.is_floating_point()}

@@ -1,7 +1,7 @@
 """The compressed-tensors format, which transformers and vLLM load; written without that library.
 
 Layout of a layer: ``weight`` int8 [outputs, inputs] (``int-quantized``), or ``weight_packed`` int32 [outputs, words]
-and ``weight_shape`` (``pack-quantized``); ``weight_scale`` [outputs, groups], or [1]; ``weight_zero_point`` if it is not 0;
+and ``weight_shape`` (``pack-quantized``); ``weight_scale`` [outputs, groups], or [1]; ``weight_zero_point`` where affine;
 ``input_scale`` [1] and ``input_zero_point`` [1] of observed ranges. Source: the compressed-tensors library,
 ``compressors/naive_quantized`` and ``compressors/pack_quantized``.
 """
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_compress.export.combined import guard_of, with_sizes
 from hf_compress.export.formats.base import Format, progress, stored_weight, without_grid
 from hf_compress.export.pretrained import reshape_parameter
+from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
 
@@ -40,7 +41,7 @@ class CompressedTensors(Format):
     def refusal(self, layer: QuantizedLayer) -> str | None:
         """Return what the format cannot store."""
         if not isinstance(layer.module, nn.Linear):
-            return f"is a {type(layer.module).__name__}; compressed-tensors stores Linear layers"
+            return f"is a {own_class(layer.module).__name__}; compressed-tensors stores Linear layers"
         if layer.weights is None:
             return "has quantized inputs or outputs alone; compressed-tensors needs integer weights with them"
         if not _whole(layer.weights) and layer.weights.grid is not None and not layer.weights.grid.symmetric:

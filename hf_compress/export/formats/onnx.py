@@ -15,7 +15,7 @@ from hf_compress.errors import ExportError
 from hf_compress.export.formats.base import Format, progress, without_grid
 from hf_compress.export.formats.onnx_layers import OPSET, replace_forward
 from hf_compress.graph.capture import evaluating, main_outputs
-from hf_compress.instruments.attach import find_leaf_kind
+from hf_compress.instruments.attach import find_leaf_kind, own_class
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.shrinking.verify import FORWARD_ERRORS
 
@@ -39,7 +39,7 @@ class Onnx(Format):
     def refusal(self, layer: QuantizedLayer) -> str | None:
         """Return what cannot be expressed."""
         if find_leaf_kind(layer.module) is None:
-            return f"is a {type(layer.module).__name__}; onnx is for Linear, Conv1D and convolutions"
+            return f"is a {own_class(layer.module).__name__}; onnx is for Linear, Conv1D and convolutions"
         role = without_grid(layer)
         if role is not None:
             return f"has {role} that are no integers times a step"
@@ -100,8 +100,8 @@ def _output_names(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str
         result = model(**inputs, return_dict=True)
     except FORWARD_ERRORS as error:
         raise ExportError(
-            f"export_quantized: {type(model).__name__} does not run on example inputs ({type(error).__name__}: {error}), so "
-            "its graph cannot be recorded. Pass example_inputs that it runs on."
+            f"export_quantized: {type(model).__name__} does not run on example inputs ({error!r}), "
+            "so its graph cannot be recorded. Pass example_inputs that it runs on."
         ) from error
     main = {id(each) for each in main_outputs(result)}
     return [name for name, value in result.items() if id(value) in main]

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from hf_compress.errors import ExportError
 from hf_compress.export.combined import with_sizes
 from hf_compress.export.formats.base import Format, progress
+from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.quantization.granularity import PER_TOKEN, per_channel
 from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
@@ -30,7 +31,7 @@ class TorchAo(Format):
     def refusal(self, layer: QuantizedLayer) -> str | None:
         """Return what torchao's int8 kernel does not compute as it was trained."""
         if not isinstance(layer.module, nn.Linear):
-            return f"is a {type(layer.module).__name__}; torchao's int8 is for Linear layers"
+            return f"is a {own_class(layer.module).__name__}; torchao's int8 is for Linear layers"
         if not _is_int8(layer.weights) or layer.weights is None or layer.weights.granularity != per_channel(0):
             return "needs int8 symmetric weights per channel"
         dynamic = isinstance(layer.inputs, RangeQuantizer) and layer.inputs.granularity == PER_TOKEN
