@@ -142,8 +142,12 @@ def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: Q
     return found
 
 
-def _made(model: PreTrainedModel, config: QuantizationConfig) -> Quantized:
-    """Make the quantizers that a config asks for."""
+def check_computed(config: QuantizationConfig) -> None:
+    """Check that what a config asks for follows from the weights alone.
+
+    Raises:
+        ExportError: If ranges would have to be observed, or steps trained.
+    """
     if any(formats.has_observed() for formats in (config.formats(), *config.rule_formats())):
         raise ExportError(
             "export_quantized: config asks for inputs or outputs whose range has to be observed, and nothing was. "
@@ -154,6 +158,11 @@ def _made(model: PreTrainedModel, config: QuantizationConfig) -> Quantized:
             f"export_quantized: config has method {config.method!r}, whose steps have to be trained, and none were. "
             "Use method='qat', or train with a QuantizationCallback."
         )
+
+
+def _made(model: PreTrainedModel, config: QuantizationConfig) -> Quantized:
+    """Make the quantizers that a config asks for."""
+    check_computed(config)
     quantized = make_quantizers(config, quantizable_layers(model, config.exclude, config.targets))
     quantized.install()
     return quantized

@@ -30,6 +30,7 @@ def test_other_numbers_are_an_error_and_the_target_stays(tmp_path, monkeypatch) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_load_is_an_error(tmp_path, monkeypatch) -> None:
     def empty(self, duplicate, layers, folder, inputs) -> None:
         duplicate.config.save_pretrained(folder)

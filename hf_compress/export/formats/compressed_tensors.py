@@ -1,7 +1,7 @@
 """The compressed-tensors format, which transformers and vLLM load; written without that library.
 
 Layout of a layer: ``weight`` int8 [outputs, inputs] (``int-quantized``), or ``weight_packed`` int32 [outputs, words]
-and ``weight_shape`` (``pack-quantized``); ``weight_scale`` [outputs, groups], or [1]; ``weight_zero_point`` where affine;
+and ``weight_shape`` (``pack-quantized``); ``weight_scale`` [outputs, groups], or [1]; ``weight_zero_point`` if affine;
 ``input_scale`` [1] and ``input_zero_point`` [1] of observed ranges. Source: the compressed-tensors library,
 ``compressors/naive_quantized`` and ``compressors/pack_quantized``.
 """

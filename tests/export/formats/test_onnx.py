@@ -35,10 +35,10 @@ def run(folder, model, **sizes) -> tuple[torch.Tensor, torch.Tensor, Counter]:
 
 CASES = [
     (one_layer, "int8_static", "MatMulIntegerToFloat"),
-    (one_layer, "int8_dynamic", "MatMulInteger"),
     *(
         pytest.param(make, case, operator, marks=pytest.mark.slow)
         for make, case, operator in (
+            (one_layer, "int8_dynamic", "MatMulInteger"),
             (one_layer, "int8_weight_only", None),
             (one_layer, "int4_weight_only", None),
             (one_layer, "outputs", "MatMulIntegerToFloat"),
