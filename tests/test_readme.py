@@ -205,6 +205,17 @@ def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
     assert sum(layer.intermediate.dense.out_features for layer in small.bert.encoder.layer) == 45  # of 88, by 0.8^3
 
 
+def test_the_export_example_writes_models_that_load(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("torchao")
+    (example,) = (block for block in blocks("python") if "int4_weight_only" in block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_compress.export.quantized.verify_export", lambda folder, format, reference: None)
+    model = tiny_models.bert(intermediate_size=64)
+    exec(compile(example, "README.md", "exec"), {"model": model})
+    for folder in ("int8", "int4"):
+        type(model).from_pretrained(tmp_path / folder)
+
+
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     words = {f"w{i}": i for i in range(len(special), size)}
