@@ -13,8 +13,10 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from hf_compress.config import QuantizationConfig
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.export.card import write_card
+from hf_compress.export.formats.table import FORMATS
 from hf_compress.export.pretrained import stored_method
 from hf_compress.export.quantized import export_quantized
 from hf_compress.export.skeleton import build_skeleton
@@ -84,13 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("directory", help="folder of a compressed model")
     card.set_defaults(run=_card)
 
-    export = commands.add_parser("export", parents=[loading], help="save a model with int8 weights")
+    _add_export(commands, loading)
+    return parser
+
+
+def _add_export(commands: Any, loading: argparse.ArgumentParser) -> None:
+    export = commands.add_parser("export", parents=[loading], help="save a model with integer weights")
     export.add_argument("model", help=MODEL_HELP)
     export.add_argument("directory", help="folder to write")
-    export.add_argument("--format", default="torchao", help="torchao (default) or dense")
+    export.add_argument("--format", default="torchao", help=f"{', '.join(FORMATS)} (default: torchao)")
     export.add_argument("--exclude", action="append", help="regular expression of Linear layers to leave as they are")
+    export.add_argument("--config", help=".yaml or .json file of a QuantizationConfig: which numbers")
+    export.add_argument(
+        "--no-verify", action="store_true", help="do not load the result in a fresh process and compare"
+    )
     export.set_defaults(run=_export)
-    return parser
 
 
 def _add_run(commands: Any) -> None:
@@ -249,7 +259,10 @@ def _card(given: argparse.Namespace) -> str:
 
 def _export(given: argparse.Namespace) -> str:
     model = load_model(given.model, given.auto_class)
-    directory = export_quantized(model, given.directory, given.format, given.exclude)
+    config = None if given.config is None else QuantizationConfig.load(given.config)
+    directory = export_quantized(
+        model, given.directory, given.format, given.exclude, config, verify=not given.no_verify
+    )
     if not _has_tokenizer(given.model):  # models of other modalities have none
         return f"wrote {directory} (without a tokenizer: {given.model} has none)"
     AutoTokenizer.from_pretrained(given.model).save_pretrained(directory)

@@ -27,7 +27,7 @@ from transformers import (
 import hf_compress
 from hf_compress import PruningCallback, PruningConfig, cli, shrink
 from hf_compress.config import TRAINABLE_STRUCTURES
-from hf_compress.export.quantized import FORMATS
+from hf_compress.export.formats.table import FORMATS
 from hf_compress.latency import measure
 from hf_compress.oneshot.prune import CRITERIA
 from hf_compress.registry import (
@@ -229,6 +229,17 @@ def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
         assert f"{name}: " in table
     small = AutoModelForSequenceClassification.from_pretrained("runs/stages/compressed")
     assert sum(layer.intermediate.dense.out_features for layer in small.bert.encoder.layer) == 45  # of 88, by 0.8^3
+
+
+def test_the_export_example_writes_models_that_load(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("torchao")
+    (example,) = (block for block in blocks("python") if "int4_weight_only" in block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_compress.export.quantized.verify_export", lambda folder, format, reference: None)
+    model = tiny_models.bert(intermediate_size=64)
+    exec(compile(example, "README.md", "exec"), {"model": model})
+    for folder in ("int8", "int4"):
+        type(model).from_pretrained(tmp_path / folder)
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:

@@ -101,7 +101,8 @@ def load_in_fresh_process(folders: list[Path], scratch: Path, *, plugin: bool) -
     """
     save_file({"input_ids": example_ids()}, scratch / "inputs.safetensors")
     script = LOAD.format(extra="import hf_compress" if plugin else "")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script, str(scratch), *map(str, folders)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

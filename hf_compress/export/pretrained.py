@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.quantizers import quantizer_compressed_tensors
 from transformers.quantizers.auto import (
     AutoQuantizationConfig,
     register_quantization_config,
@@ -117,7 +118,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         except ImportError as error:
             raise ExportError(
                 f"the model's weights are in {method} format, which needs the {method} package: {error}. Install it "
-                "with: pip install 'hf-compress[int8]'"
+                f"with: pip install 'hf-compress[{_EXTRAS[method]}]'"
             ) from error
 
 
@@ -153,29 +154,36 @@ class _Resizing(HfQuantizer):  # type: ignore[misc]
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
-class CompressedTorchAoHfQuantizer(_Resizing, TorchAoHfQuantizer):  # type: ignore[misc]
-    """Loads models with uneven layers and integer weights in torchao's format; they stay quantized models."""
+class _Guarded(_Resizing):
+    """Mixin for weights with a format of their own, which stay quantized: the guard is stored in another shape."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        if self.outer.guard is not None:
+            (self.outer.guard,) = _resolve_names(model, {self.outer.guard: []}) or (None,)
+        if self.outer.guard is not None:
+            reshape_parameter(model, self.outer.guard, lambda stored: stored.unsqueeze(0))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if self.outer.guard is not None:
+            reshape_parameter(model, self.outer.guard, lambda stored: stored.squeeze(0))
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what to store."""
-        state, metadata = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
+        found, metadata = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
+        state: dict[str, Tensor] = model.state_dict() if found is None else found
         if self.outer.guard is not None:
             state[self.outer.guard] = state[self.outer.guard].unsqueeze(0)
         return state, metadata
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
-    ) -> None:
-        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-        if self.outer.guard is not None:
-            (self.outer.guard,) = _resolve_names(model, {self.outer.guard: []}) or (None,)
-        if self.outer.guard is not None:
-            _reshape(model, self.outer.guard, lambda stored: stored.unsqueeze(0))
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        if self.outer.guard is not None:
-            _reshape(model, self.outer.guard, lambda stored: stored.squeeze(0))
-        return super()._process_model_after_weight_loading(model, **kwargs)
+class CompressedTorchAoHfQuantizer(_Guarded, TorchAoHfQuantizer):  # type: ignore[misc]
+    """Loads models with uneven layers and integer weights in torchao's format; they stay quantized models."""
+
+
+class CompressedTensorsHfQuantizer(_Guarded, quantizer_compressed_tensors.CompressedTensorsHfQuantizer):  # type: ignore[misc]
+    """Loads models with uneven layers and integer weights in the compressed-tensors format."""
 
 
 @register_quantizer(METHOD)
@@ -208,8 +216,14 @@ class CompressedHfQuantizer(_Resizing):
         return True
 
 
-_COMBINED: dict[str, type[_Resizing]] = {"torchao": CompressedTorchAoHfQuantizer}
+_COMBINED: dict[str, type[_Resizing]] = {
+    "torchao": CompressedTorchAoHfQuantizer,
+    "compressed-tensors": CompressedTensorsHfQuantizer,
+}
 """Formats of the weights themselves that can be combined with uneven sizes."""
+
+_EXTRAS = {"torchao": "int8", "compressed-tensors": "compressed-tensors"}
+"""What to install for a format."""
 
 
 def choose_guard(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> str | None:
@@ -298,7 +312,8 @@ def _empty(old: Tensor, shape: list[int]) -> Tensor:
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def _reshape(model: nn.Module, name: str, view: Callable[[Tensor], Tensor]) -> None:
+def reshape_parameter(model: nn.Module, name: str, view: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter by a view of it."""
     owner, _, attribute = name.rpartition(".")
     old = model.get_parameter(name)
     new = nn.Parameter(view(old.detach()), requires_grad=old.requires_grad)
@@ -356,8 +371,10 @@ def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> No
     """Integer weights replace whole parameters, so the loader itself does not compare their shapes."""
     tensors = model.state_dict()
     for name, shape in shapes.items():
-        if list(tensors[name].shape) != shape:
+        packed = tensors.get(f"{name}_shape")  # what is packed into words has its shape beside it
+        found = list(tensors[name].shape) if packed is None else packed.tolist()
+        if found != shape:
             raise ExportError(
-                f"{name!r}: the checkpoint has shape {list(tensors[name].shape)}, but its config.json says {shape}. "
-                "The files are of different models."
+                f"{name!r}: the checkpoint has shape {found}, but its config.json says {shape}. The files are of "
+                "different models."
             )

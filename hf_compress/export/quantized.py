@@ -1,79 +1,87 @@
 """Write a model with integer weights, or with weights on the integer grid, as a checkpoint for ``from_pretrained``."""
 
 import copy
-import json
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import logging
 
 from hf_compress.config import QuantizationConfig
-from hf_compress.errors import ExportError, choices
-from hf_compress.export.pretrained import CompressedConfig, choose_guard, is_uneven, stored_method
+from hf_compress.errors import ExportError, GraphError
+from hf_compress.export.formats.base import Format
+from hf_compress.export.formats.table import FORMATS, find_format
+from hf_compress.export.pretrained import stored_method
+from hf_compress.export.saving import check_target, staged, tidy_metadata
+from hf_compress.export.verification import make_reference, verify_export
+from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import quantizable_layers
-from hf_compress.instruments.quantize import (
-    Quantized,
-    QuantizedLayer,
-    attached_quantizers,
-    make_quantizers,
-    oriented_weight,
-)
-from hf_compress.quantization.granularity import PER_TOKEN, per_channel
-from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
+from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers, make_quantizers
+from hf_compress.registry import quantization_methods
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_NO_TORCHAO = (
-    "format 'torchao' needs the torchao package. Install it with: pip install 'hf-compress[int8]'; or use "
-    "format='dense'."
-)
-_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-
 
 def export_quantized(
-    model: PreTrainedModel, directory: str | Path, format: str = "torchao", exclude: Iterable[str] | None = None
+    model: PreTrainedModel,
+    directory: str | Path,
+    format: str = "torchao",
+    exclude: Iterable[str] | None = None,
+    config: QuantizationConfig | None = None,
+    *,
+    verify: bool = True,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Quantize the Linear layers of a model and save it; the model itself is not changed.
+    """Quantize layers of a model and save it; the model itself is not changed.
 
-    The numbers are those of scheme ``"int8_dynamic"``: int8 weights per output channel, int8 inputs per token.
+    A model with quantizers is stored with exactly their steps: trained with a ``QuantizationCallback``, or calibrated.
+    One without is rounded as ``config`` says, by default int8 weights per output channel and int8 inputs per token.
 
     Args:
-        model: A floating-point model: trained with a ``QuantizationCallback``, shrunk, or neither.
+        model: A floating-point model, with quantizers or without.
         directory: Where to save. A folder that holds a model is overwritten, its other files stay.
-        format: ``"torchao"``: integer weights and, when loaded, integer arithmetic; loads with
-            ``from_pretrained`` where torchao is installed (and hf_compress imported, if layers differ in size).
-            ``"dense"``: floating-point weights on the integer grid; loads everywhere, inputs are not quantized.
-        exclude: Regular expressions of Linear layers to leave in floating point, see ``quantizable_layers``.
+        format: ``"torchao"``: int8 weights and, when loaded, integer arithmetic; loads with ``from_pretrained`` where
+            torchao is installed. ``"compressed-tensors"``: 2 to 8 bits, inputs of any kind, for vLLM; loads with
+            ``from_pretrained`` where compressed-tensors is installed, and computes in floating point there. (For both,
+            hf_compress must be imported if layers differ in size.) ``"onnx"``: ``model.onnx`` for ONNX Runtime, in
+            integer arithmetic where inputs are quantized. ``"dense"``: floating-point weights on the integer grid;
+            loads everywhere, inputs are not quantized.
+        exclude: Regular expressions of Linear layers to leave in floating point, see ``quantizable_layers``; for a
+            model with quantizers, those that it was trained with, or None.
+        config: For a model without quantizers: which numbers. Weights and dynamic inputs only, as nothing is observed.
+        verify: Load what was written in a fresh process, run it, and compare it with the model with its quantizers,
+            before anything is put in place. Takes a few seconds, and one forward pass of each.
+        example_inputs: Keyword arguments on which the model runs; made from its config if not given.
 
     Returns:
         The folder.
 
     Raises:
-        ExportError: If the format is unknown, its library is missing, the model is quantized already or has gates
-            attached, other layers are chosen than the model was trained with, or the folder holds something else.
+        ExportError: If the format is unknown or cannot store these numbers, its library is missing, the model is
+            quantized already or has gates attached, other layers are chosen than the model was trained with, the folder
+            holds something else, or what was written computes something else.
         TargetError: If there is nothing to quantize or a pattern matches nothing.
     """
-    check_format(format)
+    chosen = find_format(format)
+    _check_installed(chosen, verify)
     directory = Path(directory)
-    _check_target(directory)
+    check_target(directory)
     _check_model(model)
     duplicate = copy.deepcopy(model)
-    layers = _layers(duplicate, exclude).layers
+    quantized = _quantizers(duplicate, exclude, config)
+    _check_layers(chosen, quantized.layers)
+    inputs = _inputs(duplicate, example_inputs, chosen, verify)
+    reference = make_reference(duplicate, quantized.layers, chosen, inputs or {}) if verify else None
     detach_all(duplicate)
-    FORMATS[format](duplicate, layers)
-    _save(duplicate, directory)
+    with staged(directory) as folder:
+        chosen.write(duplicate, quantized.layers, folder, inputs)
+        for path in folder.glob("*.safetensors"):
+            tidy_metadata(path)
+        if reference is not None:
+            verify_export(folder, chosen, reference)
     return directory
 
 
@@ -83,10 +91,16 @@ def check_format(format: str) -> None:
     Raises:
         ExportError: If not.
     """
-    if format not in FORMATS:
-        raise ExportError(f"export_quantized: unknown format {format!r}; {choices(format, FORMATS)}.")
-    if format == "torchao" and find_spec("torchao") is None:
-        raise ExportError(f"export_quantized: {_NO_TORCHAO}")
+    find_format(format).check_installed()
+
+
+def _check_installed(format: Format, verify: bool) -> None:
+    if format.needed_to_write or verify:
+        try:
+            format.check_installed()
+        except ExportError as error:
+            hint = "" if format.needed_to_write else " Writing alone does not need it: pass verify=False."
+            raise ExportError(f"{error}{hint}") from error
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -106,19 +120,20 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ExportError("export_quantized: weight masks are attached to the model; fold and remove them first.")
 
 
-def _layers(model: PreTrainedModel, exclude: Iterable[str] | None) -> Quantized:
-    """Return the layers with the quantizers that they were trained with, or such as need no training."""
-    chosen = quantizable_layers(model, exclude)
+def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: QuantizationConfig | None) -> Quantized:
+    """Return the layers with the quantizers that they have, or with such as need no training, which are put on them."""
     found = attached_quantizers(model)
-    if not found.layers:
-        found = make_quantizers(QuantizationConfig(exclude=None if exclude is None else tuple(exclude)), chosen)
-    trained = {layer.name for layer in found.layers}
-    if trained != set(chosen):
-        first = min(trained ^ set(chosen))
+    if config is not None and exclude is not None:
+        raise ExportError(f"export_quantized: got config and exclude={exclude!r}; say it in the config's own exclude.")
+    if config is not None and found.layers:
         raise ExportError(
-            f"export_quantized: the model was trained with other layers quantized than exclude={exclude!r} gives "
-            f"(first difference: {first!r}). Use the exclude of its QuantizationConfig."
+            "export_quantized: got config, but the model has quantizers already, which say the numbers. Leave config "
+            "out, or take the quantizers off first: callback.detach()."
         )
+    if not found.layers:
+        found = _made(model, config or QuantizationConfig(exclude=None if exclude is None else tuple(exclude)))
+    elif exclude is not None:
+        _check_chosen(found, quantizable_layers(model, exclude), exclude)
     for layer in found.layers:
         dtype = layer.module.get_parameter("weight").dtype
         if dtype not in DTYPES:
@@ -127,122 +142,69 @@ def _layers(model: PreTrainedModel, exclude: Iterable[str] | None) -> Quantized:
     return found
 
 
-@torch.no_grad()
-def _to_dense(model: PreTrainedModel, layers: list[QuantizedLayer]) -> None:
-    for layer in _progress(layers):
-        if layer.weights is not None:
-            weight = oriented_weight(layer.name, layer.module)
-            weight.copy_(layer.weights.fake_quantize(weight, None, layer.weights.prepare(weight, None)))
-
-
-@torch.no_grad()
-def _to_torchao(model: PreTrainedModel, layers: list[QuantizedLayer]) -> None:
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, PerRow
-        from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
-        from transformers import TorchAoConfig
-    except ImportError as error:
-        raise ExportError(f"export_quantized: {_NO_TORCHAO} ({error})") from error
-    for layer in layers:
-        _check_torchao(layer)
-    inputs = QuantizeTensorToInt8Kwargs(PerRow())
-    for layer in _progress(layers):
-        module: Any = layer.module
-        assert layer.weights is not None
-        scale = layer.weights.parameters(module.weight)[0][:, None]
-        weight = Int8Tensor.from_hp(module.weight.detach(), PerRow(), scale=scale, act_quant_kwargs=inputs)
-        module.weight = nn.Parameter(weight, requires_grad=False)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kept = [name for name in linears if name not in {layer.name for layer in layers}]
-    config: Any = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=kept)
-    if is_uneven(model):
-        stored = model.config.quantization_config
-        stored = stored if isinstance(stored, dict) else stored.to_dict()
-        guard = choose_guard(model, stored["shapes"])
-        config = CompressedConfig(**{**stored, "inner": config.to_dict(), "guard": guard})
-    model.config.quantization_config = config
-    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-
-
-def _check_torchao(layer: QuantizedLayer) -> None:
-    """Check that torchao's int8 kernel computes what was trained.
+def check_computed(config: QuantizationConfig) -> None:
+    """Check that what a config asks for follows from the weights alone.
 
     Raises:
-        ExportError: If not.
+        ExportError: If ranges would have to be observed, or steps trained.
     """
-
-    def int8(quantizer: Quantizer | None) -> bool:
-        grid = None if quantizer is None else quantizer.grid
-        return grid is not None and grid.num_bits == 8 and grid.symmetric
-
-    weights, inputs = layer.weights, layer.inputs
-    per_row = isinstance(inputs, RangeQuantizer) and inputs.granularity == PER_TOKEN
-    right = int8(weights) and weights is not None and weights.granularity == per_channel(0)
-    if not (right and int8(inputs) and per_row and layer.outputs is None and isinstance(layer.module, nn.Linear)):
+    if any(formats.has_observed() for formats in (config.formats(), *config.rule_formats())):
         raise ExportError(
-            f"export_quantized: {layer.name!r} is not quantized as torchao's int8 kernel computes: a Linear, int8 "
-            "symmetric weights per channel and int8 symmetric dynamic inputs per token (scheme 'int8_dynamic'). Use "
-            "format='dense' for other numbers, or train with that scheme."
+            "export_quantized: config asks for inputs or outputs whose range has to be observed, and nothing was. "
+            "Train with a QuantizationCallback or calibrate first, or set dynamic=True."
+        )
+    if quantization_methods.get(config.method).learns:
+        raise ExportError(
+            f"export_quantized: config has method {config.method!r}, whose steps have to be trained, and none were. "
+            "Use method='qat', or train with a QuantizationCallback."
         )
 
 
-def _progress(layers: list[QuantizedLayer]) -> Any:
-    """Show a bar where transformers would, see ``transformers.utils.logging.disable_progress_bar``."""
-    bars: Any = logging
-    return bars.tqdm(layers, desc="Quantizing layers")
+def _made(model: PreTrainedModel, config: QuantizationConfig) -> Quantized:
+    """Make the quantizers that a config asks for."""
+    check_computed(config)
+    quantized = make_quantizers(config, quantizable_layers(model, config.exclude, config.targets))
+    quantized.install()
+    return quantized
 
 
-Writer = Callable[[PreTrainedModel, list[QuantizedLayer]], None]
-
-FORMATS: dict[str, Writer] = {"torchao": _to_torchao, "dense": _to_dense}
-"""Name of a format -> what it does to the model before it is saved."""
-
-
-def _check_target(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise ExportError(f"{directory}: is a file; allowed: a folder, or a path that does not exist.")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
+def _check_chosen(found: Quantized, chosen: Mapping[str, Any], exclude: Iterable[str]) -> None:
+    trained = {layer.name for layer in found.layers}
+    if trained != set(chosen):
         raise ExportError(
-            f"{directory}: holds files but no model (no config.json), so it is not overwritten. Choose another folder."
+            f"export_quantized: the model was trained with other layers quantized than exclude={exclude!r} gives "
+            f"(first difference: {min(trained ^ set(chosen))!r}). Leave exclude out."
         )
 
 
-def _save(model: PreTrainedModel, directory: Path) -> None:
-    """Save beside the target, then move file by file; ``config.json`` goes first and comes last.
+def _check_layers(format: Format, layers: list[QuantizedLayer]) -> None:
+    """Check that a format can store all layers, and say which one could."""
+    for layer in layers:
+        reason = format.refusal(layer)
+        if reason is not None:
+            able = [name for name, each in FORMATS.items() if all(each.refusal(other) is None for other in layers)]
+            allowed = ", ".join(map(repr, able))
+            raise ExportError(
+                f"export_quantized: format {format.name!r} cannot store layer {layer.name!r} as it is quantized: it "
+                f"{reason}. Formats that can: {allowed}."
+            )
 
-    Without it nothing loads the folder, so a process killed in between leaves no mix of two models that loads.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+
+def _inputs(
+    model: PreTrainedModel, given: Mapping[str, Any] | None, format: Format, verify: bool
+) -> Mapping[str, Any] | None:
+    """Return inputs on which the model runs, where they are needed."""
+    if not (verify or format.records):
+        if given is not None:
+            raise ExportError(
+                f"export_quantized: example_inputs have no effect with format {format.name!r} and verify=False."
+            )
+        return None
+    if given is not None:
+        return given
     try:
-        model.save_pretrained(staging)
-        for path in staging.glob("*.safetensors"):
-            _tidy_metadata(path)
-        directory.mkdir(exist_ok=True)
-        (directory / "config.json").unlink(missing_ok=True)
-        for stale in [path for path in directory.iterdir() if _WEIGHT_FILE.fullmatch(path.name)]:
-            stale.unlink()
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, directory / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _tidy_metadata(path: Path) -> None:
-    """Mend the metadata of a weight file.
-
-    safetensors writes it in random order, so equal models would differ in bytes. torchao's list of tensors must not
-    hold tensors of the model itself, such as BART's ``final_logits_bias``: its loader takes every name apart at a dot.
-    """
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        metadata = dict(sorted(header["__metadata__"].items()))
-        if "tensor_names" in metadata:
-            names = json.loads(metadata["tensor_names"])
-            metadata["tensor_names"] = json.dumps([name for name in names if "." in name])
-        header["__metadata__"] = metadata
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # the offsets that follow count from the header's end, so its length stays
-            file.seek(8)
-            file.write(text.ljust(size))
+        return make_example_inputs(model)
+    except GraphError as error:
+        raise ExportError(
+            f"export_quantized: {error} They are needed to check what is written; pass example_inputs, or verify=False."
+        ) from error

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_compress.export.card import write_card
+from hf_compress.export.formats.table import FORMATS
 from hf_compress.recipe.evaluate import METRICS, evaluate
 from hf_compress.recipe.models import AUTO_CLASSES, load_student, loading
 from hf_compress.recipe.stages import Facts
@@ -69,6 +70,12 @@ def _load(prepared: Prepared, folders: Mapping[str, Path]) -> tuple[dict[str, Pr
     return models, dense.new
 
 
+def _requirement(export: str | None, name: str) -> str:
+    """Return what has to be installed to load a result of the run."""
+    extra = FORMATS[export].extra if export is not None and name.endswith(f"-{export}") else None
+    return "hf-compress" if extra is None else f"hf-compress[{extra}]"
+
+
 def _longest(prepared: Prepared) -> int:
     return max(len(ids) for ids in prepared.splits.evaluation["input_ids"])
 
@@ -84,7 +91,7 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> 
         base_model=short if own_model else recipe.model,
         base_model_on_hub=not own_model,
         auto_class=AUTO_CLASSES[prepared.task].__name__,
-        requires="hf-compress[int8]" if recipe.export == "torchao" and name.endswith("torchao") else "hf-compress",
+        requires=_requirement(recipe.export, name),
         task=HUB_TASKS[prepared.task],
         dataset=Path(recipe.dataset.path).name if own_data else recipe.dataset.path,
         dataset_id=None if own_data else recipe.dataset.path,

@@ -14,7 +14,8 @@ from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.state import last_complete_checkpoint
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
-from hf_compress.export.quantized import check_format, export_quantized
+from hf_compress.export.formats.table import find_format
+from hf_compress.export.quantized import check_computed, check_format, export_quantized
 from hf_compress.graph.model import dimension_groups
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.measure import measure
@@ -81,7 +82,20 @@ def _check_complete(recipe: Recipe) -> None:
         if getattr(recipe, name) is None:
             raise ConfigError(f"Recipe.{name}: missing; a run needs model, task, dataset and output.")
     if recipe.export is not None:
-        check_format(recipe.export)
+        _check_export(recipe, recipe.export)
+
+
+def _check_export(recipe: Recipe, format: str) -> None:
+    """Check, before anything is trained, that the last model can be exported from what is saved of it."""
+    check_format(format)
+    if find_format(format).runtime != "transformers":
+        raise ConfigError(
+            f"Recipe.export: got {format!r}, which transformers does not load, so it cannot be measured; call "
+            "export_quantized(model, folder, format) on the result instead."
+        )
+    last = recipe.runs()[-1].quantization
+    if last is not None:
+        check_computed(last)
 
 
 def _preview(recipe: Recipe, output: Path, scratch: Path) -> RunResult:
@@ -137,8 +151,7 @@ def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple
         name = f"{last.name}-{last.recipe.export}"
         with loading(str(last.folder)):
             model = AUTO_CLASSES[prepared.task].from_pretrained(last.folder)
-        exclude = None if last.recipe.quantization is None else last.recipe.quantization.exclude
-        folders[name] = export_quantized(model, output / name, last.recipe.export, exclude)
+        folders[name] = export_quantized(model, output / name, last.recipe.export, config=last.recipe.quantization)
         prepared.tokenizer.save_pretrained(folders[name])
         facts[name] = facts[last.name]
     return folders, facts

@@ -85,7 +85,7 @@ def test_train_shrink_save_reload(build, task, tmp_path) -> None:
     for expected, actual in zip(run(small, inputs), run(reloaded, inputs), strict=True):
         assert torch.equal(expected, actual)
     if quantized and pytest.importorskip("torchao"):
-        export_quantized(small, tmp_path / "int8")
+        export_quantized(small, tmp_path / "int8", verify=False)
         integers = type(small).from_pretrained(tmp_path / "int8")
         for expected, actual in zip(run(small, inputs), run(integers, inputs), strict=True):
             error = (expected - actual).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()

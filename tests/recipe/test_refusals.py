@@ -44,6 +44,8 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
         (["distillation={}"], "Recipe.teacher: got None"),
         (["distillation={}", "teacher=missing/teacher"], "missing/teacher"),
         (["export=int4"], "unknown format 'int4'"),
+        (["export=dense", "quantization.method=lsq"], "steps have to be trained, and none were"),
+        (["export=dense", "quantization.scheme=int8_static"], "range has to be observed"),
         (["pruning=null", "quantization={}", "shrink={uniform: true}"], "shrink: got"),
         (["output=null"], "Recipe.output: missing; a run needs model, task, dataset and output"),
         (["model.x=1"], "'model' is"),
