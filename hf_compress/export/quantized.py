@@ -28,8 +28,8 @@ from hf_compress.instruments.quantize import (
     QuantizedLayer,
     attached_quantizers,
     make_quantizers,
-    oriented_weight,
 )
+from hf_compress.instruments.targets import oriented_weight, owned_parameter, target_of, write_weight
 from hf_compress.quantization.granularity import PER_TOKEN, per_channel
 from hf_compress.quantization.quantizers import Quantizer, RangeQuantizer
 
@@ -108,8 +108,9 @@ def _check_model(model: PreTrainedModel) -> None:
 
 def _layers(model: PreTrainedModel, exclude: Iterable[str] | None) -> Quantized:
     """Return the layers with the quantizers that they were trained with, or such as need no training."""
-    chosen = quantizable_layers(model, exclude)
     found = attached_quantizers(model)
+    targets = sorted({target_of(layer.name, layer.module) for layer in found.layers}) or ["linear"]
+    chosen = quantizable_layers(model, exclude, targets)
     if not found.layers:
         found = make_quantizers(QuantizationConfig(exclude=None if exclude is None else tuple(exclude)), chosen)
     trained = {layer.name for layer in found.layers}
@@ -120,7 +121,8 @@ def _layers(model: PreTrainedModel, exclude: Iterable[str] | None) -> Quantized:
             f"(first difference: {first!r}). Use the exclude of its QuantizationConfig."
         )
     for layer in found.layers:
-        dtype = layer.module.get_parameter("weight").dtype
+        parameter = owned_parameter(layer.name, layer.module)
+        dtype = torch.float32 if parameter is None else parameter.dtype
         if dtype not in DTYPES:
             allowed = ", ".join(map(str, DTYPES))
             raise ExportError(f"export_quantized: {layer.name!r} is {dtype}; allowed: {allowed}.")
@@ -129,10 +131,10 @@ def _layers(model: PreTrainedModel, exclude: Iterable[str] | None) -> Quantized:
 
 @torch.no_grad()
 def _to_dense(model: PreTrainedModel, layers: list[QuantizedLayer]) -> None:
-    for layer in _progress(layers):
+    for layer in _progress(Quantized(layers).weighted()):
         if layer.weights is not None:
             weight = oriented_weight(layer.name, layer.module)
-            weight.copy_(layer.weights.fake_quantize(weight, None, layer.weights.prepare(weight, None)))
+            write_weight(layer.name, layer.module, layer.weights.quantize_weight(weight))
 
 
 @torch.no_grad()
