@@ -117,6 +117,7 @@ class StepSizes:
                     "the model and the config that it was written for."
                 )
             quantizer.load({key: tensor.to(self._device) for key, tensor in found.items()})
+            quantizer.collector = None  # one that was set before would give it another first step
             for key, tensor in quantizer.learned.items():
                 self._owned.add(f"{name}|{key}", tensor, tensors[f"rate/{name}|{key}"].to(self._device))
         for name, tensor in learned.items():
