@@ -110,8 +110,8 @@ class LayerFormats(Settings):
             )
         if value.granularity == "token" and value.observer not in (None, "min_max"):
             raise ConfigError(
-                f"{role}.observer: got {value.observer!r} with granularity 'token'; allowed: None or 'min_max'. A token "
-                "has too few values for another range."
+                f"{role}.observer: got {value.observer!r} with granularity 'token'; allowed: None or 'min_max'. A "
+                "token has too few values for another range."
             )
         if value.observer == "ema" and (role == "weights" or value.dynamic):
             raise ConfigError(

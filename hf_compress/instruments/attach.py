@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_compress.errors import TargetError
+from hf_compress.graph.capture import see_without
 from hf_compress.instruments.adapters import base_layer, is_lora
 from hf_compress.instruments.attachment import Attachment, ParameterGate
 from hf_compress.instruments.leaf import LEAF_KINDS, LeafKind
@@ -164,6 +165,9 @@ def suspended(model: nn.Module) -> Iterator[None]:
         for module, own, attachment in swapped:
             module.__class__ = own
             module.__dict__[_ATTRIBUTE] = attachment
+
+
+see_without(suspended)
 
 
 def detach_all(model: nn.Module) -> None:
