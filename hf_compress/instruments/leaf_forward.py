@@ -21,9 +21,19 @@ def leaf_forward(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any,
         for record in attachment.recorders:
             record(x.detach())
     y = _computed(self, attachment, x, *args, **kwargs)
+    removed = _removed_outputs(self, y) if attachment.output_quantizers else None
     for quantizer in attachment.output_quantizers:
-        y = quantized(self, quantizer, y, None, {}, "y")
+        y = quantized(self, quantizer, y, removed, {}, "y")
     return y
+
+
+def _removed_outputs(self: nn.Module, y: Tensor) -> Tensor | None:
+    """Return which channels of the output are gone, for whoever reads it, broadcastable to it."""
+    layer: Any = base_layer(self)
+    kind = next(kind for base, kind in LEAF_KINDS.items() if isinstance(layer, base))
+    out_dim = 1 if kind.weight_in_dim == 0 else 0
+    told = removed_positions(layer, "weight", layer.weight.dim(), out_dim)
+    return None if told is None else _broadcast(told.flatten(), y.dim(), kind.channel_dim)
 
 
 def _computed(self: nn.Module, attachment: Attachment, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -45,17 +45,18 @@ def forget_removed(module: nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)
 
 
-def removed_positions(module: nn.Module, name: str, num_dims: int) -> Tensor | None:
+def removed_positions(module: nn.Module, name: str, num_dims: int, dim: int | None = None) -> Tensor | None:
     """Return a bool tensor that broadcasts to a parameter, True = removed, or None if no gate is on it.
 
     Args:
         module: What owns the parameter.
         name: Of the parameter.
         num_dims: Of the parameter.
+        dim: Ask for this dimension alone.
     """
     removed: Tensor | None = None
     for units in module.__dict__.get(_ATTRIBUTE, ()):
-        if units.name == name:
+        if units.name == name and dim in (None, units.dim):
             shape = [1] * num_dims
             shape[units.dim] = -1
             mine = (units.factors().detach() == 0).view(shape)
