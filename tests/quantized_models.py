@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from hf_compress import make_example_inputs
 from hf_compress.config import QuantizationConfig
 from hf_compress.instruments.fake_quantize import quantizable_layers
-from hf_compress.instruments.quantize import Quantized, make_quantizers, oriented_weight
+from hf_compress.instruments.quantize import Quantized, make_quantizers
+from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.granularity import PER_TENSOR
 from hf_compress.quantization.numerics import fake_quantize, symmetric_scale
 from hf_compress.quantization.observers import Mse

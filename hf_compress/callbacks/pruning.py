@@ -154,7 +154,7 @@ class PruningCallback(CompressionCallback):
         self.trial = groups or None
         if groups:
             with suspended(run.model):
-                shrink(run.trainer, groups, example_inputs=self.example_inputs)
+                shrink(run.trainer, groups, example_inputs=self.example_inputs, quantizers=False)
             facts["trial"] = "a copy was shrunk with masks of these sizes and computes what it computes masked"
         return facts
 
@@ -191,7 +191,7 @@ class PruningCallback(CompressionCallback):
         Raises:
             TargetError: If it is not as fast as was asked for. The masks are final all the same.
         """
-        small = shrink(run.trainer, self.masks(), example_inputs=self.example_inputs)
+        small = shrink(run.trainer, self.masks(), example_inputs=self.example_inputs, quantizers=False)
         self.measured = budget.measure(small)
         dense, fast = (1000 * seconds for seconds in self.measured.seconds)
         logger.info(f"PruningCallback: {dense:.4g} ms to {fast:.4g} ms, {self.measured.ratio:.2f} times as fast")

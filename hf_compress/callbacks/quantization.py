@@ -14,9 +14,10 @@ from hf_compress.callbacks.step_sizes import StepSizes
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.fake_quantize import check_fake_quantizable, quantizable_layers
-from hf_compress.instruments.quantize import Quantized, QuantizedLayer, make_quantizers, oriented_weight
+from hf_compress.instruments.quantize import Quantized, QuantizedLayer, make_quantizers
 from hf_compress.instruments.sharded import clamp, whole
-from hf_compress.quantization.quantizers import SignQuantizer
+from hf_compress.instruments.targets import oriented_weight, owned_parameter
+from hf_compress.quantization.own_grids import SignQuantizer
 from hf_compress.registry import quantization_methods
 from hf_compress.schedule import to_steps
 
@@ -82,8 +83,8 @@ class QuantizationCallback(CompressionCallback):
         """Keep the latent weights of binary layers where they get gradients."""
         if self._run is None or not self._installed:
             return
-        for layer in self._quantized.layers:
-            weight: Any = layer.module.weight
+        for layer in self._quantized.weighted():
+            weight: Any = owned_parameter(layer.name, layer.module)
             if isinstance(layer.weights, SignQuantizer) and layer.weights.enabled and weight.requires_grad:
                 clamp(weight, -1.0, 1.0)
 
@@ -156,7 +157,8 @@ class QuantizationCallback(CompressionCallback):
         self._steps.freeze()
 
     def _preview(self, run: Run) -> Mapping[str, Any]:
-        weights = [self._weight(layer) for layer in self._quantized.layers if layer.weights is not None]
+        layers = self._quantized.weighted()
+        weights = [self._weight(layer) for layer in layers]
         numbers = sum(w.numel() for w in weights)
         facts: dict[str, Any] = {
             "scheme": self.config.scheme,
@@ -166,7 +168,7 @@ class QuantizationCallback(CompressionCallback):
             "weights in them": numbers,
             "share of all parameters": numbers / sum(p.numel() for p in run.model.parameters()),
             "bytes of these weights": sum(w.numel() * w.element_size() for w in weights),
-            "bytes as integers": sum(_stored_bytes(layer) for layer in self._quantized.layers),
+            "bytes as integers": sum(_stored_bytes(layer) for layer in layers),
             "begins at step": self._begin,
         }
         if self._quantized.observed():
@@ -177,7 +179,7 @@ class QuantizationCallback(CompressionCallback):
 
     def _metrics(self) -> Mapping[str, float]:
         """The largest step of the weights' grids, and by how much rounding changes the weights."""
-        layers = [layer for layer in self._quantized.layers if layer.weights is not None]
+        layers = self._quantized.weighted()
         if not self._installed or not layers or not layers[0].weights.enabled:  # type: ignore[union-attr]
             return {}
         squares, scales = [], []
@@ -185,7 +187,7 @@ class QuantizationCallback(CompressionCallback):
             for layer in layers:
                 weight, quantizer = self._weight(layer), layer.weights
                 assert quantizer is not None
-                values = quantizer.fake_quantize(weight, None, quantizer.prepare(weight, None))
+                values = quantizer.quantize_weight(weight)
                 squares.append(torch.stack([(weight - values).pow(2).sum(), weight.pow(2).sum()]))
                 if quantizer.grid is not None:
                     scales.append(quantizer.parameters(weight)[0].max())
@@ -200,8 +202,8 @@ class QuantizationCallback(CompressionCallback):
 
     def _install(self) -> None:
         options = self.config.method_options()
-        weight: Any = self._quantized.layers[0].module.weight
-        self._steps = StepSizes(self._quantized, weight.device, getattr(options, "learning_rate", None))
+        device = next(self._quantized.layers[0].module.parameters()).device
+        self._steps = StepSizes(self._quantized, device, getattr(options, "learning_rate", None))
         self._quantized.install()
         self._installed = True
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from hf_compress.callbacks.owned import OwnedTensors
 from hf_compress.callbacks.ranks import elementwise, num_ranks
 from hf_compress.errors import TrainingError
-from hf_compress.instruments.quantize import Quantized, oriented_weight
+from hf_compress.instruments.quantize import Quantized
 from hf_compress.instruments.sharded import whole
+from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.granularity import PER_TENSOR
 from hf_compress.quantization.observers import Ema, MinMax, Mse
 from hf_compress.quantization.quantizers import LearnedQuantizer
@@ -36,7 +37,7 @@ class StepSizes:
         self._learning_rate = learning_rate
         self._owned = OwnedTensors()
         self._frozen = False
-        for layer in quantized.layers:
+        for layer in quantized.weighted():
             if isinstance(layer.weights, LearnedQuantizer):
                 layer.weights.initialize(whole(oriented_weight(layer.name, layer.module).detach()))
                 self._own(f"{layer.name}|weights", layer.weights)
@@ -114,8 +115,7 @@ class StepSizes:
                     "the model and the config that it was written for."
                 )
             quantizer.load({key: tensor.to(self._device) for key, tensor in found.items()})
-            if found:  # what had no step yet is still being watched
-                quantizer.collector = None
+            quantizer.collector = None  # one that was set before would give it another first step
             for key, tensor in quantizer.learned.items():
                 self._owned.add(f"{name}|{key}", tensor, tensors[f"rate/{name}|{key}"].to(self._device))
         for name, tensor in learned.items():

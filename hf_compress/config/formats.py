@@ -108,6 +108,11 @@ class LayerFormats(Settings):
             raise ConfigError(
                 f"{role}.granularity: got {value.granularity!r}; allowed: {', '.join(map(repr, allowed))}.{remedy}"
             )
+        if value.granularity == "token" and value.observer not in (None, "min_max"):
+            raise ConfigError(
+                f"{role}.observer: got {value.observer!r} with granularity 'token'; allowed: None or 'min_max'. A "
+                "token has too few values for another range."
+            )
         if value.observer == "ema" and (role == "weights" or value.dynamic):
             raise ConfigError(
                 f"{role}.observer: got 'ema'; allowed: others, as this range is that of the tensor itself."

@@ -14,7 +14,14 @@ from hf_compress.schedule import Moment
 Change = Mapping[str, Any] | Literal[False] | None
 """Of a tensor's format: fields of ``TensorFormat`` that differ; False = not quantized; None = as it is."""
 
-TARGETS = ("linear", "convolution")
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "linear": LayerFormats.ROLES,
+    "convolution": LayerFormats.ROLES,
+    "embedding": ("weights",),
+    "experts": ("weights",),
+    "attention": ("inputs",),
+}
+"""Kind of layers -> which of their tensors can be quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +79,10 @@ class QuantizationConfig(Config):
     """From when on observed ranges and learned steps stay as they are; None: never."""
 
     targets: Sequence[str] = ("linear",)
-    """Kinds of layers: ``"linear"`` (``nn.Linear`` and GPT-2's ``Conv1D``), ``"convolution"`` (``nn.Conv1d``,
-    ``nn.Conv2d``)."""
+    """Kinds of layers. ``"linear"``: ``nn.Linear`` and GPT-2's ``Conv1D``. ``"convolution"``: ``nn.Conv1d``,
+    ``nn.Conv2d``. ``"embedding"``: weights of ``nn.Embedding``, whose outputs are the rows. ``"experts"``: weights of
+    mixtures of experts, an output of one expert is a channel. ``"attention"``: ``inputs`` is about queries, keys and
+    values as they are multiplied, a token being that of one head."""
 
     exclude: Sequence[str] | None = None
     """Regular expressions; a module whose name matches one (``re.search``) stays in floating point. ``None`` leaves
@@ -123,6 +132,16 @@ class QuantizationConfig(Config):
                 raise self._error("targets", each, ", ".join(map(repr, TARGETS)))
         object.__setattr__(self, "targets", tuple(self.targets))
 
+    def _check_roles(self, every: Sequence[LayerFormats]) -> None:
+        """Check that no target is there for nothing."""
+        for target in self.targets:
+            roles = TARGETS[target]
+            if not any(getattr(formats, role) is not None for formats in every for role in roles):
+                names = " and ".join(roles)
+                raise self._error(
+                    "targets", target, f"targets with something to quantize, and {names} are not: leave it out"
+                )
+
     def _check_rules(self) -> None:
         if isinstance(self.rules, str | Mapping) or not isinstance(self.rules, Sequence):
             raise self._error("rules", self.rules, "a list of rules, e.g. [{'match': ['query'], 'weights': False}]")
@@ -139,6 +158,7 @@ class QuantizationConfig(Config):
         every = [self.formats(), *self.rule_formats()]
         if all(formats.is_empty() for formats in every):
             raise ConfigError("QuantizationConfig: weights, inputs and outputs are all False, so nothing is quantized.")
+        self._check_roles(every)
         for formats in every:
             method(options).check(formats)
         method(options).check_together(every)

@@ -20,6 +20,7 @@ from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers, make_quantizers
+from hf_compress.instruments.targets import owned_parameter
 from hf_compress.registry import quantization_methods
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,7 +136,8 @@ def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: Q
     elif exclude is not None:
         _check_chosen(found, quantizable_layers(model, exclude), exclude)
     for layer in found.layers:
-        dtype = layer.module.get_parameter("weight").dtype
+        parameter = owned_parameter(layer.name, layer.module)
+        dtype = torch.float32 if parameter is None else parameter.dtype
         if dtype not in DTYPES:
             allowed = ", ".join(map(str, DTYPES))
             raise ExportError(f"export_quantized: {layer.name!r} is {dtype}; allowed: {allowed}.")

@@ -6,8 +6,8 @@ down with shapes, the parameter behind each ``get_attr`` and the module that mad
 
 import gc
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,6 +218,27 @@ def _experts_computed(model: nn.Module, implementation: str | None) -> Iterator[
     finally:
         for config, own in changed:
             config._experts_implementation = own
+
+
+def see_without(plain: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    """Have models recorded as they are without what is attached to them, such as fake quantizers.
+
+    Args:
+        plain: Returns a context in which a model computes as if it had nothing attached.
+    """
+    _plain.append(plain)
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Let a model compute as if it had nothing attached, while the context is open."""
+    with ExitStack() as stack:
+        for plain in _plain:
+            stack.enter_context(plain(model))
+        yield
+
+
+_plain: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

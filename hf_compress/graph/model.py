@@ -12,7 +12,7 @@ from hf_compress.errors import GraphError, ShrinkError
 from hf_compress.graph.accept import check_model
 from hf_compress.graph.analysis import analyze
 from hf_compress.graph.builder import Builder
-from hf_compress.graph.capture import Capture, capture, garbage_collection_paused, mixes_experts
+from hf_compress.graph.capture import Capture, capture, garbage_collection_paused, mixes_experts, plainly
 from hf_compress.graph.costs import Costs
 from hf_compress.graph.dims import Dim, atoms, expand, find
 from hf_compress.graph.groups import KINDS, DimensionGroup, DimensionGroups
@@ -42,7 +42,7 @@ class ModelGraph:
 
     def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> None:
         check_model(model, example_inputs)
-        with garbage_collection_paused():
+        with garbage_collection_paused(), plainly(model):
             self._analyze(model, make_example_inputs(model) if example_inputs is None else example_inputs)
 
     def _analyze(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:

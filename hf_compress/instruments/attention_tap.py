@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from hf_compress.errors import TrainingError
+from hf_compress.instruments.attach import attachment_of
+from hf_compress.instruments.leaf_forward import quantized
+from hf_compress.instruments.targets import ATTENDED
 
 WATCHED = ("eager", "sdpa")
 """The implementations whose masks say what attends to what."""
@@ -104,34 +107,61 @@ class AttentionWatch:
             _told.append(torch.compiler.disable(_tell))  # type: ignore[no-untyped-call]
         if self not in _open:
             _open.append(self)
-        if AttentionInterface.get_interface is not _get_interface:
-            _originals[:] = [AttentionInterface.get_interface]
-            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+        _intercept()
 
     def close(self) -> None:
         """Stop, and leave Transformers as it was if nobody else watches."""
         if self in _open:
             _open.remove(self)
         # If somebody replaced it since, theirs may call ours, which then does nothing.
-        if not _open and AttentionInterface.get_interface is _get_interface:
+        if not _open and not _changing and AttentionInterface.get_interface is _get_interface:
             AttentionInterface.get_interface = _originals[0]  # type: ignore[method-assign]
 
 
+def let_attention_change() -> None:
+    """Have attention modules attend with what their quantizers make of queries, keys and values, from now on.
+
+    That stays for good: modules with such quantizers may be copied, and those without are not affected.
+    """
+    _changing.append(True)
+    _intercept()
+
+
 _open: list[AttentionWatch] = []
+_changing: list[bool] = []
 _originals: list[Callable[..., Any]] = []
 _told: list[Callable[..., None]] = []
 
 
+def _intercept() -> None:
+    if AttentionInterface.get_interface is not _get_interface:
+        _originals[:] = [AttentionInterface.get_interface]
+        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+
+
 def _get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
     attend = _originals[0](self, attn_implementation, default)
-    if not _open:
+    if not _open and not _changing:
         return attend
 
     def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _told[0](module, attn_implementation, args, kwargs)
-        return attend(module, *args, **kwargs)
+        if _open:
+            _told[0](module, attn_implementation, args, kwargs)
+        return attend(module, *_changed(module, args), **kwargs)
 
     return watched
+
+
+def _changed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of attention with query, key and value on their grids."""
+    attachment = attachment_of(module)
+    if attachment is None or not attachment.attention_quantizers:
+        return args
+    made = [
+        x if (each := attachment.attention_quantizers.get(part)) is None else quantized(module, each, x, None, {}, part)
+        for part, x in zip(ATTENDED, args[:3], strict=True)
+    ]
+    return (*made, *args[3:])
 
 
 def _tell(module: nn.Module, implementation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSli
 from hf_compress.instruments.adapters import adapter_slices, base_layer, check_lora, effective_weight, is_lora
 from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
 from hf_compress.instruments.layer import LayerGates
+from hf_compress.instruments.removed import RemovedUnits, tell_removed, untell_removed
 from hf_compress.instruments.sharded import add_in_place, reshard, scale, whole, zero
 from hf_compress.instruments.subset import SubsetGate
 
@@ -44,6 +45,8 @@ class Gate:
         for part in group.sources:
             owner = model.get_submodule(part.parameter.rpartition(".")[0])
             self._install(Site(part.module, model.get_submodule(part.module), part, owner))
+        self._told: list[tuple[nn.Module, RemovedUnits]] = []
+        self._tell()
         self._subsets = SubsetGate(group, model)
         self.layers = LayerGates(group, model, self.value) if group.modules else None
 
@@ -59,6 +62,20 @@ class Gate:
                 gate = _ParameterFactors(owner, name, dim, factors)
                 attachment.parameter_gates.append(gate)
                 self._installed.append((site.module, attachment.parameter_gates, gate))
+
+    def _tell(self) -> None:
+        """Let whatever holds a slice know, so that removed units do not count in its quantizer's range."""
+        holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                holders.setdefault(id(parameter), []).append((module, name))
+        for each in self.group.slices:
+            parameter = self.model.get_parameter(each.parameter)
+            owners = unit_of_position(each, parameter.shape[each.dim]).to(self.value.device)
+            for module, name in holders[id(parameter)]:
+                units = RemovedUnits(name, each.dim, _ExpandedGate(self, owners))
+                tell_removed(module, units)
+                self._told.append((module, units))
 
     def set_mask(self, mask: Tensor) -> None:
         """Open the gates where ``mask`` [num_units] is True and close the others, in place."""
@@ -102,6 +119,9 @@ class Gate:
                 attached.remove(mine)
             detach_if_empty(module)
         self._installed.clear()
+        for module, units in self._told:
+            untell_removed(module, units)
+        self._told.clear()
         self._subsets.remove()
         if self.layers is not None:
             self.layers.remove()

@@ -12,14 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hf_compress.errors import TargetError
 from hf_compress.instruments.adapters import base_layer, check_lora, is_lora
-from hf_compress.instruments.attach import (
-    Attachment,
-    attach,
-    attachment_of,
-    detach_if_empty,
-    find_leaf_kind,
-    refuse_patched,
-)
+from hf_compress.instruments.attach import attach, attachment_of, detach_if_empty, find_leaf_kind, refuse_patched
+from hf_compress.instruments.attachment import Attachment
 from hf_compress.instruments.sharded import zero_where
 
 

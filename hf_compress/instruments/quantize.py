@@ -1,28 +1,35 @@
 """The quantizers of a model's layers, made from a config."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from hf_compress.config import QuantizationConfig
-from hf_compress.config.formats import LayerFormats
+from hf_compress.config.formats import LayerFormats, TensorFormat
+from hf_compress.config.quantization import TARGETS, changes_of
 from hf_compress.errors import TargetError, choices
-from hf_compress.instruments.adapters import base_layer, effective_weight, named_plain_modules
-from hf_compress.instruments.attach import attach, attachment_of, leaf_kind
+from hf_compress.instruments.adapters import base_layer, named_plain_modules
+from hf_compress.instruments.attach import attach, attachment_of
+from hf_compress.instruments.attention_tap import let_attention_change
 from hf_compress.instruments.fake_quantize import (
     check_fake_quantizable,
     is_fake_quantized,
     remove_fake_quantizers,
 )
-from hf_compress.quantization.methods import Method
-from hf_compress.quantization.quantizers import (
-    DorefaGradientQuantizer,
-    LearnedQuantizer,
-    ObservedQuantizer,
-    Quantizer,
+from hf_compress.instruments.parameters import OnParameter
+from hf_compress.instruments.targets import (
+    ATTENDED,
+    LEAVES,
+    oriented_weight,
+    owned_parameter,
+    parameter_name,
+    target_of,
 )
+from hf_compress.quantization.methods import Method
+from hf_compress.quantization.own_grids import DorefaGradientQuantizer
+from hf_compress.quantization.quantizers import LearnedQuantizer, ObservedQuantizer, Quantizer
 from hf_compress.registry import quantization_methods
 
 
@@ -53,8 +60,18 @@ class Quantized:
     layers: list[QuantizedLayer] = field(default_factory=list)
 
     def named(self) -> dict[str, Quantizer]:
-        """Return the quantizers as ``<layer>|<role>``."""
-        return {f"{layer.name}|{role}": each for layer in self.layers for role, each in layer.quantizers()}
+        """Return the quantizers as ``<layer>|<role>``; that of a tied weight once, under its first name."""
+        found: dict[Quantizer, str] = {}
+        for layer in self.layers:
+            for role, each in layer.quantizers():
+                found.setdefault(each, f"{layer.name}|{role}")
+        return {name: each for each, name in found.items()}
+
+    def weighted(self) -> list["QuantizedLayer"]:
+        """Return the layers whose weight is quantized; of those with a tied weight the first."""
+        return list({layer.weights: layer for layer in reversed(self.layers) if layer.weights is not None}.values())[
+            ::-1
+        ]
 
     def observed(self) -> dict[str, ObservedQuantizer]:
         """Return those whose range is observed."""
@@ -85,12 +102,36 @@ class Quantized:
         """
         check_fake_quantizable({layer.name: layer.module for layer in self.layers})
         for layer in self.layers:
-            # The layer inside an adapted one is idle until the adapter is merged and taken off.
-            for module in dict.fromkeys((layer.module, base_layer(layer.module))):
-                attachment = attach(layer.name, module)
-                attachment.input_quantizer, attachment.weight_quantizer = layer.inputs, layer.weights
-                outputs = (layer.outputs, layer.gradient)
-                attachment.output_quantizers[:] = [each for each in outputs if each is not None]
+            _INSTALL[target_of(layer.name, layer.module)](layer)
+
+
+def _on_leaf(layer: QuantizedLayer) -> None:
+    # The layer inside an adapted one is idle until the adapter is merged and taken off.
+    for module in dict.fromkeys((layer.module, base_layer(layer.module))):
+        attachment = attach(layer.name, module)
+        attachment.input_quantizer, attachment.weight_quantizer = layer.inputs, layer.weights
+        outputs = (layer.outputs, layer.gradient)
+        attachment.output_quantizers[:] = [each for each in outputs if each is not None]
+
+
+def _on_parameter(layer: QuantizedLayer) -> None:
+    assert layer.weights is not None
+    on_parameter = OnParameter(layer.module, parameter_name(layer.name, layer.module), layer.weights)
+    attach(layer.name, layer.module).parameter_quantizers.append(on_parameter)
+
+
+def _on_attention(layer: QuantizedLayer) -> None:
+    assert layer.inputs is not None
+    let_attention_change()
+    attach(layer.name, layer.module).attention_quantizers[layer.name.rpartition(".")[2]] = layer.inputs
+
+
+_INSTALL: dict[str, Callable[[QuantizedLayer], None]] = {
+    **dict.fromkeys(LEAVES, _on_leaf),
+    "embedding": _on_parameter,
+    "experts": _on_parameter,
+    "attention": _on_attention,
+}
 
 
 def make_quantizers(config: QuantizationConfig, modules: Mapping[str, nn.Module]) -> Quantized:
@@ -104,7 +145,8 @@ def make_quantizers(config: QuantizationConfig, modules: Mapping[str, nn.Module]
         TargetError: If a rule is for no layer, or the weight of a layer cannot be divided as its format says.
     """
     method: Method = quantization_methods.get(config.method)(config.method_options())
-    formats = _formats(config, list(modules))
+    formats = _formats(config, modules)
+    tied: dict[int, tuple[str, TensorFormat, Quantizer]] = {}
     layers = []
     for name, module in modules.items():
         wanted = formats[name]
@@ -112,8 +154,12 @@ def make_quantizers(config: QuantizationConfig, modules: Mapping[str, nn.Module]
             continue
         layer = QuantizedLayer(name, module)
         if wanted.weights is not None:
-            layer.weights = method.weight(wanted.weights)
-            layer.gradient = method.output_gradient()
+            known = tied.setdefault(
+                id(owned_parameter(name, module)), (name, wanted.weights, method.weight(wanted.weights))
+            )
+            _check_same(name, wanted.weights, known)
+            layer.weights = known[2]
+            layer.gradient = method.output_gradient() if target_of(name, module) in LEAVES else None
             _check_shape(name, module, layer.weights)
         layer.inputs = None if wanted.inputs is None else method.activation(wanted.inputs)
         layer.outputs = None if wanted.outputs is None else method.activation(wanted.outputs)
@@ -125,27 +171,41 @@ def make_quantizers(config: QuantizationConfig, modules: Mapping[str, nn.Module]
     return Quantized(layers)
 
 
+def _check_same(name: str, wanted: TensorFormat, known: tuple[str, TensorFormat, Quantizer]) -> None:
+    first, its, _ = known
+    if wanted != its:
+        raise TargetError(
+            f"quantization: {first!r} and {name!r} have one weight, but rules give it two formats ({its} and "
+            f"{wanted}). Let one rule match both."
+        )
+
+
 def attached_quantizers(model: nn.Module) -> Quantized:
     """Return the quantizers that are on the layers of a model, in its order."""
     layers = []
     for name, module in named_plain_modules(model):
         attachment = attachment_of(module)
-        if attachment is not None and is_fake_quantized(module):
-            acting = [each for each in attachment.output_quantizers if not isinstance(each, DorefaGradientQuantizer)]
-            outputs = acting[0] if acting else None
-            weights, inputs = attachment.weight_quantizer, attachment.input_quantizer
-            layers.append(QuantizedLayer(name, module, weights, inputs, outputs))
+        if attachment is None or not is_fake_quantized(module):
+            continue
+        acting = [each for each in attachment.output_quantizers if not isinstance(each, DorefaGradientQuantizer)]
+        leaf = (attachment.weight_quantizer, attachment.input_quantizer, acting[0] if acting else None)
+        if any(leaf):
+            layers.append(QuantizedLayer(name, module, *leaf))
+        for on_parameter in attachment.parameter_quantizers:
+            full = name if on_parameter.name == "weight" else f"{name}.{on_parameter.name}"
+            layers.append(QuantizedLayer(full, module, on_parameter.quantizer))
+        for part in ATTENDED:
+            if part in attachment.attention_quantizers:
+                inputs = attachment.attention_quantizers[part]
+                layers.append(QuantizedLayer(f"{name}.{part}", module, inputs=inputs))
     return Quantized(layers)
 
 
-def oriented_weight(name: str, module: nn.Module) -> nn.Parameter:
-    """Return a layer's weight as [outputs, inputs...], adapters merged."""
-    weight: nn.Parameter = leaf_kind(name, module).oriented(effective_weight(module))  # type: ignore[assignment]
-    return weight
-
-
-def _formats(config: QuantizationConfig, names: list[str]) -> dict[str, LayerFormats]:
+def _formats(config: QuantizationConfig, modules: Mapping[str, nn.Module]) -> dict[str, LayerFormats]:
+    """Return the format of each layer: what its first rule says of the tensors that its kind has."""
+    names = list(modules)
     formats = dict.fromkeys(names, config.formats())
+    roles = {name: TARGETS[target_of(name, module)] for name, module in modules.items()}
     decided: set[str] = set()
     for rule, changed in zip(config.parsed_rules(), config.rule_formats(), strict=True):
         matched = {name for name in names if any(re.search(pattern, name) for pattern in rule.match)}
@@ -157,9 +217,15 @@ def _formats(config: QuantizationConfig, names: list[str]) -> dict[str, LayerFor
                 f"QuantizationRule.match: {list(rule.match)} matches only layers that earlier rules decide about, so "
                 "the rule has no effect. Put it first, or drop it."
             )
+        said = {role for role, change in changes_of(rule).items() if change is not None}
+        if not any(said & set(roles[name]) for name in matched):
+            raise TargetError(
+                f"QuantizationRule.match: {list(rule.match)} matches only layers that have no "
+                f"{' or '.join(sorted(said))} to quantize, so the rule has no effect."
+            )
         formats.update(dict.fromkeys(matched - decided, changed))
         decided |= matched
-    return formats
+    return {name: LayerFormats(**{role: getattr(each, role) for role in roles[name]}) for name, each in formats.items()}
 
 
 def _check_shape(name: str, module: nn.Module, quantizer: Quantizer) -> None:

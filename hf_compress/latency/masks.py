@@ -283,7 +283,7 @@ def fit_speedup(
         lambda table: problem.masks(table, seconds),
         lambda kept: speedup_of(problem.setup, problem.setup.copy(kept), rounds).ratio,
     )
-    small = shrink(model, tries.closest, example_inputs=problem.setup.inputs)
+    small = shrink(model, tries.closest, example_inputs=problem.setup.inputs, quantizers=False)
     measured = speedup_of(problem.setup, small, rounds)
     if abs(measured.ratio / target_speedup - 1) > TOLERANCE:
         told = ", ".join(f"{ratio:.2f}" for _, ratio in tries.tried)

@@ -111,7 +111,9 @@ def prune_oneshot(
         found = [_carry_out(part) for part in parts]
         masks = {name: mask for each in found for name, mask in each.masks.items()}
         if isinstance(budget, LatencyBudget):
-            measured = budget.measure(shrink(model, masks, example_inputs=example_inputs, verify=False))
+            measured = budget.measure(
+                shrink(model, masks, example_inputs=example_inputs, verify=False, quantizers=False)
+            )
             budget.check(measured, "The model is as it was.")
     return OneShotResult(
         masks={name: masks[name] for name in targets.groups},

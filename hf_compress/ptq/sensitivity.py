@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from hf_compress.config import QuantizationConfig, QuantizationRule
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.capture import evaluating
-from hf_compress.instruments.quantize import Quantized, oriented_weight
+from hf_compress.instruments.quantize import Quantized
+from hf_compress.instruments.targets import oriented_weight
 from hf_compress.oneshot.calibration import Calibration, check_finite
 from hf_compress.oneshot.prune import check_prunable
 from hf_compress.ptq.calibrate import calibrate

@@ -15,7 +15,8 @@ from hf_compress.config.formats import LayerFormats, TensorFormat
 from hf_compress.errors import ConfigError, TargetError, choices
 from hf_compress.instruments.adapters import named_plain_modules
 from hf_compress.instruments.fake_quantize import check_fake_quantizable
-from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers, oriented_weight
+from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers
+from hf_compress.instruments.targets import oriented_weight
 from hf_compress.oneshot.prune import check_prunable
 from hf_compress.ptq.calibrate import CalibrationResult
 from hf_compress.quantization.methods import Ptq, PtqOptions

@@ -12,7 +12,8 @@ from hf_compress.errors import TargetError
 from hf_compress.graph.capture import main_outputs
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.attach import find_leaf_kind
-from hf_compress.instruments.quantize import Quantized, QuantizedLayer, oriented_weight
+from hf_compress.instruments.quantize import Quantized, QuantizedLayer
+from hf_compress.instruments.targets import oriented_weight
 from hf_compress.oneshot.calibration import Calibration
 from hf_compress.oneshot.linear import LinearLayer, Undo, linear_layer
 from hf_compress.pruning.obs import inverse_hessian

@@ -10,16 +10,13 @@ from hf_compress.config.formats import LayerFormats, TensorFormat
 from hf_compress.errors import ConfigError
 from hf_compress.quantization.granularity import PER_TENSOR, PER_TOKEN, Granularity, per_channel, per_group
 from hf_compress.quantization.grid import Grid
-from hf_compress.quantization.quantizers import (
+from hf_compress.quantization.own_grids import (
     DorefaGradientQuantizer,
     DorefaInputQuantizer,
     DorefaWeightQuantizer,
-    LearnedQuantizer,
-    ObservedQuantizer,
-    Quantizer,
-    RangeQuantizer,
     SignQuantizer,
 )
+from hf_compress.quantization.quantizers import LearnedQuantizer, ObservedQuantizer, Quantizer, RangeQuantizer
 from hf_compress.registry import observers, quantization_methods
 
 

@@ -1,7 +1,7 @@
 """Quantizers: what puts one tensor of one layer on a grid whenever the layer runs.
 
 The range is that of the tensor itself (``RangeQuantizer``), one that was observed (``ObservedQuantizer``), or learned
-(``LearnedQuantizer``); ``SignQuantizer`` and the ``Dorefa`` ones have none.
+(``LearnedQuantizer``); those in ``own_grids`` have none.
 """
 
 from abc import ABC, abstractmethod
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from hf_compress.config.formats import TensorFormat
 from hf_compress.errors import TargetError
-from hf_compress.quantization.binary import binarize
 from hf_compress.quantization.clipping import Range, extremes
-from hf_compress.quantization.dorefa import dorefa_activation, dorefa_gradient, dorefa_weight
 from hf_compress.quantization.fake import fake_quantize
 from hf_compress.quantization.granularity import PER_TENSOR, Granularity
 from hf_compress.quantization.grid import EPS, Grid
@@ -76,6 +74,9 @@ class Quantizer(ABC):
     method: str | None = None
     """Registry name of the method that made it."""
 
+    ignores_zeros: bool = True
+    """Whether zeros stay zeros and have no part in the range, so that what is removed may as well be zero."""
+
     def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
         """Return what ``fake_quantize`` needs and is worth remembering.
 
@@ -95,6 +96,28 @@ class Quantizer(ABC):
             removed: See ``prepare``.
             prepared: What ``prepare`` returned for it.
         """
+
+    def not_there(self, weight: Tensor, removed: Tensor | None = None) -> Tensor | None:
+        """Return what must not count: what is removed, and zeros where they would count otherwise.
+
+        Exact zeros are pruned weights, and units whose masks are written into the weights.
+        """
+        if self.ignores_zeros:
+            return removed
+        zeros = weight.detach() == 0
+        return zeros if removed is None else zeros | removed
+
+    def without_zeros(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return a weight's ``values`` on the grid with zeros where the weight is zero."""
+        return values if self.ignores_zeros else values.masked_fill(weight.detach() == 0, 0.0)
+
+    def quantize_weight(self, weight: Tensor) -> Tensor:
+        """Return a weight [outputs, inputs...] on its grid, as a layer without gates uses it."""
+        removed = self.not_there(weight)
+        return self.without_zeros(self.fake_quantize(weight, removed, self.prepare(weight, removed)), weight)
+
+    def select(self, blocks: Tensor) -> None:  # noqa: B027 - most remember no steps
+        """Keep the steps of some blocks alone, in this order, once the tensor has lost the others."""
 
     def parameters(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the steps, float32 [blocks], and the zero points, int32 [blocks] (None: 0).
@@ -123,14 +146,31 @@ class RangeQuantizer(Quantizer):
     ) -> None:
         self.grid: Grid = grid
         self.granularity = granularity
-        self._covers = observer == "min_max"
+        self.ignores_zeros = self._covers = observer == "min_max"
         self.observer, self.options = observer, dict(options or {})
         self._fixed: tuple[Tensor, Tensor | None] | None = None
 
     def fix(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Set steps and zero points of a weight, [blocks] each, for good: its own range no longer counts."""
         self._fixed = (scale, zero_point)
-        self._covers = False
+        self._covers, self.ignores_zeros = False, True
+
+    @property
+    def is_fixed(self) -> bool:
+        """Return whether the steps are fixed."""
+        return self._fixed is not None
+
+    def release(self) -> None:
+        """Let the tensor's own range count again."""
+        self._fixed = None
+        self.ignores_zeros = self._covers = self.observer == "min_max"
+
+    def select(self, blocks: Tensor) -> None:
+        """Keep the fixed steps of some blocks alone."""
+        if self._fixed is not None and self.granularity.kind != "tensor":
+            scale, zero_point = self._fixed
+            here = blocks.to(scale.device)
+            self._fixed = scale[here], None if zero_point is None else zero_point[here]
 
     @torch.no_grad()
     def range(self, x: Tensor, removed: Tensor | None = None) -> Range:
@@ -251,6 +291,14 @@ class LearnedQuantizer(Quantizer):
             step, offset = counted_step_and_offset(source.histogram(), limits, self.grid)
             self.load({"step": step, "offset": offset})
 
+    def select(self, blocks: Tensor) -> None:
+        """Keep the steps of some blocks alone."""
+        if self.learned and self.granularity.kind != "tensor":
+            trained = self.learned["step"].requires_grad
+            self.load({name: each[blocks.to(each.device)] for name, each in self.learned.items()})
+            for each in self.learned.values():
+                each.requires_grad_(trained)
+
     @torch.no_grad()
     def constrain(self) -> None:
         """Keep the steps positive, after the optimizer has moved them."""
@@ -298,6 +346,7 @@ class LearnedQuantizer(Quantizer):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from step and offset."""
         self.learned = {n: each.detach().to(torch.float32).clone().requires_grad_() for n, each in state.items()}
+        self.ignores_zeros = "offset" not in self.learned  # zero is not on the grid while an offset is trained
 
     def _check(self) -> None:
         if not self.learned:
@@ -305,76 +354,6 @@ class LearnedQuantizer(Quantizer):
                 "quantization: a layer has no learned step yet: nothing came through it in the first step after begin. "
                 "Exclude the layer, or train on data that reaches it."
             )
-
-
-class SignQuantizer(Quantizer):
-    """One bit: the sign, see ``binary.binarize``.
-
-    Args:
-        granularity: Over which values the mean of magnitudes is taken.
-        scaled: Multiply by that mean.
-    """
-
-    def __init__(self, granularity: Granularity, *, scaled: bool) -> None:
-        self.granularity = granularity
-        self._scaled = scaled
-
-    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
-        """Return signs, scaled or not."""
-        keep = None if removed is None else ~removed
-        return binarize(x, scaled=self._scaled, granularity=self.granularity, keep=keep)
-
-
-class DorefaWeightQuantizer(Quantizer):
-    """Weights of DoReFa-Net, see ``dorefa.dorefa_weight``.
-
-    Args:
-        num_bits: 2 to 8.
-        scaled: Give the weight the magnitude back that it had: multiply by max|w|. Without, it is in [-1, 1].
-    """
-
-    def __init__(self, num_bits: int, *, scaled: bool) -> None:
-        self._num_bits, self._scaled = num_bits, scaled
-
-    @property
-    def num_bits(self) -> int:
-        """Return the bits of a value."""
-        return self._num_bits
-
-    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
-        """Return values in [-1, 1], or scaled by a constant."""
-        values = dorefa_weight(x, self._num_bits, None if removed is None else ~removed)
-        if not self._scaled:
-            return values
-        kept = x.detach() if removed is None else x.detach().masked_fill(removed, 0.0)
-        return values * kept.abs().max()
-
-
-class DorefaInputQuantizer(Quantizer):
-    """Activations of DoReFa-Net in [0, 1], see ``dorefa.dorefa_activation``."""
-
-    def __init__(self, num_bits: int) -> None:
-        self._num_bits = num_bits
-
-    @property
-    def num_bits(self) -> int:
-        """Return the bits of a value."""
-        return self._num_bits
-
-    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
-        """Return values in [0, 1]."""
-        return dorefa_activation(x, self._num_bits)
-
-
-class DorefaGradientQuantizer(Quantizer):
-    """Leaves the tensor as it is and rounds its gradient, see ``dorefa.dorefa_gradient``."""
-
-    def __init__(self, num_bits: int) -> None:
-        self._num_bits = num_bits
-
-    def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
-        """Return the tensor."""
-        return dorefa_gradient(x, self._num_bits)
 
 
 def _spread(granularity: Granularity, found: tuple[Tensor | None, ...], x: Tensor) -> Prepared:

@@ -137,7 +137,7 @@ def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
     if not stage.shrinks():
         model: Any = plain_copy(trainer.accelerator.unwrap_model(trainer.model)).train(False)
     else:
-        model = shrink(trainer, **stage.shrink_options())
+        model = shrink(trainer, **stage.shrink_options(), quantizers=False)
     found: PreTrainedModel = model.to("cpu")
     return found
 

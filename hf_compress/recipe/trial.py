@@ -29,5 +29,5 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         yield stage.name, preview(make_trainer(prepared, callbacks))
         masks = next((each.trial for each in callbacks if isinstance(each, PruningCallback)), None)
         if masks is not None and stage is not stages[-1]:
-            small: PreTrainedModel = shrink(student.model, masks, **stage.shrink_options())
+            small: PreTrainedModel = shrink(student.model, masks, **stage.shrink_options(), quantizers=False)
             student = Loaded(small, ())

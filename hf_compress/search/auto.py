@@ -124,7 +124,7 @@ def auto_compress(
         callback = PruningCallback(_allotted(model, graph, part, found.sparsities), example_inputs)
         trainer = _trained(train, model, callback)
         ledger.enter(graph, callback.masks())
-        model = shrink(trainer, example_inputs=example_inputs)
+        model = shrink(trainer, example_inputs=example_inputs, quantizers=False)
         searches.append(found)
     if not any(search.history for search in searches):
         raise TargetError(

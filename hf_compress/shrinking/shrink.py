@@ -15,12 +15,14 @@ from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.adapters import has_adapters, merge_in_place, without_wrapper
 from hf_compress.instruments.layer import LayerGates
+from hf_compress.instruments.quantize import Quantized, attached_quantizers
 from hf_compress.instruments.subset import SubsetGate
 from hf_compress.shrinking import verify as verification
 from hf_compress.shrinking.apply import plain_copy, silence, slice_in_place
 from hf_compress.shrinking.depth import drop_layers
 from hf_compress.shrinking.describe import describe_sizes
 from hf_compress.shrinking.plan import ShrinkPlan, check_request, plan_on, refuse_compressed
+from hf_compress.shrinking.quantizers import cuts, move_quantizers
 from hf_compress.shrinking.reload import reload_check
 
 
@@ -51,6 +53,7 @@ def shrink(
     uniform: bool = False,
     multiple_of: int = 1,
     verify: bool = True,
+    quantizers: bool = True,
 ) -> PreTrainedModel:
     """Return a smaller copy of the model that computes what the masked model computes.
 
@@ -62,17 +65,21 @@ def shrink(
         uniform: See ``plan_shrink``.
         multiple_of: See ``plan_shrink``.
         verify: Compare the outputs of the masked and the shrunk model, and of the shrunk model loaded again, before
-            returning.
+            returning. In floating point: what rounds is put on afterwards.
+        quantizers: Give the smaller model the fake quantizers that the model has, with their learned steps and observed
+            ranges, so that it computes what the masked quantized model computes and ``export_quantized`` keeps them.
+            Saving it is not affected. False: plain floating point.
 
     Forward hooks of the model run while it is recorded and verified, and are copied with it.
 
     Returns:
-        A plain ``PreTrainedModel`` of the same class, in eval mode; save, push or train it like any other. The
-        original is untouched.
+        A ``PreTrainedModel`` of the same class, in eval mode; save, push or train it like any other. The original is
+        untouched.
 
     Raises:
         ShrinkError: If there are no masks, or masks of another model, training is still running, the model is
-            quantized already or has no weights, or the shrunk model differs from the masked one.
+            quantized already or has no weights, or the shrunk model differs from the masked one; or groups of weights
+            that share a step do not divide what is left.
         TargetError: If the masks ask for what the model does not have or must not lose.
     """
     model = _model_of(model_or_trainer)
@@ -91,6 +98,8 @@ def shrink(
     duplicate = _merged_copy(model, merge=merge)
     graph = ModelGraph(duplicate, example_inputs)
     plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)
+    original = attached_quantizers(model) if quantizers else Quantized()
+    cut = cuts(duplicate, original, plan)
     reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
     slice_in_place(duplicate, plan)
     drop_layers(duplicate, plan.layers)
@@ -107,6 +116,7 @@ def shrink(
         verification.verify(duplicate, reference, masked_again)
         agrees = reload_check(duplicate, reference.inputs[0], lambda: _merged_copy(model, merge=merge))
         describe_sizes(duplicate, plan, graph.numeric_attributes(), agrees)
+    move_quantizers(original, duplicate, cut, plan.layers)
     duplicate.train(False)
     return duplicate
 

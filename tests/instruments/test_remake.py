@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.instruments import attach as attaching
+from hf_compress.instruments import leaf_forward as attaching
 from hf_compress.instruments.attach import attach
 from hf_compress.instruments.mask import ElementMask
 

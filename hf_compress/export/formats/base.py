@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from hf_compress.config.formats import LayerFormats
 from hf_compress.errors import ExportError
-from hf_compress.instruments.quantize import QuantizedLayer, oriented_weight
+from hf_compress.instruments.quantize import QuantizedLayer
+from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.fake import to_integers
 from hf_compress.quantization.granularity import Granularity
 from hf_compress.quantization.grid import Grid

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_compress.export.formats.base import Format, progress
-from hf_compress.instruments.quantize import QuantizedLayer, oriented_weight
+from hf_compress.instruments.quantize import Quantized, QuantizedLayer
+from hf_compress.instruments.targets import oriented_weight, write_weight
 
 
 class Dense(Format):
@@ -26,8 +27,8 @@ class Dense(Format):
         self, model: PreTrainedModel, layers: list[QuantizedLayer], folder: Path, inputs: Mapping[str, Any] | None
     ) -> None:
         """Write a model, see ``Format.write``."""
-        for layer in progress(layers):
-            if layer.weights is not None:
-                weight = oriented_weight(layer.name, layer.module)
-                weight.copy_(layer.weights.fake_quantize(weight, None, layer.weights.prepare(weight, None)))
+        for layer in progress(Quantized(layers).weighted()):
+            assert layer.weights is not None
+            weight = oriented_weight(layer.name, layer.module)
+            write_weight(layer.name, layer.module, layer.weights.quantize_weight(weight))
         model.save_pretrained(folder)

@@ -11,7 +11,7 @@ from uneven_models import load_in_fresh_process, logits, uneven_bert, uneven_lla
 
 from hf_compress import ExportError, export_quantized
 from hf_compress.export.formats.compressed_tensors import pack
-from hf_compress.instruments.quantize import oriented_weight
+from hf_compress.instruments.targets import oriented_weight
 
 pytest.importorskip("compressed_tensors")
 MODELS = {"bert": tiny_models.bert, "llama": tiny_models.llama, "uneven": uneven_bert}
