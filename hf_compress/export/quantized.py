@@ -20,7 +20,7 @@ from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers, make_quantizers
-from hf_compress.instruments.targets import owned_parameter
+from hf_compress.instruments.targets import owned_parameter, target_of
 from hf_compress.registry import quantization_methods
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,7 +134,8 @@ def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: Q
     if not found.layers:
         found = _made(model, config or QuantizationConfig(exclude=None if exclude is None else tuple(exclude)))
     elif exclude is not None:
-        _check_chosen(found, quantizable_layers(model, exclude), exclude)
+        targets = sorted({target_of(layer.name, layer.module) for layer in found.layers})
+        _check_chosen(found, quantizable_layers(model, exclude, targets), exclude)
     for layer in found.layers:
         parameter = owned_parameter(layer.name, layer.module)
         dtype = torch.float32 if parameter is None else parameter.dtype

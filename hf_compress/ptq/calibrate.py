@@ -64,8 +64,8 @@ def calibrate(
 
     The floating-point model runs over the data in eval mode, and observers choose the ranges of inputs and outputs that
     have one range for all calls; weights are rounded as the config's options say. Afterwards quantizers are on the
-    model and act, so that evaluation sees the quantized model and ``export_quantized`` stores it. ``shrink`` gives a
-    floating-point model without them, so shrink first. Training with a callback of this package takes them off, as
+    model and act, so that evaluation sees the quantized model and ``export_quantized`` stores it. ``shrink`` takes them
+    over to the smaller model. Training with a callback of this package takes them off, as
     ``CalibrationResult.detach`` does.
 
     Positions that a two-dimensional ``attention_mask`` calls padding do not count, where a layer sees

@@ -86,8 +86,8 @@ def move_quantizers(
     Quantized(moved).install()
     if renewed:
         warnings.warn(
-            f"shrink: the learned or calibrated steps of {len(renewed)} layers (first: {renewed[0]!r}) are computed again from the "
-            "weights, because their groups of inputs were cut. Train on, or shrink whole groups.",
+            f"shrink: the learned or calibrated steps of {len(renewed)} layers (first: {renewed[0]!r}) are computed "
+            "again from the weights, because their groups of inputs were cut. Train on, or shrink whole groups.",
             UserWarning,
             stacklevel=3,
         )

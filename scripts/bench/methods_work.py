@@ -144,6 +144,13 @@ def trainer_of(model: PreTrainedModel, task: str, settings: Settings, steps: int
     return Trainer(model=model, args=args, train_dataset=train, data_collator=collator, **more)
 
 
+def batches_of(task: str, settings: Settings, count: int) -> list[dict[str, torch.Tensor]]:
+    """Return batches of training data."""
+    tokenizer, train, _ = _prepared(task, settings)
+    collate, size = DataCollatorWithPadding(tokenizer), settings.batch_size
+    return [dict(collate([train[i] for i in range(k * size, (k + 1) * size)])) for k in range(count)]
+
+
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, task: str, settings: Settings) -> tuple[float, int]:
     """Return the share of right answers on the test data, and how many there are."""
@@ -163,7 +170,8 @@ def _folder(task: str, settings: Settings) -> Path:
     return demo_data.cache_root() / "methods" / "-".join(map(str, (task, *names)))
 
 
-def _pretrained(task: str) -> PreTrainedModel:
+def pretrained(task: str) -> PreTrainedModel:
+    """Return the model before fine-tuning, with a new head."""
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         demo_data.model_folder(), num_labels=TASKS[task].labels
     )
@@ -175,7 +183,7 @@ def dense_of(task: str, settings: Settings) -> dict[str, Any]:
     folder = _folder(task, settings)
     if not (folder / "config.json").exists():
         set_seed(0)
-        model = _pretrained(task)
+        model = pretrained(task)
         trainer_of(model, task, settings, settings.dense_steps, 0).train()
         model.save_pretrained(folder)
     share, count = accuracy(AutoModelForSequenceClassification.from_pretrained(folder), task, settings)
@@ -188,7 +196,7 @@ def run_of(
     """Prune and train with one method, the dense model as teacher if there is to be one; return what came of it."""
     set_seed(seed)
     if settings.start == "pretrained":
-        model = _pretrained(task)
+        model = pretrained(task)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(_folder(task, settings))
     encoder = profile(model, latency=False).encoder_parameters

@@ -442,13 +442,13 @@ def test_convolutions_are_quantized_and_said_to_be_rounded_to_nearest() -> None:
     assert torch.allclose(torch.tensor(stored["scale"]), expected)
 
 
-def test_shrinking_gives_a_floating_point_model() -> None:
+def test_shrinking_gives_a_floating_point_model_if_asked() -> None:
     model, data = trained("bert"), batches(1)
     masks = {
         group.name: torch.arange(group.num_units) >= 16 for group in dimension_groups(model) if group.kind == "ffn"
     }
     calibrate(model, data, ptq(**STATIC))
-    small = shrink(model, masks)
+    small = shrink(model, masks, quantizers=False)
     assert logit_error(small, shrink(trained("bert"), masks), data) == 0
     with pytest.raises(TargetError, match="no quantizers"):
         calibration_config(small)

@@ -1,0 +1,48 @@
+"""The benchmark of int8 latencies: what it concludes, and a run of a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_compress
+
+BENCH = Path(hf_compress.__file__).parent.parent / "scripts" / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "0")  # of the whole process
+    import int8
+
+    return int8
+
+
+def test_speedups_are_those_of_the_same_round(bench) -> None:
+    times = {"fp32 eager": [8.0, 16.0], "int8 compiled": [1.0, 4.0], "ONNX Runtime int8": [2.0, 3.0]}
+    result = {"milliseconds": times, "skipped": {"OpenVINO": "not installed: nncf"}}
+    first, second = bench.verdicts(result)
+    assert first == "- int8 compiled: 6.00x, target 4x reached."
+    assert second == "- int8 compiled: 1.38x as fast as ONNX Runtime int8, target 1x reached."
+    lines = bench.table(result).splitlines()
+    assert "| int8 compiled | 2.50 | 6.00x | 4x |" in lines
+    assert lines[-1] == "OpenVINO: left out, not installed: nncf."
+
+
+def test_a_tiny_model_runs_every_way(bench, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(bench, "compile_model", lambda model, inputs: (None, "not in tests"))
+    path = tmp_path / "int8.json"
+    arguments = ["--shapes", "tiny", "--batch-sizes", "1", "2", "--length", "8", "--rounds", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["int8.py", *arguments])
+    monkeypatch.setitem(bench.PEERS, "OpenVINO", ("nothing_of_this_name",))
+    bench.main()
+    data = json.loads(path.read_text())
+    assert set(data["results"]["tiny"]) == {"1", "2"}
+    for found in data["results"]["tiny"].values():
+        assert {"fp32 eager", "bf16 eager", "int8 eager"} <= found["milliseconds"].keys()
+        assert found["skipped"]["OpenVINO"] == "not installed: nothing_of_this_name"
+        assert found["skipped"]["int8 compiled"] == "not in tests"
+    assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# How fast an int8 model is")
