@@ -95,6 +95,18 @@ def check_format(format: str) -> None:
     find_format(format).check_installed()
 
 
+def check_storable(model: PreTrainedModel, format: str, config: QuantizationConfig | None) -> None:
+    """Check that a format can store a model's layers as a config quantizes them; nothing is installed or written.
+
+    Raises:
+        ExportError: If not; the message names the formats that can.
+        TargetError: If there is nothing to quantize or a pattern matches nothing.
+    """
+    config = config or QuantizationConfig()
+    layers = quantizable_layers(model, config.exclude, config.targets)
+    _check_layers(find_format(format), make_quantizers(config, layers).layers)
+
+
 def _check_installed(format: Format, verify: bool) -> None:
     if format.needed_to_write or verify:
         try:
@@ -145,7 +157,7 @@ def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: Q
     return found
 
 
-def check_computed(config: QuantizationConfig) -> None:
+def _check_computed(config: QuantizationConfig) -> None:
     """Check that what a config asks for follows from the weights alone.
 
     Raises:
@@ -165,7 +177,7 @@ def check_computed(config: QuantizationConfig) -> None:
 
 def _made(model: PreTrainedModel, config: QuantizationConfig) -> Quantized:
     """Make the quantizers that a config asks for."""
-    check_computed(config)
+    _check_computed(config)
     quantized = make_quantizers(config, quantizable_layers(model, config.exclude, config.targets))
     quantized.install()
     return quantized

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.config.formats import LayerFormats, TensorFormat
+from hf_compress.config.quantization import TARGETS
 from hf_compress.errors import ConfigError, TargetError, choices
-from hf_compress.instruments.adapters import named_plain_modules
 from hf_compress.instruments.fake_quantize import check_fake_quantizable
 from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers
-from hf_compress.instruments.targets import oriented_weight
+from hf_compress.instruments.targets import LEAVES, oriented_weight, owned_parameter, sites, target_of
 from hf_compress.oneshot.prune import check_prunable
 from hf_compress.ptq.calibrate import CalibrationResult
 from hf_compress.quantization.methods import Ptq, PtqOptions
@@ -72,17 +72,19 @@ def apply_calibration_config(
     """
     layers = _read(calibration)
     check_prunable("apply_calibration_config", model, None)
-    modules = dict(named_plain_modules(model))
+    modules = {name: module for target in TARGETS for name, module in sites(model, target)}
     for name in layers:
         if name not in modules:
             raise TargetError(
-                f"apply_calibration_config: {type(model).__name__} has no module {name!r}; {choices(name, modules)}."
+                f"apply_calibration_config: {type(model).__name__} has no {name!r} that could be quantized; "
+                f"{choices(name, modules)}."
             )
     check_fake_quantizable({name: modules[name] for name in layers})
     quantized = Quantized([_layer(name, modules[name], entry) for name, entry in layers.items()])
+    _share_tied(quantized)
     if not other_weights:
         for name, entry in layers.items():
-            if entry["digest"] != _digest(modules[name]):
+            if entry["digest"] != _digest(name, modules[name]):
                 raise TargetError(
                     f"apply_calibration_config: the weight or bias of {name!r} is not the one that was calibrated. It "
                     "was changed by calibrate (gptq, smooth, equalize, bias_correction; load the model that was saved "
@@ -93,11 +95,11 @@ def apply_calibration_config(
 
 
 def _stored(layer: QuantizedLayer) -> dict[str, Any]:
-    found: dict[str, Any] = {"digest": _digest(layer.module)}
-    weight = oriented_weight(layer.name, layer.module).detach()
+    found: dict[str, Any] = {"digest": _digest(layer.name, layer.module)}
     for role, quantizer in layer.quantizers():
+        weight = oriented_weight(layer.name, layer.module).detach() if role == "weights" else None
         try:
-            found[role] = _tensor(quantizer, weight if role == "weights" else None)
+            found[role] = _tensor(quantizer, weight)
         except TargetError as error:
             raise TargetError(f"calibration_config: {layer.name!r}, {role}: {error}") from error
     return found
@@ -120,10 +122,11 @@ def _tensor(quantizer: Quantizer, weight: Tensor | None) -> dict[str, Any]:
     return {"method": quantizer.method, "signed": quantizer.grid.signed, **wanted.to_dict(), **numbers}
 
 
-def _digest(module: nn.Module) -> str:
+def _digest(name: str, module: nn.Module) -> str:
     """Return a digest of the values of a layer's weight and bias."""
     found = hashlib.sha256()
-    for parameter in (module.weight, module.bias):
+    bias = getattr(module, "bias", None) if target_of(name, module) in LEAVES else None
+    for parameter in (owned_parameter(name, module), bias):
         if isinstance(parameter, Tensor):
             found.update(str(parameter.dtype).encode())
             found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -179,6 +182,14 @@ def _layer(name: str, module: nn.Module, entry: Mapping[str, Any]) -> QuantizedL
         _fix(where, quantizer, given, oriented_weight(name, module) if role == "weights" else None)
         setattr(layer, role, quantizer)
     return layer
+
+
+def _share_tied(quantized: Quantized) -> None:
+    """Let layers with one weight have one quantizer of it, as in the calibrated model."""
+    first: dict[int, Quantizer] = {}
+    for layer in quantized.layers:
+        if layer.weights is not None:
+            layer.weights = first.setdefault(id(owned_parameter(layer.name, layer.module)), layer.weights)
 
 
 def _format(where: str, given: Mapping[str, Any]) -> TensorFormat:

@@ -15,8 +15,10 @@ from hf_compress.callbacks.state import last_complete_checkpoint
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
 from hf_compress.export.formats.table import find_format
-from hf_compress.export.quantized import check_computed, check_format, export_quantized
+from hf_compress.export.quantized import check_format, check_storable, export_quantized
 from hf_compress.graph.model import dimension_groups
+from hf_compress.instruments.quantize import attached_quantizers
+from hf_compress.ptq.stored import apply_calibration_config
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.measure import measure
 from hf_compress.recipe.models import AUTO_CLASSES, loading
@@ -25,6 +27,7 @@ from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, stages_of, tra
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
 from hf_compress.recipe.trial import preview_stages
 from hf_compress.shrinking.apply import plain_copy
+from hf_compress.shrinking.quantizers import cuts, move_quantizers
 from hf_compress.shrinking.shrink import shrink
 
 
@@ -55,6 +58,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
         make_callbacks(stage.recipe)
         training_arguments(stage.recipe, stage.checkpoints)
     prepared = prepare(recipe, output / CHECKPOINTS)
+    _check_storable(recipe, prepared)
     notes = prepared.notes()
     if prepared.args.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
@@ -86,20 +90,24 @@ def _check_complete(recipe: Recipe) -> None:
 
 
 def _check_export(recipe: Recipe, format: str) -> None:
-    """Check, before anything is trained, that the last model can be exported from what is saved of it."""
+    """Check, before anything is loaded, that the last model can be exported."""
     check_format(format)
     if find_format(format).runtime != "transformers":
         raise ConfigError(
             f"Recipe.export: got {format!r}, which transformers does not load, so it cannot be measured; call "
             "export_quantized(model, folder, format) on the result instead."
         )
-    last = recipe.runs()[-1].quantization
-    if last is not None:
-        check_computed(last)
+
+
+def _check_storable(recipe: Recipe, prepared: Prepared) -> None:
+    """Check, before anything is trained, that the format can store the numbers."""
+    if recipe.export is not None:
+        check_storable(prepared.student.model, recipe.export, recipe.runs()[-1].quantization)
 
 
 def _preview(recipe: Recipe, output: Path, scratch: Path) -> RunResult:
     prepared = prepare(recipe, scratch)
+    _check_storable(recipe, prepared)
     notes = prepared.notes()
     found = dict(preview_stages(prepared, stages_of(recipe, output), scratch))
     if recipe.stages is None:
@@ -133,13 +141,16 @@ def _masks_of(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
-    """Return the trained model without what was pruned and without anything attached, on the CPU."""
-    if not stage.shrinks():
-        model: Any = plain_copy(trainer.accelerator.unwrap_model(trainer.model)).train(False)
+    """Return the trained model without what was pruned, with its quantizers alone attached to it, on the CPU."""
+    if stage.shrinks():
+        found = shrink(trainer, **stage.shrink_options())
     else:
-        model = shrink(trainer, **stage.shrink_options(), quantizers=False)
-    found: PreTrainedModel = model.to("cpu")
-    return found
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        found = plain_copy(trained).train(False)
+        quantized = attached_quantizers(trained)
+        move_quantizers(quantized, found, cuts(found, quantized, {}), {})
+    on_cpu: PreTrainedModel = found.to("cpu")  # type: ignore[arg-type]
+    return on_cpu
 
 
 def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple[dict[str, Path], dict[str, Facts]]:
@@ -151,7 +162,11 @@ def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple
         name = f"{last.name}-{last.recipe.export}"
         with loading(str(last.folder)):
             model = AUTO_CLASSES[prepared.task].from_pretrained(last.folder)
-        folders[name] = export_quantized(model, output / name, last.recipe.export, config=last.recipe.quantization)
+        config = last.recipe.quantization
+        if last.steps.is_file():
+            apply_calibration_config(model, last.steps)
+            config = None
+        folders[name] = export_quantized(model, output / name, last.recipe.export, config=config)
         prepared.tokenizer.save_pretrained(folders[name])
         facts[name] = facts[last.name]
     return folders, facts

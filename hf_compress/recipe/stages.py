@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.config import WEIGHTS, Recipe
 from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
+from hf_compress.instruments.quantize import attached_quantizers
+from hf_compress.ptq.stored import calibration_config
 from hf_compress.recipe.result import CHECKPOINTS
 from hf_compress.shrinking.depth import renamed
 
@@ -21,6 +23,7 @@ SMALL = "compressed"
 """Name and folder of what the last run leaves."""
 
 FACTS_FILE = "stage.json"
+STEPS_FILE = "quantization.json"
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,19 @@ class Stage:
     """Without stages; its model is what the run before it left."""
 
     folder: Path
-    """Gets the model, its tokenizer and ``stage.json`` once the run is over: a folder that exists is finished."""
+    """Gets the model, its tokenizer, ``stage.json`` and, if it was quantized, ``quantization.json`` once the run is
+    over: a folder that exists is finished."""
 
     checkpoints: Path
 
     def is_finished(self) -> bool:
         """Return whether the stage's result is there."""
         return self.folder.is_dir()
+
+    @property
+    def steps(self) -> Path:
+        """Return where the steps of a model that was trained with integers lie, see ``calibration_config``."""
+        return self.folder / STEPS_FILE
 
     def facts(self) -> Facts:
         """Return what is known about the finished run."""
@@ -151,6 +160,8 @@ class Stage:
         small.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")
+        if any(each.grid is not None for each in attached_quantizers(small).named().values()):
+            (partial / STEPS_FILE).write_text(json.dumps(calibration_config(small)), encoding="utf-8")
         os.replace(partial, self.folder)
 
 

@@ -21,7 +21,6 @@ from hf_compress.instruments.sharded import whole
 from hf_compress.instruments.targets import LEAVES, oriented_weight, owned_parameter, sites, target_of
 from hf_compress.quantization.quantizers import LearnedQuantizer, Quantizer, RangeQuantizer
 from hf_compress.shrinking.depth import renamed
-from hf_compress.shrinking.plan import ShrinkPlan
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,20 @@ class Cut:
     """Inputs that stay, ascending."""
 
 
-def cuts(model: nn.Module, quantized: Quantized, plan: ShrinkPlan) -> dict[str, Cut]:
+def cuts(model: nn.Module, quantized: Quantized, keep: Mapping[str, Mapping[int, list[int]]]) -> dict[str, Cut]:
     """Return what each layer's weight loses, by name.
 
     Args:
         model: The plain model before it is cut, adapters merged.
         quantized: The quantizers of the original.
-        plan: What goes.
+        keep: Parameter -> dimension -> positions that stay, see ``ShrinkPlan.keep``; what is not there stays whole.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for layer, module in _places(model, quantized, {}):
         parameter = owned_parameter(layer.name, module)
         if parameter is not None:
-            found[layer.name] = _cut(layer.name, module, parameter, plan.keep.get(names[id(parameter)], {}))
+            found[layer.name] = _cut(layer.name, module, parameter, keep.get(names[id(parameter)], {}))
     return found
 
 

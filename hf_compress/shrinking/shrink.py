@@ -99,7 +99,7 @@ def shrink(
     graph = ModelGraph(duplicate, example_inputs)
     plan = plan_on(graph, chosen, uniform=uniform, multiple_of=multiple_of)
     original = attached_quantizers(model) if quantizers else Quantized()
-    cut = cuts(duplicate, original, plan)
+    cut = cuts(duplicate, original, plan.keep)
     reference = _masked_reference(duplicate, graph, plan, example_inputs) if verify else None
     slice_in_place(duplicate, plan)
     drop_layers(duplicate, plan.layers)

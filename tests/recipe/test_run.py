@@ -90,6 +90,23 @@ def test_without_pruning_the_model_keeps_its_size(tmp_path, measured_once) -> No
     assert not any("scale" in name for name in small)
 
 
+@pytest.mark.parametrize("pruning", [None, {"structures": {"ffn": 0.5}, "criterion": "l2"}], ids=["alone", "pruned"])
+def test_what_training_has_learned_is_what_is_exported(pruning, tmp_path, measured_once) -> None:
+    """Learned steps and observed ranges lie beside the plain model, so that a finished run can be exported."""
+    learned = {"method": "lsq_plus", "scheme": "int8_static", "weights": {"num_bits": 4}}
+    recipe = recipe_files.classification(tmp_path, pruning=pruning, quantization=learned, export="dense")
+    result = run(recipe)
+    small, dense = (load_file(folder / "model.safetensors") for folder in result.folders.values())
+    stored = json.loads((result.folders["compressed"] / "quantization.json").read_text())["layers"]
+    assert len(stored) == 13
+    for name, layer in stored.items():
+        assert layer["weights"]["method"] == "lsq_plus"
+        scale = torch.tensor(layer["weights"]["scale"])[:, None]
+        expected = (small[f"{name}.weight"] / scale).round().clamp(-8, 7) * scale
+        torch.testing.assert_close(dense[f"{name}.weight"], expected, atol=1e-6, rtol=1e-5)
+        assert layer["inputs"]["zero_point"] is not None
+
+
 def test_a_new_head_has_no_accuracy_before_training(tmp_path, measured_once) -> None:
     recipe_files.save_model(tmp_path / "model", "text-classification", num_labels=5)
     result = run(recipe_files.classification(tmp_path))
