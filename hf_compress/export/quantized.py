@@ -20,7 +20,8 @@ from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers, make_quantizers
-from hf_compress.instruments.targets import owned_parameter, target_of
+from hf_compress.instruments.targets import oriented_weight, owned_parameter, target_of
+from hf_compress.quantization.quantizers import LearnedQuantizer
 from hf_compress.registry import quantization_methods
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,8 +104,17 @@ def check_storable(model: PreTrainedModel, format: str, config: QuantizationConf
         TargetError: If there is nothing to quantize or a pattern matches nothing.
     """
     config = config or QuantizationConfig()
-    layers = quantizable_layers(model, config.exclude, config.targets)
-    _check_layers(find_format(format), make_quantizers(config, layers).layers)
+    quantized = make_quantizers(config, quantizable_layers(model, config.exclude, config.targets))
+    one = torch.ones(1)  # any steps do: what training or data will find is not known yet
+    for observed in quantized.observed().values():
+        observed.fix(one, None if observed.grid.symmetric else one.int())
+    for layer in quantized.layers:
+        if isinstance(layer.weights, LearnedQuantizer):
+            layer.weights.initialize(oriented_weight(layer.name, layer.module).detach())
+    for learned in quantized.learned().values():
+        if not learned.learned:
+            learned.load({"step": one} if learned.grid.symmetric else {"step": one, "offset": one})
+    _check_layers(find_format(format), quantized.layers)
 
 
 def _check_installed(format: Format, verify: bool) -> None:
