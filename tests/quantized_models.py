@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from row_numerics import fake_quantize, symmetric_scale
 from torch import Tensor, nn
 
 from hf_compress import make_example_inputs
@@ -12,7 +13,6 @@ from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.quantize import Quantized, make_quantizers
 from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.granularity import PER_TENSOR
-from hf_compress.quantization.numerics import fake_quantize, symmetric_scale
 from hf_compress.quantization.observers import Mse
 from hf_compress.quantization.quantizers import LearnedQuantizer, ObservedQuantizer
 

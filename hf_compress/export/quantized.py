@@ -20,6 +20,7 @@ from hf_compress.instruments.adapters import has_adapters
 from hf_compress.instruments.attach import attachment_of, detach_all
 from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.quantize import Quantized, QuantizedLayer, attached_quantizers, make_quantizers
+from hf_compress.instruments.sharded import first_not_finite
 from hf_compress.instruments.targets import oriented_weight, owned_parameter, target_of
 from hf_compress.quantization.quantizers import LearnedQuantizer
 from hf_compress.registry import quantization_methods
@@ -72,6 +73,7 @@ def export_quantized(
     directory = Path(directory)
     check_target(directory)
     _check_model(model)
+    _check_finite(model)
     duplicate = copy.deepcopy(model)
     quantized = _quantizers(duplicate, exclude, config)
     _check_layers(chosen, quantized.layers)
@@ -141,6 +143,12 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ExportError("export_quantized: pruning gates are attached to the model; call shrink() first.")
     if any(attachment.weight_mask is not None for attachment in attached):
         raise ExportError("export_quantized: weight masks are attached to the model; fold and remove them first.")
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    broken = first_not_finite(model)
+    if broken is not None:
+        raise ExportError(f"export_quantized: {broken!r} has entries that are not finite. Load or train it again.")
 
 
 def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: QuantizationConfig | None) -> Quantized:

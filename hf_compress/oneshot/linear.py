@@ -93,7 +93,7 @@ def linear_layer(model: nn.Module, name: str, what: str) -> LinearLayer:
     if kind is None or not kind.is_linear:
         raise TargetError(
             f"{what}: {name!r} is a {type(module).__name__}; this method needs Linear or Conv1D layers, whose outputs "
-            "are sums over their inputs. Exclude it, or use another criterion."
+            "are sums over their inputs. Exclude it, or choose another method."
         )
     layer = own_layer(model, name, what)
     return LinearLayer(layer.name, layer.module, layer.kind)
@@ -114,7 +114,7 @@ def unit_readers(model: nn.Module, group: DimensionGroup) -> list[UnitReader]:
         where = (*(each.module for each in group.sources), *(each.module for each in group.subsets))[0]
         raise TargetError(
             f"{what}: its units act through {where!r} as well, not through linear layers alone, so nothing can make up "
-            "for them. Exclude it, or use another criterion."
+            "for them. Exclude it, or choose another method."
         )
     readers = []
     for part in group.gates:

@@ -17,6 +17,7 @@ from hf_compress.graph.capture import evaluating
 from hf_compress.instruments.attach import attachment_of
 from hf_compress.instruments.fake_quantize import check_fake_quantizable, quantizable_layers
 from hf_compress.instruments.quantize import Quantized, make_quantizers
+from hf_compress.instruments.sharded import first_not_finite
 from hf_compress.oneshot.calibration import Calibration, rows
 from hf_compress.oneshot.linear import all_or_nothing
 from hf_compress.oneshot.prune import check_prunable
@@ -96,6 +97,7 @@ def calibrate(
     modules = quantizable_layers(model, config.exclude, config.targets)
     check_fake_quantizable(modules)
     _check_plain(model)
+    _check_finite(model)
     quantized = make_quantizers(config, modules)
     options: PtqOptions = config.method_options()
     calibration = _data(model, dataloader, num_batches, _needs_data(quantized, options))
@@ -128,6 +130,12 @@ def _check_plain(model: PreTrainedModel) -> None:
                 f"calibrate: gates, masks or quantizers are attached to {name!r}. Call shrink() first, or detach() on "
                 "what attached them."
             )
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    broken = first_not_finite(model)
+    if broken is not None:
+        raise TargetError(f"calibrate: {broken!r} has entries that are not finite. Load or train the model again.")
 
 
 def _needs_data(quantized: Quantized, options: PtqOptions) -> str | None:

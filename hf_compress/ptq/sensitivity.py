@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.config import QuantizationConfig, QuantizationRule
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.graph.capture import evaluating
-from hf_compress.instruments.quantize import Quantized
+from hf_compress.instruments.quantize import Quantized, QuantizedLayer
 from hf_compress.instruments.targets import oriented_weight
 from hf_compress.oneshot.calibration import Calibration, check_finite
 from hf_compress.oneshot.prune import check_prunable
@@ -162,9 +162,14 @@ def quantization_sensitivity(
                     increases.setdefault(name, {})[each] = found - loss
             finally:
                 result.detach()
-            sizes = {layer.name: oriented_weight(layer.name, layer.module).numel() for layer in result.quantized.layers}
+            sizes = {layer.name: _size(layer) for layer in result.quantized.layers}
     roles = tuple(role for role in ("weights", "inputs", "outputs") if getattr(config.formats(), role) is not None)
     return Sensitivity(loss=loss, increases=increases, weights=sizes, roles=roles)
+
+
+def _size(layer: QuantizedLayer) -> int:
+    """Return the numbers in a layer's weight; attention has none."""
+    return 0 if layer.weights is None else oriented_weight(layer.name, layer.module).numel()
 
 
 def _configs(config: QuantizationConfig, bits: Sequence[int]) -> dict[int, QuantizationConfig]:

@@ -226,10 +226,17 @@ def _fix(where: str, quantizer: Quantizer, given: Mapping[str, Any], weight: Ten
             raise ConfigError(f"apply_calibration_config: {where}: zero_point: allowed: ints from {low} to {high}.")
         zero_point = zero_point.to(torch.int32)
     if isinstance(quantizer, RangeQuantizer):
-        quantizer.fix(scale, zero_point)
+        assert weight is not None
+        found = quantizer.parameters(weight.detach())
+        own = all(_equal(*pair) for pair in zip(found, (scale, zero_point), strict=True))
+        quantizer.fix(scale, zero_point, own=own)
     elif isinstance(quantizer, ObservedQuantizer):
         ends = [None if given[end] is None else _numbers(where, end, given[end], count) for end in ("low", "high")]
         quantizer.fix(scale, zero_point, None if ends[0] is None or ends[1] is None else (ends[0], ends[1]))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a.cpu(), b)
 
 
 def _numbers(where: str, name: str, given: Any, count: int) -> Tensor:
@@ -243,4 +250,7 @@ def _numbers(where: str, name: str, given: Any, count: int) -> Tensor:
             f"apply_calibration_config: {where}: {name}: got {len(given)} numbers, but the tensor has {count} steps. "
             "Is it the model that was calibrated?"
         )
-    return torch.tensor(given, dtype=torch.float32)
+    found = torch.tensor(given, dtype=torch.float32)
+    if not bool(torch.isfinite(found).all()):
+        raise ConfigError(f"apply_calibration_config: {where}: {name}: got a number that float32 does not hold.")
+    return found

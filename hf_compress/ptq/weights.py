@@ -110,7 +110,7 @@ def round_weights(work: Work, facts: Mapping[str, InputFacts]) -> None:
     Raises:
         TargetError: If no layer has a bias to correct, or the inputs of a layer cannot be used.
     """
-    linear = work.linear()
+    linear = work.linear() if work.options.rounding == "gptq" or work.options.bias_correction else {}
     corrected = []
     turns = _by_gptq(work, linear) if work.options.rounding == "gptq" else _to_nearest(work.quantized.layers)
     for layer, before in turns:
@@ -122,7 +122,7 @@ def round_weights(work: Work, facts: Mapping[str, InputFacts]) -> None:
         raise TargetError("calibrate: bias_correction: no quantized linear layer has a bias. Leave it out.")
     left = sum(layer.weights is not None for layer in work.quantized.layers) - sum(corrected)
     if left:
-        work.notes.append(f"bias_correction: {left} layers have no bias, or are convolutions; they stay")
+        work.notes.append(f"bias_correction: {left} layers have no bias, or are no linear layers; they stay")
 
 
 def _correct_bias(work: Work, layer: QuantizedLayer, before: Tensor, facts: InputFacts) -> bool:
@@ -228,7 +228,7 @@ def _to_nearest(layers: Iterable[QuantizedLayer]) -> Iterator[tuple[QuantizedLay
     for layer in layers:
         if isinstance(layer.weights, RangeQuantizer):
             weight = oriented_weight(layer.name, layer.module).detach()
-            layer.weights.fix(*layer.weights.parameters(weight))
+            layer.weights.fix(*layer.weights.parameters(weight), own=True)
             yield layer, weight
 
 
@@ -253,7 +253,7 @@ def _by_gptq(work: Work, linear: Mapping[str, LinearLayer]) -> Iterator[tuple[Qu
             yield weighted[name], before
     others = [layer for name, layer in weighted.items() if name not in chosen]
     if others:
-        work.notes.append(f"gptq: {len(others)} convolutions are rounded to nearest")
+        work.notes.append(f"gptq: {len(others)} weights that are not of linear layers are rounded to nearest")
     yield from _to_nearest(others)
 
 

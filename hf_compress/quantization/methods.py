@@ -228,7 +228,8 @@ class Lsq(Method):
     def activation(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer with one learned step, or with the tensor's own range."""
         if wanted.dynamic:
-            return RangeQuantizer(_grid(wanted), _granularity(wanted), wanted.observer or "min_max")
+            observer = wanted.observer or "min_max"
+            return RangeQuantizer(_grid(wanted), _granularity(wanted), observer, wanted.observer_options)
         return LearnedQuantizer(_grid(wanted), PER_TENSOR, is_weight=False)
 
     def _check(self, role: str, wanted: TensorFormat) -> None:

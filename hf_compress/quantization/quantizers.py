@@ -149,10 +149,18 @@ class RangeQuantizer(Quantizer):
         self.ignores_zeros = self._covers = observer == "min_max"
         self.observer, self.options = observer, dict(options or {})
         self._fixed: tuple[Tensor, Tensor | None] | None = None
+        self.is_own = True
+        """Whether the steps are those of the tensor's range, and not what something else has chosen."""
 
-    def fix(self, scale: Tensor, zero_point: Tensor | None) -> None:
-        """Set steps and zero points of a weight, [blocks] each, for good: its own range no longer counts."""
-        self._fixed = (scale, zero_point)
+    def fix(self, scale: Tensor, zero_point: Tensor | None, *, own: bool = False) -> None:
+        """Set steps and zero points of a weight, [blocks] each: its range is not looked for at every call.
+
+        Args:
+            scale: The steps.
+            zero_point: The zero points; None = 0.
+            own: They are those of the weight's own range, so a weight that loses a part gets others.
+        """
+        self._fixed, self.is_own = (scale, zero_point), own
         self._covers, self.ignores_zeros = False, True
 
     @property
@@ -162,7 +170,7 @@ class RangeQuantizer(Quantizer):
 
     def release(self) -> None:
         """Let the tensor's own range count again."""
-        self._fixed = None
+        self._fixed, self.is_own = None, True
         self.ignores_zeros = self._covers = self.observer == "min_max"
 
     def select(self, blocks: Tensor) -> None:
@@ -279,6 +287,8 @@ class LearnedQuantizer(Quantizer):
         self._is_weight = is_weight
         self.learned: dict[str, Tensor] = {}
         """``"step"`` and ``"offset"``, float32 [blocks], once there is a first value; they get gradients."""
+        self.is_snapped = False
+        """Whether the numbers are those of a zero point now, as an export computes them."""
 
     def initialize(self, source: Tensor | HistogramObserver) -> None:
         """Choose the first values, as in the papers, for a weight or for what an observer has counted."""
@@ -311,6 +321,7 @@ class LearnedQuantizer(Quantizer):
             scale, zero_point = self.parameters()
             assert zero_point is not None
             self.learned["offset"].copy_(-zero_point * scale)
+            self.is_snapped = True
 
     @torch.no_grad()
     def parameters(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -331,7 +342,9 @@ class LearnedQuantizer(Quantizer):
             found = _spread(self.granularity, self.grid.parameters(*extremes(self.granularity.blocks(x))), x)
             return _on_grid(x, self.grid, self.granularity, found, covered=True)
         self._check()
-        per_step = x.numel() // len(self.learned["step"]) if self._is_weight else x.shape[-1]
+        if self.is_snapped:
+            return _on_grid(x, self.grid, self.granularity, _spread(self.granularity, self.parameters(), x))
+        per_step = x.numel() // len(self.learned["step"]) if self._is_weight else _features(x)
         scale = gradient_scale(max(per_step, 1), self.grid)
 
         def on_grid(viewed: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
@@ -346,6 +359,7 @@ class LearnedQuantizer(Quantizer):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from step and offset."""
         self.learned = {n: each.detach().to(torch.float32).clone().requires_grad_() for n, each in state.items()}
+        self.is_snapped = False
         self.ignores_zeros = "offset" not in self.learned  # zero is not on the grid while an offset is trained
 
     def _check(self) -> None:
@@ -354,6 +368,11 @@ class LearnedQuantizer(Quantizer):
                 "quantization: a layer has no learned step yet: nothing came through it in the first step after begin. "
                 "Exclude the layer, or train on data that reaches it."
             )
+
+
+def _features(x: Tensor) -> int:
+    """Return the numbers of one token, or of one image."""
+    return x[0].numel() if x.dim() == 4 else x.shape[-1]
 
 
 def _spread(granularity: Granularity, found: tuple[Tensor | None, ...], x: Tensor) -> Prepared:

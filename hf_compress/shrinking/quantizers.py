@@ -110,7 +110,10 @@ def _select(layer: QuantizedLayer, quantizer: Quantizer, cut: Cut) -> bool:
         granularity.num_blocks(weight.shape)
     except TargetError as error:
         raise ShrinkError(f"shrink: {layer.name!r} cannot stay quantized as it is: {error}") from error
-    if granularity.kind == "channel":
+    if isinstance(quantizer, RangeQuantizer) and quantizer.is_fixed and quantizer.is_own:
+        quantizer.release()  # the weight has lost what may have set its range
+        quantizer.fix(*quantizer.parameters(weight, quantizer.not_there(weight)), own=True)
+    elif granularity.kind == "channel":
         quantizer.select(cut.outputs)
     elif granularity.kind == "group":
         groups = _whole_groups(cut, granularity.size)

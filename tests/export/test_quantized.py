@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 from quantized_models import install_quantizers, on_int8_grid
+from row_numerics import quantize, symmetric_scale
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -17,7 +18,6 @@ from hf_compress.errors import ExportError, TargetError
 from hf_compress.export.quantized import export_quantized
 from hf_compress.instruments.attach import attach
 from hf_compress.instruments.fake_quantize import quantizable_layers
-from hf_compress.quantization.numerics import quantize, symmetric_scale
 
 MODELS = {"uniform": tiny_models.bert, "uneven": uneven_bert, "uneven without biases": uneven_llama}
 both_sizes = pytest.mark.parametrize("make", list(MODELS.values()), ids=list(MODELS))

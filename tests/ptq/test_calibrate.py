@@ -436,7 +436,10 @@ def test_convolutions_are_quantized_and_said_to_be_rounded_to_nearest() -> None:
     settings = {"targets": ["linear", "convolution"], "weights": {"num_bits": 4}, "scheme": "int8_static"}
     result = calibrate(model, data, ptq(**settings, options={"rounding": "gptq"}))
     (convolution,) = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    assert convolution in result.layers and "gptq: 1 convolutions are rounded to nearest" in result.notes
+    assert (
+        convolution in result.layers
+        and "gptq: 1 weights that are not of linear layers are rounded to nearest" in result.notes
+    )
     stored = calibration_config(model)["layers"][convolution]["weights"]
     expected = model.get_submodule(convolution).weight.detach().flatten(1).abs().amax(1) / 7.5
     assert torch.allclose(torch.tensor(stored["scale"]), expected)

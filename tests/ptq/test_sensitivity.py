@@ -143,3 +143,11 @@ def test_what_cannot_be_measured(arguments: Any, error: type[Exception], message
 def test_budgets_that_cannot_be(mean_bits: Any) -> None:
     with pytest.raises(ConfigError, match="allowed: a number >= 2"):
         EXAMPLE.rules(mean_bits)
+
+
+def test_attention_has_no_weights_and_loses_something_all_the_same() -> None:
+    config = QuantizationConfig(method="ptq", scheme="int8_static", weights=False, targets=["attention"])
+    found = quantization_sensitivity(trained("bert"), batches(2), bits=(2,), config=config)
+    assert len(found.increases) == 6
+    assert set(found.weights.values()) == {0}
+    assert any(abs(each[2]) > 1e-4 for each in found.increases.values())

@@ -56,3 +56,23 @@ def test_groups_that_were_cut_get_ranges_of_their_own_again() -> None:
     weight = small.get_submodule(DOWN).weight.detach().reshape(-1, 4)
     expected = torch.maximum(-weight.amin(1), weight.amax(1)) / 7.5
     torch.testing.assert_close(parameters(small, DOWN)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scheme": "int8_weight_only"}, {"weights": {"granularity": "tensor"}, "inputs": False}]
+)
+def test_shrinking_before_and_after_rounding_to_nearest_is_the_same(settings) -> None:
+    """What is removed has no part in the steps, although it had when they were chosen."""
+    model = trained("llama")
+    gone = [1, 5, 40]
+    with torch.no_grad():
+        model.get_submodule(DOWN).weight[:, gone] = 5.0
+        model.get_submodule(UP).weight[gone] = 5.0
+    config = QuantizationConfig(method="ptq", **settings)
+    first = shrunk(model, gone)
+    calibrate(first, None, config)
+    calibrate(model, None, config)
+    after = shrunk(model, gone)
+    for layer in attached_quantizers(first).layers:
+        assert torch.equal(parameters(after, layer.name)[0], parameters(first, layer.name)[0]), layer.name
+    assert parameters(model, DOWN)[0].max() > 5 * parameters(after, DOWN)[0].max()

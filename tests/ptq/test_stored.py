@@ -12,15 +12,19 @@ from oneshot_models import Snapshot, batches, trained
 
 from hf_compress import (
     ConfigError,
+    ExportError,
     QuantizationCallback,
     QuantizationConfig,
     TargetError,
     apply_calibration_config,
     calibrate,
     calibration_config,
+    export_quantized,
     make_example_inputs,
 )
 from hf_compress.graph.capture import main_outputs
+from hf_compress.instruments.fake_quantize import remove_fake_quantizers
+from hf_compress.instruments.quantize import attached_quantizers
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
@@ -190,3 +194,63 @@ def test_unknown_layers_and_files(tmp_path) -> None:
         apply_calibration_config(trained("bert"), tmp_path / "broken.json")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         apply_calibration_config(trained("bert"), str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", {"scheme": "int8_weight_only", "targets": ["linear", "embedding"]}),
+        ("bert", {"scheme": "int8_static", "targets": ["linear", "attention"]}),
+        ("mixtral", {"scheme": "int8_weight_only", "targets": ["linear", "experts"]}),
+    ],
+)
+def test_every_kind_of_layer_goes_there_and_back(name, settings) -> None:
+    model = trained(name) if name == "bert" else getattr(tiny_models, name)().eval()
+    inputs = make_example_inputs(model)
+    fresh = copy.deepcopy(model)
+    calibrate(model, [inputs] if settings["scheme"] == "int8_static" else None, ptq_config(settings))
+    stored = json.loads(json.dumps(calibration_config(model)))
+    apply_calibration_config(fresh, stored)
+    assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
+    assert not torch.equal(outputs(fresh, inputs), outputs(_plain(fresh), inputs))
+
+
+def ptq_config(settings: dict[str, Any]) -> QuantizationConfig:
+    return QuantizationConfig(method="ptq", **settings)
+
+
+def _plain(model: Any) -> Any:
+    duplicate = copy.deepcopy(model)
+    remove_fake_quantizers(duplicate)
+    return duplicate
+
+
+def test_tied_tables_share_one_quantizer_again() -> None:
+    model = tiny_models.gpt2().eval()
+    fresh = copy.deepcopy(model)
+    calibrate(
+        model, None, ptq_config({"scheme": "int8_weight_only", "targets": ["linear", "embedding"], "exclude": ()})
+    )
+    apply_calibration_config(fresh, calibration_config(model))
+    by_name = {layer.name: layer.weights for layer in attached_quantizers(fresh).layers}
+    assert by_name["lm_head"] is by_name["transformer.wte"]
+
+
+def test_numbers_that_are_too_large_are_refused() -> None:
+    model = trained("bert")
+    fresh = copy.deepcopy(model)
+    calibrate(model, None, ptq_config({"scheme": "int8_weight_only"}))
+    stored = calibration_config(model)
+    stored["layers"][QUERY]["weights"]["scale"][0] = 1e300
+    with pytest.raises(ConfigError, match="scale: got a number that float32 does not hold"):
+        apply_calibration_config(fresh, stored)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = trained("bert")
+    with torch.no_grad():
+        model.get_submodule(QUERY).weight[0, 0] = torch.nan
+    with pytest.raises(TargetError, match=r"query\.weight' has entries that are not finite"):
+        calibrate(model, None, ptq_config({}))
+    with pytest.raises(ExportError, match=r"query\.weight' has entries that are not finite"):
+        export_quantized(model, "never")

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_numerics import symmetric_scale
 from torch import Tensor
 
 from hf_compress.errors import ConfigError
 from hf_compress.quantization.grid import EPS, Grid
-from hf_compress.quantization.numerics import symmetric_scale
 
 BITS = range(2, 9)
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
+from row_numerics import EPS, dequantize, fake_quantize, integer_range, quantize, symmetric_scale
 from torch import Tensor
-
-from hf_compress.quantization.numerics import EPS, dequantize, fake_quantize, integer_range, quantize, symmetric_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_numerics import symmetric_scale
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.quantization.granularity import PER_TENSOR, PER_TOKEN, per_channel, per_group
 from hf_compress.quantization.grid import Grid
-from hf_compress.quantization.numerics import symmetric_scale
 from hf_compress.quantization.observers import Ema, HistogramObserver, MinMax, Observer, Percentile
 from hf_compress.registry import observers
 

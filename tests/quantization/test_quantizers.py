@@ -187,3 +187,34 @@ def test_methods_without_integers_have_no_parameters() -> None:
     assert quantizer.num_bits == 4
     with pytest.raises(TargetError, match="no integer grid"):
         quantizer.parameters(normal(2, 2))
+
+
+def test_a_dynamic_input_beside_learned_weights_has_its_observers_options() -> None:
+    x = normal(4, 1000)
+
+    def step(percentile: float) -> float:
+        wanted = TensorFormat(dynamic=True, observer="percentile", observer_options={"percentile": percentile})
+        return float(method("lsq").activation(wanted).parameters(x)[0])
+
+    assert step(60) < 0.5 * step(99.9)
+
+
+def test_a_snapped_quantizer_computes_what_is_stored() -> None:
+    quantizer = method("lsq_plus").activation(TensorFormat(num_bits=8, symmetric=False))
+    quantizer.load({"step": torch.tensor([0.1]), "offset": torch.tensor([3.17])})
+    quantizer.snap()
+    x = normal(50, 50) * 5
+    scale, zero_point = quantizer.parameters()
+    stored = ((x.mul(1 / scale).round() + zero_point).clamp(-128, 127) - zero_point) * scale
+    assert torch.equal(on_grid(quantizer, x), stored)
+
+
+def test_an_image_has_as_many_features_as_numbers() -> None:
+    image = normal(2, 3, 4, 4)
+    quantizer = method("lsq").activation(TensorFormat(num_bits=4))
+    gradients = []
+    for x in (image, image.reshape(2, 48)):
+        quantizer.load({"step": torch.tensor([0.3])})
+        on_grid(quantizer, x).sum().backward()
+        gradients.append(quantizer.learned["step"].grad.item())
+    assert gradients[0] == pytest.approx(gradients[1])

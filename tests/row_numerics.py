@@ -1,4 +1,4 @@
-"""Symmetric integer quantization with one step per row: the numbers of scheme ``int8_dynamic``.
+"""Symmetric integers with one step per row, as scheme int8_dynamic has them, in a few lines for tests.
 
 Rounding, clamping and the scale's formula are those of torchao's ``Int8Tensor``, operation by operation, so that
 what is simulated in training is bit for bit what the integer kernel is given. The general form, with zero points and
