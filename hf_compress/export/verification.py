@@ -31,7 +31,7 @@ whole step, and ranges that are computed at every call move. Such differences st
 changes, or below this, relative (rms)."""
 
 SHARE = 0.3
-"""Of what quantization changes, where all ranges are fixed; if inputs were not rounded at all, it would be all of it."""
+"""Of what quantization changes, where all ranges are fixed. Inputs that are not rounded would differ by all of it."""
 
 REMEDY = "The target folder was not touched. To write it without this check, pass verify=False."
 
