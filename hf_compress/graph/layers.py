@@ -86,7 +86,7 @@ def _removable(
         kept = [k for k in range(count) if k != i]
         reasons[i] = _misfits(full, name, kept, find_shallower(full, {name: kept}), provides)
     fixed = tuple(i for i, reason in reasons.items() if reason is not None)
-    return reasons[0] if len(fixed) == count else None, fixed, handed_on
+    return reasons[0] if len(fixed) == count else None, fixed, () if 0 in fixed else handed_on
 
 
 def _gained(before: nn.Module, after: nn.Module) -> list[str]:
