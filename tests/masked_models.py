@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.graph.capture import main_outputs
-from hf_compress.graph.groups import DimensionGroup
+from hf_compress.graph.groups import DimensionGroup, within
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.instruments.gate import Gate
 from hf_compress.instruments.layer import LayerGates
-from hf_compress.shrinking.depth import moving_parameters, renamed
+from hf_compress.shrinking.depth import renamed
 
 Masks = dict[str, Tensor]
 
@@ -63,12 +63,15 @@ def remaining_parameters(model: PreTrainedModel, groups: Iterable[DimensionGroup
     """Return how many weights belong to no masked unit, by marking the masked positions of every parameter."""
     left = {name: torch.ones(parameter.shape, dtype=torch.bool) for name, parameter in model.named_parameters()}
     kept = kept_layers(groups, masks)
-    moving = moving_parameters(model, kept)
+    moving: set[str] = set()
     for group in groups:
+        moving |= set(group.handed_on)
         gone = ~masks.get(group.name, torch.ones(group.num_units, dtype=torch.bool))
         for part in group.slices:
             left[part.parameter].index_fill_(part.dim, part.index[gone].flatten(), False)
-    return sum(int(part.sum()) for name, part in left.items() if name in moving or renamed(name, kept) is not None)
+    return sum(
+        int(part.sum()) for name, part in left.items() if within(name, moving) or renamed(name, kept) is not None
+    )
 
 
 def kept_layers(groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> dict[str, list[int]]:

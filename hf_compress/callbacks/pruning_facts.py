@@ -37,9 +37,11 @@ def left(costs: Costs, masks: Mapping[str, Tensor]) -> dict[str, float]:
         masks: Of its dimension groups.
     """
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    lists = ((layers, masks[name]) for name, layers in costs.layers.items() if name in masks)
+    gone = {layer for layers, mask in lists for layer, stays in zip(layers, mask.tolist(), strict=True) if not stays}
     return {
-        "parameters": costs.parameters(kept),
-        "flops_kept": round(costs.flops(kept) / max(costs.flops({}), 1), 4),
+        "parameters": costs.parameters(kept, gone),
+        "flops_kept": round(costs.flops(kept, gone) / max(costs.flops({}), 1), 4),
     }
 
 

@@ -1,7 +1,9 @@
 """What a model would cost with fewer units: parameters and operations, computed from the recorded forward pass."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -9,6 +11,7 @@ from torch import fx, nn
 from hf_compress.graph.analysis import Analysis
 from hf_compress.graph.capture import Capture
 from hf_compress.graph.dims import Dim
+from hf_compress.graph.groups import DimensionGroup, within
 from hf_compress.graph.op_rules import Operand
 from hf_compress.graph.solve import new_size
 
@@ -16,36 +19,64 @@ Product = Sequence[Dim]
 """Dimensions whose sizes, multiplied, give a number of multiplications."""
 
 
+@dataclass(frozen=True)
+class _Term:
+    """One parameter or one product: as much as its dimensions' sizes, multiplied."""
+
+    owners: tuple[str, ...]
+    """Names of the parameter, or of the module that computes the product. It goes when all of them go."""
+
+    dims: Product
+
+
 class Costs:
     """Parameters and floating-point operations as functions of the numbers of kept units.
 
-    Exact for every group that has slices: heads, ffn, hidden, head_dim, experts, other. Nothing is run.
+    Exact for every group: heads, ffn, hidden, head_dim, experts, other, and layers. Nothing is run.
 
     Args:
         model: The analyzed model.
         analysis: What was found about its dimensions.
         recorded: The forward pass whose operations are counted.
         atoms: Group name -> its dimension.
+        layers: The groups of layers.
     """
 
-    def __init__(self, model: nn.Module, analysis: Analysis, recorded: Capture, atoms: Mapping[str, Dim]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        analysis: Analysis,
+        recorded: Capture,
+        atoms: Mapping[str, Dim],
+        layers: Sequence[DimensionGroup] = (),
+    ) -> None:
         self._atoms = dict(atoms)
+        self.layers = {group.name: group.modules for group in layers}
+        """Group name -> names of the layers' modules."""
+
+        self._handed_on = {name for group in layers for name in group.handed_on}
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
         self._parameters = [
-            analysis.parameters[name] if name in analysis.parameters else [Dim(size) for size in parameter.shape]
+            _Term(
+                tuple(names[id(parameter)]),
+                analysis.parameters[name] if name in analysis.parameters else [Dim(size) for size in parameter.shape],
+            )
             for name, parameter in model.named_parameters()
         ]
         self._products = _products(recorded, analysis.operands)
 
-    def parameters(self, kept: Mapping[str, int]) -> int:
+    def parameters(self, kept: Mapping[str, int], without: Collection[str] = ()) -> int:
         """Return the number of parameters.
 
         Args:
             kept: Units that stay, by group name; other groups stay whole.
+            without: Names of the modules of layers that go.
         """
-        sizes = self._sizes(kept)
-        return sum(math.prod(new_size(dim, sizes) for dim in dims) for dims in self._parameters)
+        return self._sum(self._parameters, kept, without)
 
-    def flops(self, kept: Mapping[str, int]) -> int:
+    def flops(self, kept: Mapping[str, int], without: Collection[str] = ()) -> int:
         """Return the floating-point operations of one forward pass on the recorded inputs.
 
         Matrix products, attention and convolutions count, two operations for each multiplication, as in
@@ -53,16 +84,22 @@ class Costs:
 
         Args:
             kept: Units that stay, by group name; other groups stay whole.
+            without: Names of the modules of layers that go.
         """
-        sizes = self._sizes(kept)
-        return 2 * sum(math.prod(new_size(dim, sizes) for dim in dims) for dims in self._products)
+        return 2 * self._sum(self._products, kept, without)
 
-    def _sizes(self, kept: Mapping[str, int]) -> dict[Dim, int]:
-        return {self._atoms[name]: count for name, count in kept.items() if name in self._atoms}
+    def _sum(self, terms: Iterable[_Term], kept: Mapping[str, int], without: Collection[str]) -> int:
+        sizes = {self._atoms[name]: count for name, count in kept.items() if name in self._atoms}
+        staying = (term for term in terms if not without or any(self._stays(name, without) for name in term.owners))
+        return sum(math.prod(new_size(dim, sizes) for dim in term.dims) for term in staying)
+
+    def _stays(self, name: str, without: Collection[str]) -> bool:
+        """Whether a parameter or module is left; what the first layer hands on (T5's position bias) always is."""
+        return within(name, self._handed_on) or not within(name, without)
 
 
-def _products(recorded: Capture, operands: Mapping[fx.Node, Operand]) -> list[Product]:
-    found: list[Product] = []
+def _products(recorded: Capture, operands: Mapping[fx.Node, Operand]) -> list[_Term]:
+    found: list[_Term] = []
     for node in recorded.graph.nodes:
         if node.op != "call_function":
             continue
@@ -70,7 +107,7 @@ def _products(recorded: Capture, operands: Mapping[fx.Node, Operand]) -> list[Pr
         if count is not None:
             dims = [operands[arg].dims if isinstance(arg, fx.Node) and arg in operands else [] for arg in node.args]
             result = operands[node].dims if node in operands else []
-            found += count(dims, result)
+            found += [_Term((node.meta["module"],), product) for product in count(dims, result)]
     return found
 
 

@@ -1,6 +1,6 @@
 """Dimension groups: every set of parameter slices that must be removed together, and which of them may be."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,9 @@ class DimensionGroup:
     modules: tuple[str, ...] = ()
     """For layers: the module of each unit."""
 
+    handed_on: tuple[str, ...] = ()
+    """For layers: modules of the first one that the next takes over when it becomes the first (T5's position bias)."""
+
     buffers: tuple[ParameterSlice, ...] = ()
     """Buffers that are sliced along."""
 
@@ -148,6 +151,12 @@ class DimensionGroups(list[DimensionGroup]):
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
         )
+
+
+def within(name: str, modules: Collection[str]) -> bool:
+    """Whether a parameter or module is one of some modules, or inside of one."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in modules for length in range(1, len(parts) + 1))
 
 
 def unit_of_position(part: ParameterSlice, size: int) -> Tensor:

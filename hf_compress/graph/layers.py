@@ -38,15 +38,17 @@ def layer_groups(model: nn.Module, recorded: Capture) -> list[DimensionGroup]:
             continue
         reason = chain.reason()
         fixed: tuple[int, ...] = ()
+        handed_on: tuple[str, ...] = ()
         if reason is None:
             provides = chain.second_result(chain.calls[0]) is not None
-            reason, fixed = _removable(model, name, len(names), provides=provides)
+            reason, fixed, handed_on = _removable(model, name, len(names), provides=provides)
         groups.append(
             DimensionGroup(
                 kind="layers",
                 name=f"{name}.layers" if not name.endswith("layers") else name,
                 num_units=len(names),
                 modules=tuple(names),
+                handed_on=tuple(f"{names[0]}.{inner}" for inner in handed_on),
                 frozen=reason,
                 fixed_units=fixed,
                 parameters_per_unit=max(sizes),
@@ -55,8 +57,10 @@ def layer_groups(model: nn.Module, recorded: Capture) -> list[DimensionGroup]:
     return groups
 
 
-def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tuple[str | None, tuple[int, ...]]:
-    """Return why no layer can go (or None), and the layers that must stay.
+def _removable(
+    model: nn.Module, name: str, count: int, *, provides: bool
+) -> tuple[str | None, tuple[int, ...], tuple[str, ...]]:
+    """Return why no layer can go (or None), the layers that must stay, and what the first hands on if it goes.
 
     Args:
         model: The model.
@@ -65,33 +69,30 @@ def _removable(model: nn.Module, name: str, count: int, *, provides: bool) -> tu
         provides: Whether the first layer makes something for all others; it can go only if the next one then does.
     """
     if not isinstance(model, PreTrainedModel):
-        return "the model has no config that could say how many layers there are", ()
+        return "the model has no config that could say how many layers there are", (), ()
     # As the architecture builds it: forward passes may have changed integers of the model at hand (Swin's windows).
     full = build_empty(type(model), model.config)
     without_first = find_shallower(full, {name: range(1, count)}) if full is not None else None
     if full is None or without_first is None:
-        return f"no field of {type(model.config).__name__} says that {name} has fewer layers", ()
+        return f"no field of {type(model.config).__name__} says that {name} has fewer layers", (), ()
+    second, first = full.get_submodule(f"{name}.1"), without_first.model.get_submodule(f"{name}.0")
+    handed_on = tuple(_gained(second, first)) if provides else ()
     ends = (range(1, count), without_first), (range(count - 1), find_shallower(full, {name: range(count - 1)}))
     if all(_misfits(full, name, kept, shallower, provides) is None for kept, shallower in ends):
-        return None, (0,) if provides and not _takes_over(full, name, without_first) else ()
+        return None, (0,) if provides and not handed_on else (), handed_on
     # Layers differ from place to place: each has to be tried.
     reasons = {}
     for i in range(count):
         kept = [k for k in range(count) if k != i]
         reasons[i] = _misfits(full, name, kept, find_shallower(full, {name: kept}), provides)
     fixed = tuple(i for i, reason in reasons.items() if reason is not None)
-    return reasons[0] if len(fixed) == count else None, fixed
+    return reasons[0] if len(fixed) == count else None, fixed, () if 0 in fixed else handed_on
 
 
-def _takes_over(model: PreTrainedModel, name: str, shallower: Shallower) -> bool:
-    """Whether the second layer gets a module that it lacks when it becomes the first."""
-    return _gained(model.get_submodule(f"{name}.1"), shallower.model.get_submodule(f"{name}.0")) is not None
-
-
-def _gained(before: nn.Module, after: nn.Module) -> str | None:
-    """Return a module inside of ``after`` that ``before`` lacks, or None."""
+def _gained(before: nn.Module, after: nn.Module) -> list[str]:
+    """Return the modules inside of ``after`` that ``before`` lacks."""
     present = {inner for inner, _ in before.named_modules()}
-    return next((inner for inner, _ in after.named_modules() if inner not in present), None)
+    return [inner for inner, _ in after.named_modules() if inner not in present]
 
 
 def _misfits(
@@ -106,8 +107,8 @@ def _misfits(
         if reason is not None:
             return reason
         gained = _gained(before, after)
-        if gained is not None and not (provides and place == 0):  # a cross-attention in every other layer
-            return f"layer {index} lacks {gained!r}, which a layer at place {place} has"
+        if gained and not (provides and place == 0):  # a cross-attention in every other layer
+            return f"layer {index} lacks {gained[0]!r}, which a layer at place {place} has"
     return None
 
 

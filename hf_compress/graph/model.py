@@ -64,13 +64,14 @@ class ModelGraph:
         self._atoms = {group.name: atom for atom, group in self._by_atom.items()}
         self._check_sizes()
         groups = with_unread(model, self.analysis.parameters, list(self._by_atom.values()))
-        groups = with_multiples(model, groups) + layer_groups(model, recorded[0])
+        layers = layer_groups(model, recorded[0])
+        groups = with_multiples(model, groups) + layers
         self.groups = DimensionGroups(
             sorted(groups, key=lambda group: KINDS.index(group.kind)),
             called=(call.module for each in recorded for call in each.calls),
             matrices=matrices(model, recorded),
         )
-        self.costs = Costs(model, self.analysis, recorded[0], self._atoms)
+        self.costs = Costs(model, self.analysis, recorded[0], self._atoms, layers)
 
     def attributes_after(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
         """Return the attributes that must change, with their new values.

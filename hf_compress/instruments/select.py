@@ -54,13 +54,15 @@ def select(model: PreTrainedModel, groups: DimensionGroups, config: PruningConfi
     candidates = [(group.kind, group.name) for group in groups] + [(WEIGHTS, name) for name in weights]
     left = [(kind, name) for kind, name in candidates if not _matches(config.exclude, kind, name)]
     by_name = {group.name: group for group in groups}
-    found = []
+    found: list[Selection] = []
     for number, (rule, part) in enumerate(parts):
         covered = {kind: _covered(kind, left, rule) for kind in part.structures}
+        # Rules may cover all there is of a kind; then the config around them is for none of it.
         inherited = rule is not None and rule.structures is None and any(covered.values())
+        ruled = {each.kind for each in found} if rule is None else set()
         for kind, mine in covered.items():
             left = [(each, name) for each, name in left if each != kind or name not in mine]
-            if not mine and not inherited:
+            if not mine and not inherited and kind not in ruled:
                 has = {group.kind for group in groups if group.frozen is None and (group.kind, group.name) in left}
                 raise TargetError(_nothing(kind, has | ({WEIGHTS} if weights else set()), number, rule))
             name = kind if rule is None else f"{kind}_rule{number}"

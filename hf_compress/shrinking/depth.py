@@ -100,26 +100,6 @@ def _value(model: nn.Module | None, attribute: Attribute) -> int | None:
         return None
 
 
-def moving_parameters(model: nn.Module, kept: Kept) -> set[str]:
-    """Return the parameters of removed layers that a layer which stays takes over (T5's position bias)."""
-    if not kept or not isinstance(model, PreTrainedModel):
-        return set()
-    full = build_empty(type(model), model.config)
-    shallower = find_shallower(full, kept) if full is not None else None
-    found: set[str] = set()
-    if full is None or shallower is None:
-        return found
-    for name, positions in kept.items():
-        layers: Any = full.get_submodule(name)
-        has = [{inner for inner, _ in layer.named_parameters()} for layer in layers]
-        removed = [i for i in range(len(layers)) if i not in positions]
-        for place, index in enumerate(positions):
-            wanted = {inner for inner, _ in shallower.model.get_submodule(f"{name}.{place}").named_parameters()}
-            for inner in wanted - has[index]:
-                found |= {f"{name}.{i}.{inner}" for i in removed if inner in has[i]}
-    return found
-
-
 def _move_up(model: nn.Module, full: nn.Module, shallow: nn.Module, name: str, positions: Sequence[int]) -> None:
     layers: Any = model.get_submodule(name)
     old = list(layers.children())

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import ShrinkError
 from hf_compress.graph.accept import check_model
-from hf_compress.graph.groups import DimensionGroup, ParameterSlice
+from hf_compress.graph.groups import DimensionGroup, ParameterSlice, within
 from hf_compress.graph.model import ModelGraph
-from hf_compress.shrinking.depth import inherited_integers, moving_parameters, renamed
+from hf_compress.shrinking.depth import inherited_integers, renamed
 from hf_compress.shrinking.masks import unit_masks
 from hf_compress.shrinking.sizes import METHOD, stored_sizes
 
@@ -323,8 +323,8 @@ def _build(model: nn.Module, groups: Mapping[str, DimensionGroup], plans: dict[s
     }
     blocks = [block for name, plan in plans.items() if (block := groups[name].block) is not None and not plan.kept]
     before = sum(p.numel() for p in model.parameters())
-    moving = moving_parameters(model, layers)
-    staying = ((n, p) for n, p in model.named_parameters() if n in moving or renamed(n, layers) is not None)
+    moving = {module for group in groups.values() for module in group.handed_on}
+    staying = ((n, p) for n, p in model.named_parameters() if within(n, moving) or renamed(n, layers) is not None)
     after = sum(_kept_numel(parameter, keep.get(name, {})) for name, parameter in staying)
     return ShrinkPlan(
         model_class=type(model).__name__,

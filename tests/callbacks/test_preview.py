@@ -23,7 +23,9 @@ from hf_compress import (
     ShrinkError,
     TargetError,
     TrainingError,
+    make_example_inputs,
     preview,
+    profile,
     shrink,
 )
 from hf_compress.callbacks.preview import Previewable
@@ -69,6 +71,31 @@ def test_it_says_what_then_happens(trainer: Any) -> None:
     assert quantization["begins at step"] == 3
     assert quantization["bytes as integers"] < quantization["bytes of these weights"] / 3
     assert told.sections["distillation"]["logits loss of the first batch"] > 0
+
+
+@pytest.mark.parametrize("structures", [{"layers": 0.5}, {"layers": 0.5, "heads": 0.5, "ffn": 0.5}])
+def test_layers_that_go_are_counted(
+    structures: Any, tiny_bert: Any, classification_data: Any, make_trainer: Any
+) -> None:
+    """In the preview and in logs; what else is pruned in a layer that goes counts once."""
+    model = tiny_bert(num_hidden_layers=4)
+    callback = PruningCallback(PruningConfig(structures=structures, criterion="l2", begin=0, end=2))
+    logs = {"logging_strategy": "steps", "logging_steps": 1}
+    trainer = make_trainer(model, classification_data(16), [callback], max_steps=3, **logs)
+    inputs = make_example_inputs(model)
+    dense = profile(model, inputs, latency=False)
+
+    def check(parameters: float, flops_kept: float, small: Any) -> None:
+        found = profile(small, inputs, latency=False)
+        assert parameters == found.parameters < dense.parameters
+        assert flops_kept == pytest.approx(found.flops / dense.flops, abs=1e-4)
+
+    facts = preview(trainer).sections["pruning"]
+    check(facts["parameters after shrink"], facts["operations kept"], shrink(model, callback.trial))
+    with pytest.warns(UserWarning, match="gates stay on the model"):
+        trainer.train()
+    log = [entry for entry in trainer.state.log_history if "parameters" in entry][-1]
+    check(log["parameters"], log["flops_kept"], shrink(trainer))
 
 
 def test_it_prints_and_is_plain_data(trainer: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from masked_models import random_masks
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -107,13 +108,7 @@ def trained(architecture: str, method: str, formats: str, folder: Path) -> PreTr
 
 def masks_of(model: PreTrainedModel, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     groups = {g.name: g for g in dimension_groups(model) if g.kind == kind and g.frozen is None}
-    masks = {}
-    for name, group in groups.items():
-        mask = torch.rand(group.num_units, generator=torch.Generator().manual_seed(len(name))) < 0.6
-        mask[: max(group.min_units, 1)] = True
-        mask[-1] = False
-        masks[name] = mask
-    return groups, masks
+    return groups, random_masks(groups.values(), seed=0, lose=True)
 
 
 def slow_unless(quick: bool, *values: str) -> Any:

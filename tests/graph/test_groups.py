@@ -5,6 +5,7 @@ import tiny_models
 import torch
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
+from zoo import ALL
 
 from hf_compress import GraphError, dimension_groups
 from hf_compress.graph.groups import unit_of_position
@@ -167,3 +168,19 @@ def test_unit_of_position_inverts_the_index() -> None:
     part = next(s for s in group.slices if "c_attn.weight" in s.parameter)
     owner = unit_of_position(part, 96)
     assert all(owner[position] == unit for unit, row in enumerate(part.index.tolist()) for position in row)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("t5", ["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"] * 2),
+        # The second layer has experts, so it cannot become the first, and nothing is handed on.
+        ("switch_transformers", []),
+        ("bert", []),
+    ],
+)
+def test_what_the_first_layer_hands_on(name: str, expected: list[str]) -> None:
+    """Where the first layer may go, the next one takes over what it makes for all."""
+    groups = [group for group in dimension_groups(ALL[name]()) if group.kind == "layers"]
+    found = [inner.replace("decoder", "encoder") for group in groups for inner in group.handed_on]
+    assert found == expected

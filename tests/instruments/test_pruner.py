@@ -173,12 +173,34 @@ def test_rules_are_for_parts_of_the_model() -> None:
         assert achieved_sparsity({name: pruner.masks[name] for name in pool.layers}) == pool.sparsity
 
 
+def test_rules_may_cover_the_whole_model() -> None:
+    """Then what the config around them says is for no group."""
+    model = tiny_models.bert()
+    rules = (
+        PruningRule(match=(r"layer\.0\.",), criterion="l1"),
+        PruningRule(match=(r"layer\.1\.",), criterion="l2", structures={"ffn": 0.25}),
+    )
+    pruner = pruner_of(model, structures={"ffn": 0.5}, rules=rules)
+    train(model, pruner)
+    first, second = (f"bert.encoder.layer.{i}.ffn" for i in (0, 1))
+    assert {pool.name: list(pool.layers) for pool in pruner.pools} == {"ffn_rule0": [first], "ffn_rule1": [second]}
+    assert [pool.config.criterion for pool in pruner.pools] == ["l1", "l2"]
+    assert (int(pruner.masks[first].sum()), int(pruner.masks[second].sum())) == (22, 33)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"structures": {"experts": 0.5}, "criterion": "l2"}, "the model has no 'experts' to prune"),
         ({"structures": {"ffn": 0.5}, "rules": ({"match": ["nowhere"], "min_units": 2},)}, "rules.0..match: 'nowhere'"),
-        ({"structures": {"ffn": 0.5}, "rules": ({"match": ["layer"], "min_units": 2},)}, "the model has no 'ffn' to"),
+        (
+            {
+                "structures": {"ffn": 0.5, "experts": 0.5},
+                "criterion": "l2",
+                "rules": ({"match": ["layer"], "min_units": 2},),
+            },
+            "the model has no 'experts' to",
+        ),
         ({"structures": {"weights": 0.25}, "granularity": "3:4", "criterion": "l2"}, "no multiple of 4"),
     ],
 )

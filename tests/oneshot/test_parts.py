@@ -262,6 +262,22 @@ def test_parts_with_criteria_of_their_own_are_pruned_in_the_order_of_the_rules()
     assert set(result.changed) == {*alone.changed, *then.changed}
 
 
+def test_rules_may_cover_the_whole_model() -> None:
+    rules = (
+        PruningRule(match=(r"layer\.0\.",), criterion="l1"),
+        PruningRule(match=(r"layer\.1\.",), criterion="l2"),
+    )
+    config = PruningConfig(structures={"ffn": 0.5}, rules=rules)
+    result = prune(trained("bert"), batches(1), config)
+    alone = {
+        "l1": prune(trained("bert"), batches(1), structures={"ffn": 0.5}, criterion="l1", exclude=[r"layer\.1\."]),
+        "l2": prune(trained("bert"), batches(1), structures={"ffn": 0.5}, criterion="l2", exclude=[r"layer\.0\."]),
+    }
+    expected = alone["l1"].masks | alone["l2"].masks
+    assert len(expected) == 2 and result.masks.keys() == expected.keys()
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.items())
+
+
 def test_a_rule_that_fails_undoes_what_those_before_it_did() -> None:
     model = trained("bert")
     before = oneshot_models.Snapshot(model)
