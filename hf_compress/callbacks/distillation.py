@@ -176,7 +176,7 @@ class DistillationCallback(CompressionCallback):
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if self._mixer is not None:
-            self._mixer.teacher.check()  # what it has spoiled should not be saved
+            self._mixer.check()  # what it has spoiled should not be saved
         features = self._mixer.features if self._mixer is not None else None
         return features.projections.state() if features is not None else {}, {"teacher": self._teacher_digest}
 

@@ -64,6 +64,8 @@ class Mixer:
         self.gradients: Tensor | None = None
         """Sum of the magnitudes of the gradients that have arrived in the first step."""
         self.was_checked = False
+        self._unanswered: Tensor | None = None
+        """How many positions counted of which the teacher says nothing."""
         self.sums: dict[str, Tensor] = {}
         """By name, losses since the last log, scaled as the Trainer scales the loss."""
 
@@ -93,7 +95,7 @@ class Mixer:
             if not self.mixes_in and computes_as_usual(self.run.trainer):
                 _task_loss(model, outputs)
             found = self.losses(outputs, inputs, labels, shift, None, taken)
-        self.teacher.check()
+        self.check()
         if self.features is not None:
             self.features.forget_masks()
         return found
@@ -125,9 +127,9 @@ class Mixer:
         if self.mixes_in:
             self.inputs, self.taken = _keywords(args, kwargs), taken
             return None
-        return self.mix_outputs(module, args, kwargs, outputs, taken)
+        return self._mix_outputs(module, args, kwargs, outputs, taken)
 
-    def mix_outputs(
+    def _mix_outputs(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any, taken: Features | None
     ) -> Any:
         """Replace ``outputs.loss``."""
@@ -166,7 +168,7 @@ class Mixer:
 
     def averages(self) -> dict[str, float]:
         """Return the losses per optimizer step since the last call, over all ranks."""
-        self.teacher.check()
+        self.check()
         if not self.sums:
             return {}
         means = all_reduce_mean(torch.stack(list(self.sums.values()))) / max(self.num_steps, 1)
@@ -185,9 +187,28 @@ class Mixer:
                 "probably overridden; make it use outputs.loss."
             )
         self.was_checked = True
+        self._check_answered()
         self.teacher.end_step()
         self.num_computed = self.num_used = 0
         self.num_steps += 1
+
+    def check(self) -> None:
+        """Check all that was put off; waits for the device.
+
+        Raises:
+            TrainingError: If something went wrong since the last time.
+        """
+        self._check_answered()
+        self.teacher.check()
+
+    def _check_answered(self) -> None:
+        missing, self._unanswered = self._unanswered, None
+        if missing is not None and int(missing):
+            raise TrainingError(
+                f"distillation: labels count at {int(missing)} positions that attention_mask leaves out, of which the "
+                "cache holds no answers. Set labels to -100 at padding and, where padding comes before a text, at its "
+                "first token, which padding would predict; or use the live teacher."
+            )
 
     def losses(
         self,
@@ -212,7 +233,11 @@ class Mixer:
         counted = self.head.counted(own, inputs, labels, shift)
         lesson = self.teacher.teach(inputs, self.head, labels)
         if lesson.known is not None:
-            counted = counted & lesson.known.to(counted.device)
+            known = lesson.known.to(counted.device)
+            # A position left out in silence would still be in the count, and the loss too small.
+            missing = (counted & ~known).sum()
+            self._unanswered = missing if self._unanswered is None else self._unanswered + missing
+            counted = counted & known
         count = num_items if self.per_item and num_items is not None else counted.sum().clamp(min=1)
         found = {}
         if self.config.loss is not None and lesson.logits is not None:
