@@ -30,6 +30,7 @@ from hf_compress.distillation.positions import check_same_shape
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
 from hf_compress.instruments.features import Features, FeatureTap
+from hf_compress.teachers.inputs import in_precision_of
 from hf_compress.teachers.outputs import SparseLogits
 
 logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
@@ -138,7 +139,7 @@ class LiveTeacher:
         if given - self._inputs_checked:
             check_inputs(self.plain, self.student, {name: inputs[name] for name in given})
             self._inputs_checked = given
-        taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain.device)
+        taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain)
         features: tuple[Features, ...] = ()
         with torch.no_grad(), self.trainer.accelerator.autocast():
             if self._tap is None:
@@ -336,9 +337,10 @@ def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: 
         ) from error
 
 
-def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return inputs with all tensors on a device."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+def moved(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Return inputs with all tensors on a model's device, images and sounds in its precision if that is half."""
+    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return in_precision_of(model, placed)
 
 
 @contextmanager
