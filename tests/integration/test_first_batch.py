@@ -10,7 +10,13 @@ from features_by_hand import config, examples, models
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from training_runs import NO_DROPOUT, Recorder, StopAt, same
-from transformers import Trainer
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+)
 
 from hf_compress import (
     ConfigError,
@@ -178,3 +184,28 @@ def test_the_student_as_it_is_teaches_nothing_unless_training_changes_it(make_tr
         trainer = make_trainer(student, data, [DistillationCallback(settings, "unmasked"), *callbacks], max_steps=1)
         trainer.train()
         assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "distilbert"])
+def test_dropout_that_only_the_config_has_changes_nothing(make_trainer: Any, kind: str) -> None:
+    """Configs keep rates that models have been freed of, and of heads that they have not."""
+    student = dropping(kind)
+    data = [{**each, "labels": each["input_ids"]} if kind == "gpt2" else each for each in examples("bert")]
+    args = {"max_steps": 1, "per_device_train_batch_size": 2}
+    callback = DistillationCallback(DistillationConfig(), "unmasked")
+    make_trainer(copy.deepcopy(student), data, [callback], **args).train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with pytest.raises(ConfigError, match="teacher='unmasked', but no callback masks or quantizes, and there is no"):
+        make_trainer(student, data, [DistillationCallback(DistillationConfig(), "unmasked")], **args).train()
+
+
+def dropping(kind: str) -> Any:
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 97, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
+    if kind == "distilbert":
+        sizes = {"dim": 32, "hidden_dim": 44, "n_layers": 1, "n_heads": 4, "vocab_size": 97, "num_labels": 3}
+        return DistilBertForSequenceClassification(DistilBertConfig(**sizes))
+    return models("bert", hidden_dropout_prob=0.1, num_hidden_layers=1)[0]
