@@ -17,11 +17,11 @@ from hf_compress.callbacks.ramps import value_at
 from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import DistillationConfig
+from hf_compress.distillation.losses import loss_of_logits
 from hf_compress.distillation.positions import check_same_shape
 from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.features import Features
-from hf_compress.registry import distillation_losses
 from hf_compress.teachers.inputs import IGNORED_LABEL
 from hf_compress.teachers.outputs import SparseLogits
 
@@ -277,7 +277,7 @@ class Mixer:
             check_same_shape(own, theirs)
             theirs = theirs.to(own.device)
             if own.dim() == 2:
-                return torch.where(counted, distillation_losses.get(name)(own, theirs, temperature), 0.0).sum()
+                return torch.where(counted, loss_of_logits(name, own, theirs, temperature), 0.0).sum()
         # Indexing with bool tensors would wait for the device twice to learn how many there are.
         chosen = counted.flatten().nonzero().squeeze(1)
         picked = own.flatten(0, -2)[chosen]
@@ -290,8 +290,7 @@ class Mixer:
                 )
             indices, values = (each.flatten(0, -2)[chosen] for each in (theirs.indices, theirs.values))
             return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
-        total: Tensor = distillation_losses.get(name)(picked, theirs.flatten(0, -2)[chosen], temperature).sum()
-        return total
+        return loss_of_logits(name, picked, theirs.flatten(0, -2)[chosen], temperature).sum()
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         # A tensor of its own even if there is one loss: that may be differentiated while this one's gradient arrives.
