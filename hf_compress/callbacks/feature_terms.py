@@ -245,9 +245,24 @@ class FeatureTerm:
                 f"unequal numbers of positions, {sorted(lengths)}. Pair layers of equal ones, or use another loss."
             )
 
+    def _check_widths(self, stack: str, pairs: Pairs, theirs: Layers) -> None:
+        """Check that each layer of the student has one width to be brought to."""
+        widths: dict[int, set[int]] = {}
+        for i, j in pairs:
+            if (other := theirs[j]) is not None:
+                widths.setdefault(i, set()).add(other.shape[-1])
+        for i, found in widths.items():
+            if len(found) > 1:
+                raise TrainingError(
+                    f"distillation: {self.name!r} may pair layer {i} of the student's {stack} with layers of the "
+                    f"teacher that are {sorted(found)} wide, and a layer is projected to one width. Give candidates as "
+                    "{student: [teacher, ...]} of equal width for each, or use a loss that compares any widths."
+                )
+
     def _fit(
         self, stack: str, kind: str, pairs: Pairs, own: Layers, theirs: Layers, inputs: Mapping[str, Any], number: int
     ) -> None:
+        self._check_widths(stack, pairs, theirs)
         mask_of, usual = self._masks(stack, inputs), self._fixed_pairs(len(own), len(theirs))
         start = dict(reversed(pairs)) | {i: j for i, j in usual if (i, j) in pairs}
         for i, j in sorted(start.items()):
