@@ -105,7 +105,7 @@ class Mixer:
         if not _is_training(module):
             return None
         if self.features is not None:
-            if not self.features.is_ready:
+            if not self.features.is_ready and not self.mixes_in:  # those wait for the labels
                 self.rehearse(_keywords(args, kwargs))
             kwargs = self.features.tap.prepare(kwargs)
         if self.mixes_in or self.per_item is not None or kwargs.get("num_items_in_batch") is None:
@@ -156,6 +156,8 @@ class Mixer:
                     "distillation: the Trainer's label_smoother or compute_loss_func was called with more than two "
                     "positional arguments. Pass num_items_in_batch and shift_labels by keyword in your compute_loss."
                 )
+            if self.features is not None and not self.features.is_ready:
+                self.rehearse({**inputs, "labels": labels})
             num_items, other = kwargs.get("num_items_in_batch"), None
             if self.per_item is None and num_items is not None:
                 other = loss_of_twice_as_many(compute, outputs, labels, kwargs, self.run.device)

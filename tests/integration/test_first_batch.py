@@ -123,6 +123,22 @@ def test_a_stream_trains_like_a_list(make_trainer: Any) -> None:
     assert all(same(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_maps_of_a_stream_are_fitted_without_the_padding_of_a_decoder(make_trainer: Any) -> None:
+    """The Trainer's label smoother gets the labels, which show it, and the model does not."""
+    student, teacher = models("bart", teacher={"d_model": 48})
+    data = examples("bart", 16)
+    for example in data:
+        example["decoder_input_ids"] = example["labels"].roll(1).clamp(min=0)
+    found = []
+    for made in (data, Once(data, wrapped=True)):
+        recorder, callback = Recorder(), DistillationCallback(config("hidden_mse"), teacher)
+        args = {"label_smoothing_factor": 0.1, "max_steps": 1}
+        make_trainer(copy.deepcopy(student), made, [callback, recorder], trainer_class=InOrder, **args).train()
+        found.append(recorder.gradients)
+    assert len(found[0]) == 1
+    assert same(found[0][0], found[1][0])
+
+
 class Again(Once):
     """A stream that starts over, as one has to that training resumes with."""
 
