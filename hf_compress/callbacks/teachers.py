@@ -143,10 +143,10 @@ class LiveTeacher:
         features: tuple[Features, ...] = ()
         with torch.no_grad(), self.trainer.accelerator.autocast():
             if self._tap is None:
-                outputs = self._run(taken)
+                outputs = self._asked(taken)
             else:
                 with closing(self._tap):
-                    outputs = self._run(self._tap.prepare(taken))
+                    outputs = self._asked(self._tap.prepare(taken))
                     features = (self._tap.read(outputs),)
         logits = head.logits(outputs, taken, "teacher") if self._speaks else None
         self._notice(logits, features)
@@ -188,6 +188,19 @@ class LiveTeacher:
         """Return class and size."""
         size = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{type(self.plain).__name__}, {size:,} parameters"
+
+    def _asked(self, inputs: Mapping[str, Any]) -> Any:
+        try:
+            return self._run(inputs)
+        except (RuntimeError, IndexError) as error:
+            limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
+            ids = inputs.get("input_ids")
+            if not isinstance(limit, int) or not isinstance(ids, Tensor) or ids.shape[-1] <= limit:
+                raise
+            raise TrainingError(
+                f"distillation: the teacher ({self.describe()}) has {limit} positions, but texts of this batch are "
+                f"{ids.shape[-1]} tokens long. Cut them (max_length={limit} of the tokenizer), or use another teacher."
+            ) from error
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         return self.model(**inputs)

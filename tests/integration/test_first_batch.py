@@ -139,6 +139,39 @@ def test_maps_of_a_stream_are_fitted_without_the_padding_of_a_decoder(make_train
     assert same(found[0][0], found[1][0])
 
 
+def test_a_loader_that_goes_on_where_it_was_loses_no_batch(make_trainer: Any) -> None:
+    class GoesOn:
+        def __init__(self, batches: list[Any]) -> None:
+            self.left = iter(batches)
+
+        def __iter__(self) -> Any:
+            return self.left
+
+        def __len__(self) -> int:
+            return 4
+
+    student, teacher = models("bert")
+    data, seen = examples("bert", 16), inputs_seen(student)
+    batches = [
+        {name: torch.stack([each[name] for each in data[i : i + 4]]) for name in data[0]} for i in range(0, 16, 4)
+    ]
+    loader = GoesOn(batches)
+
+    class Custom(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return loader
+
+    callbacks = [DistillationCallback(DistillationConfig(), teacher)]
+    make_trainer(student, data, callbacks, trainer_class=Custom, max_steps=4).train()
+    assert torch.equal(torch.cat(seen), torch.cat([each["input_ids"] for each in batches]))
+
+
+def test_a_teacher_with_too_few_positions_says_so(make_trainer: Any) -> None:
+    student, teacher = models("bert", teacher={"max_position_embeddings": 4})
+    with pytest.raises(TrainingError, match="has 4 positions, but texts of this batch are 7 tokens long"):
+        make_trainer(student, examples("bert"), [DistillationCallback(DistillationConfig(), teacher)]).train()
+
+
 class Again(Once):
     """A stream that starts over, as one has to that training resumes with."""
 
