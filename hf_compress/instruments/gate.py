@@ -212,6 +212,12 @@ class _ParameterFactors:
         return parameter * self.factors().to(parameter.dtype).view(shape)
 
 
+def open_units(gate: Gate) -> Tensor:
+    """Return which units are not gone, bool, [num_units]; what training draws at random is not for good."""
+    settled = gate.value if gate._evaluation is None else gate._evaluation
+    return settled.detach() != 0
+
+
 def gates_on(model: nn.Module) -> list[Gate]:
     """Return the gates that act on a model at its consumers or producers, each once."""
     found: dict[int, Gate] = {}

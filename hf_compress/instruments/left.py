@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_compress.graph.groups import ParameterSlice
 from hf_compress.instruments.attach import find_leaf_kind
 from hf_compress.instruments.attention_tap import SelfAttention
-from hf_compress.instruments.gate import Gate, gates_on
+from hf_compress.instruments.gate import Gate, gates_on, open_units
 from hf_compress.instruments.stacks import places
 
 Closed = list[tuple[Gate, Tensor]]
@@ -37,7 +37,7 @@ class LeftUnits:
         gates = [gate for gate in gates_on(model) if gate.group.kind in ("heads", "head_dim", "hidden")]
         if not gates:
             return
-        flags = torch.cat([gate.current().detach() != 0 for gate in gates]).cpu()
+        flags = torch.cat([open_units(gate) for gate in gates]).cpu()
         where = places(model)
         for gate, is_open in zip(gates, torch.split(flags, [gate.group.num_units for gate in gates]), strict=True):
             if bool(is_open.all()):

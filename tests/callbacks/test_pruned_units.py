@@ -15,6 +15,7 @@ from hf_compress.callbacks.feature_terms import FeatureTerm
 from hf_compress.callbacks.projections import Projections
 from hf_compress.config import FeatureConfig
 from hf_compress.instruments.features import Features, FeatureTap
+from hf_compress.instruments.gate import Gate
 from hf_compress.instruments.left import LeftUnits
 
 DYNAMIC = {"layers": "dynamic"}
@@ -146,6 +147,18 @@ def test_channels_that_are_gone_are_compared_with_nothing(kind: str, projection:
         for n in range(3):
             total[n] += (own[n][there[n]] - theirs[n][there[n]]).square().mean() / 2
     torch.testing.assert_close(actual, total, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_are_closed_at_random_are_not_gone() -> None:
+    student = model("bert")
+    groups = [group for group in dimension_groups(student) if group.kind == "heads"]
+    gate = Gate(groups[0], student, needs_gradient=False)
+    gate.set_values(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 0.7, 0.9, 1.0]))
+    tap = FeatureTap(student.train(), {"attentions"})
+    attention = tap.read(student(**tap.prepare(batch("bert")))).stacks["encoder"].attention[0]
+    assert attention is not None and attention.query is not None
+    left = LeftUnits(student).heads(attention, attention.query)
+    assert left is not None and left.tolist() == [1, 2, 3]
 
 
 def test_a_layer_without_heads_takes_no_part() -> None:
