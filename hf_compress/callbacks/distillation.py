@@ -23,6 +23,7 @@ from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer, computes_as_usual, is_compiled
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import check_windows
+from hf_compress.callbacks.randomness import differs_in_training
 from hf_compress.callbacks.teachers import (
     SELF,
     UNMASKED,
@@ -36,7 +37,6 @@ from hf_compress.callbacks.teachers import (
 from hf_compress.config import DistillationConfig, Ramp
 from hf_compress.config.distillation import AUTO, TEMPERATURE
 from hf_compress.errors import ConfigError, TrainingError
-from hf_compress.instruments.attach import attachment_of
 from hf_compress.teachers.cached import TeacherCache
 from hf_compress.teachers.manifest import MANIFEST
 
@@ -176,7 +176,7 @@ class DistillationCallback(CompressionCallback):
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if self._mixer is not None:
-            self._mixer.teacher.check()  # what it has spoiled should not be saved
+            self._mixer.check()  # what it has spoiled should not be saved
         features = self._mixer.features if self._mixer is not None else None
         return features.projections.state() if features is not None else {}, {"teacher": self._teacher_digest}
 
@@ -214,7 +214,7 @@ class DistillationCallback(CompressionCallback):
         wants = FeatureDistillation.wants(self.config.features)
         if source == UNMASKED:
             others = [each for each in trainer.callback_handler.callbacks if isinstance(each, CompressionCallback)]
-            if others == [self] and not _differs_in_training(run.model):
+            if others == [self] and not trainer.is_fsdp_enabled and not _teaches_itself(run):
                 raise ConfigError(
                     f"DistillationCallback: teacher={UNMASKED!r}, but no callback masks or quantizes, and there is no "
                     "dropout, so the student would teach itself what it says. Add a PruningCallback or "
@@ -251,16 +251,9 @@ def _check_effect(config: DistillationConfig, sources: list[Any]) -> None:
         )
 
 
-def _differs_in_training(model: PreTrainedModel) -> bool:
-    """Return whether something is attached to a model, or drops a part of it while it trains."""
-    attached = any(attachment_of(module) is not None for module in model.modules())
-    config = model.config.get_text_config().to_dict() | model.config.to_dict()
-    drops = any("drop" in name and isinstance(value, int | float) and value > 0 for name, value in config.items())
-    return attached or drops or any(getattr(module, "p", 0) for module in model.modules() if _is_dropout(module))
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    return "drop" in type(module).__name__.lower()
+def _teaches_itself(run: Run) -> bool:
+    """Return whether a student says something else while it trains, as far as that can be tried."""
+    return differs_in_training(run.model, first_batch(run.trainer) if computes_as_usual(run.trainer) else None)
 
 
 def _is_cache(source: Any) -> bool:

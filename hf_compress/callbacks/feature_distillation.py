@@ -15,6 +15,7 @@ from hf_compress.config import FeatureConfig
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of
 from hf_compress.instruments.features import Features, FeatureTap
+from hf_compress.instruments.left import LeftUnits
 from hf_compress.instruments.stacks import kept_layers
 
 
@@ -41,6 +42,7 @@ class FeatureDistillation:
         """Whether projections are made."""
         self._stored: Mapping[str, Tensor] | None = None
         self._kept: dict[str, list[bool]] = {}
+        self._left: LeftUnits | None = None
         self._kept_at = -1
 
     @staticmethod
@@ -98,8 +100,10 @@ class FeatureDistillation:
             shares: Part of each example in the loss, [batch]; empty for equal parts.
         """
         found, kept = {}, self._kept_layers(student)
+        left = self._left
+        assert left is not None
         for term in self.terms:
-            each = [term.losses(student, other, inputs, kept, number) for number, other in enumerate(teachers)]
+            each = [term.losses(student, other, inputs, kept, left, number) for number, other in enumerate(teachers)]
             values = torch.stack(each).mean(0)
             if shares.numel() == 0:
                 shares = torch.full((len(values),), 1 / len(values), device=values.device)
@@ -114,15 +118,19 @@ class FeatureDistillation:
         return found
 
     def forget_masks(self) -> None:
-        """Ask anew which layers are pruned: masks may have come from a checkpoint."""
+        """Ask anew what is pruned: masks may have come from a checkpoint."""
         self._kept_at = -1
 
     def _kept_layers(self, student: Features) -> Mapping[str, Sequence[bool]]:
-        """Return which layers are not pruned; asked once a step, because it waits for the device."""
+        """Return which layers are not pruned, and note which units are left.
+
+        Asked once a step, because it waits for the device.
+        """
         step = self.run.trainer.state.global_step
         if step != self._kept_at:
             self._kept_at = step
             model: Any = self.run.model
+            self._left = LeftUnits(model)
             pruned = any(each is not None and each.layer is not None for each in map(attachment_of, model.modules()))
             self._kept = {
                 name: kept_layers(model, name, stack.num_layers) if pruned else [True] * stack.num_layers

@@ -1,7 +1,9 @@
 """A feature loss at work: which layers of two models it pairs, and what it comes to for every example."""
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from hf_compress.distillation.losses import FeatureLoss
 from hf_compress.distillation.pairing import Pairs, pair_layers
 from hf_compress.errors import TrainingError
 from hf_compress.instruments.features import Features, Stack
+from hf_compress.instruments.left import LeftUnits
 from hf_compress.instruments.stacks import position_mask
 from hf_compress.registry import distillation_losses
 
@@ -87,6 +90,7 @@ class FeatureTerm:
         teacher: Features,
         inputs: Mapping[str, Any],
         kept: Mapping[str, Sequence[bool]],
+        left: LeftUnits,
         number: int = 0,
     ) -> Tensor:
         """Return the loss of every example, [batch]: the mean over pairs of layers, kinds and stacks.
@@ -98,6 +102,7 @@ class FeatureTerm:
             teacher: Its features.
             inputs: What the student was called with.
             kept: By stack, the layers of the student that are not pruned.
+            left: Which heads and channels of the student are not pruned.
             number: Of the teacher, if there are several.
 
         Raises:
@@ -109,21 +114,65 @@ class FeatureTerm:
             if all(layer is None for layer in own):
                 continue
             self._check_gradient(stack, own)
-            mask_of = self._masks(stack, inputs)
-
-            def compare(mine: Any, other: Any, mask_of: Callable[[Tensor], Tensor] = mask_of) -> Tensor:
-                mask = mask_of(mine[0] if self.loss.successive else mine)
-                return self.loss(mine, other, mask, **self._options(teacher))
-
-            own = [
-                None if layer is None else self._projected(self._map(stack, kind, i, number), layer)
-                for i, layer in enumerate(own)
-            ]
+            own, channels = self._left_of(student.stacks[stack], own, (stack, kind, number), left)
+            compare = partial(self._compare, self._masks(stack, inputs), channels, teacher)
+            there = [kept[stack][i] and (layer is None or layer.numel() > 0) for i, layer in enumerate(own)]
             pick = self._dynamic_pairs if self.config.layers == DYNAMIC else self._given_pairs
-            values = pick(stack, own, theirs, kept[stack], compare)
+            values = pick(stack, own, theirs, there, compare)
             if values is not None:
                 found.append(values)
         return torch.stack(found).mean(0) if found else torch.zeros(batch)
+
+    def _left_of(
+        self, stack: Stack, own: Layers, part: tuple[str, str, int], left: LeftUnits
+    ) -> tuple[Layers, dict[int, Tensor]]:
+        """Return what is compared of features that have parts of pruned units, as those of the smaller model have none.
+
+        Returns:
+            The features, projected; and of those that are not, by their width now, which channels they are.
+        """
+        (name, kind, number) = part
+        found: Layers = []
+        channels: dict[int, Tensor] = {}
+        for i, layer in enumerate(own):
+            if layer is None:
+                found.append(layer)
+            elif self.loss.reads == "hidden_states":
+                rows, mapped = left.channels(name, len(own), i, layer), self._map(name, kind, i, number)
+                if mapped in self._projections.rates:
+                    found.append(self._projections.apply(mapped, layer, rows))
+                    continue
+                found.append(_selected(layer, -1, rows))
+                if rows is not None and not torch.equal(channels.setdefault(len(rows), rows), rows):
+                    raise TrainingError(
+                        f"distillation: {self.name!r} compares layers of the {name} of which pruning has left other "
+                        'channels each. Set projection="always", or prune no hidden channels.'
+                    )
+            else:
+                seen = stack.attention[i]
+                assert seen is not None
+                if self.loss.reads == "attentions":
+                    found.append(_selected(layer, 1, left.heads(seen, layer)))
+                else:
+                    found.append(_selected(layer, -1, left.columns(seen, kind, getattr(seen, kind))))
+        return found, channels
+
+    def _compare(
+        self,
+        mask_of: Callable[[Tensor], Tensor],
+        channels: Mapping[int, Tensor],
+        teacher: Features,
+        own: Any,
+        theirs: Any,
+    ) -> Tensor:
+        """Return what layers cost, [batch]; of a teacher as wide as the student was, the same channels are compared."""
+        first = own[0] if self.loss.successive else own
+        rows = channels.get(first.shape[-1]) if self.loss.needs_equal_width else None
+        if rows is not None:
+            wide = theirs if self.loss.successive else (theirs,)
+            cut = tuple(each.index_select(-1, rows) for each in wide)
+            theirs = cut if self.loss.successive else cut[0]
+        return self.loss(own, theirs, mask_of(first), **self._options(teacher, first))
 
     def _check_gradient(self, stack: str, own: Layers) -> None:
         if torch.is_grad_enabled() and not any(layer.requires_grad for layer in own if layer is not None):
@@ -157,12 +206,13 @@ class FeatureTerm:
         heads = [None if each is None else getattr(each, kind) for each in present]
         return [None if each is None else each.transpose(1, 2).flatten(2) for each in heads]
 
-    def _options(self, teacher: Features) -> dict[str, Any]:
+    def _options(self, teacher: Features, own: Tensor) -> dict[str, Any]:
         options = dict(self.config.options)
         if "relation_heads" in self.loss.options and "relation_heads" not in options:
             seen = [each for stack in teacher.stacks.values() for each in stack.attention if each is not None]
             first = next(x for each in seen for x in (each.query, each.key, each.value) if x is not None)
-            options["relation_heads"] = first.shape[1]
+            # Pruned heads may leave a width that the teacher's number of heads does not divide.
+            options["relation_heads"] = math.gcd(first.shape[1], own.shape[-1])
         return options
 
     def _masks(self, stack: str, inputs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -195,9 +245,24 @@ class FeatureTerm:
                 f"unequal numbers of positions, {sorted(lengths)}. Pair layers of equal ones, or use another loss."
             )
 
+    def _check_widths(self, stack: str, pairs: Pairs, theirs: Layers) -> None:
+        """Check that each layer of the student has one width to be brought to."""
+        widths: dict[int, set[int]] = {}
+        for i, j in pairs:
+            if (other := theirs[j]) is not None:
+                widths.setdefault(i, set()).add(other.shape[-1])
+        for i, found in widths.items():
+            if len(found) > 1:
+                raise TrainingError(
+                    f"distillation: {self.name!r} may pair layer {i} of the student's {stack} with layers of the "
+                    f"teacher that are {sorted(found)} wide, and a layer is projected to one width. Give candidates as "
+                    "{student: [teacher, ...]} of equal width for each, or use a loss that compares any widths."
+                )
+
     def _fit(
         self, stack: str, kind: str, pairs: Pairs, own: Layers, theirs: Layers, inputs: Mapping[str, Any], number: int
     ) -> None:
+        self._check_widths(stack, pairs, theirs)
         mask_of, usual = self._masks(stack, inputs), self._fixed_pairs(len(own), len(theirs))
         start = dict(reversed(pairs)) | {i: j for i, j in usual if (i, j) in pairs}
         for i, j in sorted(start.items()):
@@ -211,9 +276,6 @@ class FeatureTerm:
     def _map(self, stack: str, kind: str, layer: int, number: int) -> str:
         teacher = f"teacher {number}" if number else ""
         return ".".join(part for part in (self.name, stack, kind, str(layer), teacher) if part)
-
-    def _projected(self, name: str, layer: Tensor) -> Tensor:
-        return self._projections.apply(name, layer) if name in self._projections.rates else layer
 
     def _pairs(self, stack: str, own: Sequence[Any], theirs: Sequence[Any]) -> Pairs:
         """Return the pairs that may be compared."""
@@ -293,6 +355,10 @@ class FeatureTerm:
             f"distillation: {self.name!r} has no pair of layers left in the {stack}: pruning has taken all of the "
             f"student's out. Pair more layers (layers={self.config.layers!r} now), or prune fewer."
         )
+
+
+def _selected(layer: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    return layer if index is None else layer.index_select(dim, index)
 
 
 def _stack(name: str, features: Features, who: str) -> Stack:

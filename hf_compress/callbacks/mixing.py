@@ -17,11 +17,11 @@ from hf_compress.callbacks.ramps import value_at
 from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import DistillationConfig
+from hf_compress.distillation.losses import loss_of_logits
 from hf_compress.distillation.positions import check_same_shape
 from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.features import Features
-from hf_compress.registry import distillation_losses
 from hf_compress.teachers.inputs import IGNORED_LABEL
 from hf_compress.teachers.outputs import SparseLogits
 
@@ -64,6 +64,8 @@ class Mixer:
         self.gradients: Tensor | None = None
         """Sum of the magnitudes of the gradients that have arrived in the first step."""
         self.was_checked = False
+        self._unanswered: Tensor | None = None
+        """How many positions counted of which the teacher says nothing."""
         self.sums: dict[str, Tensor] = {}
         """By name, losses since the last log, scaled as the Trainer scales the loss."""
 
@@ -93,7 +95,7 @@ class Mixer:
             if not self.mixes_in and computes_as_usual(self.run.trainer):
                 _task_loss(model, outputs)
             found = self.losses(outputs, inputs, labels, shift, None, taken)
-        self.teacher.check()
+        self.check()
         if self.features is not None:
             self.features.forget_masks()
         return found
@@ -103,7 +105,7 @@ class Mixer:
         if not _is_training(module):
             return None
         if self.features is not None:
-            if not self.features.is_ready:
+            if not self.features.is_ready and not self.mixes_in:  # those wait for the labels
                 self.rehearse(_keywords(args, kwargs))
             kwargs = self.features.tap.prepare(kwargs)
         if self.mixes_in or self.per_item is not None or kwargs.get("num_items_in_batch") is None:
@@ -125,9 +127,9 @@ class Mixer:
         if self.mixes_in:
             self.inputs, self.taken = _keywords(args, kwargs), taken
             return None
-        return self.mix_outputs(module, args, kwargs, outputs, taken)
+        return self._mix_outputs(module, args, kwargs, outputs, taken)
 
-    def mix_outputs(
+    def _mix_outputs(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any, taken: Features | None
     ) -> Any:
         """Replace ``outputs.loss``."""
@@ -154,6 +156,8 @@ class Mixer:
                     "distillation: the Trainer's label_smoother or compute_loss_func was called with more than two "
                     "positional arguments. Pass num_items_in_batch and shift_labels by keyword in your compute_loss."
                 )
+            if self.features is not None and not self.features.is_ready:
+                self.rehearse({**inputs, "labels": labels})
             num_items, other = kwargs.get("num_items_in_batch"), None
             if self.per_item is None and num_items is not None:
                 other = loss_of_twice_as_many(compute, outputs, labels, kwargs, self.run.device)
@@ -166,7 +170,7 @@ class Mixer:
 
     def averages(self) -> dict[str, float]:
         """Return the losses per optimizer step since the last call, over all ranks."""
-        self.teacher.check()
+        self.check()
         if not self.sums:
             return {}
         means = all_reduce_mean(torch.stack(list(self.sums.values()))) / max(self.num_steps, 1)
@@ -185,9 +189,28 @@ class Mixer:
                 "probably overridden; make it use outputs.loss."
             )
         self.was_checked = True
+        self._check_answered()
         self.teacher.end_step()
         self.num_computed = self.num_used = 0
         self.num_steps += 1
+
+    def check(self) -> None:
+        """Check all that was put off; waits for the device.
+
+        Raises:
+            TrainingError: If something went wrong since the last time.
+        """
+        self._check_answered()
+        self.teacher.check()
+
+    def _check_answered(self) -> None:
+        missing, self._unanswered = self._unanswered, None
+        if missing is not None and int(missing):
+            raise TrainingError(
+                f"distillation: labels count at {int(missing)} positions that attention_mask leaves out, of which the "
+                "cache holds no answers. Set labels to -100 at padding and, where padding comes before a text, at its "
+                "first token, which padding would predict; or use the live teacher."
+            )
 
     def losses(
         self,
@@ -212,7 +235,11 @@ class Mixer:
         counted = self.head.counted(own, inputs, labels, shift)
         lesson = self.teacher.teach(inputs, self.head, labels)
         if lesson.known is not None:
-            counted = counted & lesson.known.to(counted.device)
+            known = lesson.known.to(counted.device)
+            # A position left out in silence would still be in the count, and the loss too small.
+            missing = (counted & ~known).sum()
+            self._unanswered = missing if self._unanswered is None else self._unanswered + missing
+            counted = counted & known
         count = num_items if self.per_item and num_items is not None else counted.sum().clamp(min=1)
         found = {}
         if self.config.loss is not None and lesson.logits is not None:
@@ -252,7 +279,7 @@ class Mixer:
             check_same_shape(own, theirs)
             theirs = theirs.to(own.device)
             if own.dim() == 2:
-                return torch.where(counted, distillation_losses.get(name)(own, theirs, temperature), 0.0).sum()
+                return torch.where(counted, loss_of_logits(name, own, theirs, temperature), 0.0).sum()
         # Indexing with bool tensors would wait for the device twice to learn how many there are.
         chosen = counted.flatten().nonzero().squeeze(1)
         picked = own.flatten(0, -2)[chosen]
@@ -265,8 +292,7 @@ class Mixer:
                 )
             indices, values = (each.flatten(0, -2)[chosen] for each in (theirs.indices, theirs.values))
             return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
-        total: Tensor = distillation_losses.get(name)(picked, theirs.flatten(0, -2)[chosen], temperature).sum()
-        return total
+        return loss_of_logits(name, picked, theirs.flatten(0, -2)[chosen], temperature).sum()
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         # A tensor of its own even if there is one loss: that may be differentiated while this one's gradient arrives.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
@@ -96,6 +96,9 @@ def first_batch(trainer: Trainer) -> dict[str, Any] | None:
     """Return a training batch as the model gets it, on the training device; None of a stream, which would lose it."""
     with train_dataloader(trainer) as dataloader:
         if isinstance(dataloader, Iterator) or isinstance(getattr(dataloader, "dataset", None), IterableDataset):
+            return None
+        # PyTorch's own start over, also where they keep their workers and so their iterator.
+        if not isinstance(dataloader, DataLoader) and iter(dataloader) is iter(dataloader):
             return None
         batch: dict[str, Any] = trainer._prepare_inputs(next(iter(dataloader)))
     return batch

@@ -36,10 +36,12 @@ class Projections(OwnedTensors):
         fitted = torch.linalg.solve(covariance + ridge * eye, mixed.T)
         self.add(name, fitted.float().contiguous().requires_grad_(), learning_rate)
 
-    def apply(self, name: str, student: Tensor) -> Tensor:
-        """Return what a map makes of features, [..., teacher width], in float32."""
+    def apply(self, name: str, student: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Return what a map makes of features, [..., teacher width], in float32; of some channels, if given."""
         with torch.autocast(student.device.type, enabled=False):
-            return student.float() @ self.tensors[name]
+            if channels is None:
+                return student.float() @ self.tensors[name]
+            return student.index_select(-1, channels).float() @ self.tensors[name].index_select(0, channels)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned.

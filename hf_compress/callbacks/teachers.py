@@ -30,6 +30,7 @@ from hf_compress.distillation.positions import check_same_shape
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
 from hf_compress.instruments.features import Features, FeatureTap
+from hf_compress.teachers.inputs import in_precision_of
 from hf_compress.teachers.outputs import SparseLogits
 
 logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
@@ -138,14 +139,14 @@ class LiveTeacher:
         if given - self._inputs_checked:
             check_inputs(self.plain, self.student, {name: inputs[name] for name in given})
             self._inputs_checked = given
-        taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain.device)
+        taken = moved(taught_inputs(self.plain, self.student, inputs), self.plain)
         features: tuple[Features, ...] = ()
         with torch.no_grad(), self.trainer.accelerator.autocast():
             if self._tap is None:
-                outputs = self._run(taken)
+                outputs = self._asked(taken)
             else:
                 with closing(self._tap):
-                    outputs = self._run(self._tap.prepare(taken))
+                    outputs = self._asked(self._tap.prepare(taken))
                     features = (self._tap.read(outputs),)
         logits = head.logits(outputs, taken, "teacher") if self._speaks else None
         self._notice(logits, features)
@@ -187,6 +188,19 @@ class LiveTeacher:
         """Return class and size."""
         size = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{type(self.plain).__name__}, {size:,} parameters"
+
+    def _asked(self, inputs: Mapping[str, Any]) -> Any:
+        try:
+            return self._run(inputs)
+        except (RuntimeError, IndexError) as error:
+            limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
+            ids = inputs.get("input_ids")
+            if not isinstance(limit, int) or not isinstance(ids, Tensor) or ids.shape[-1] <= limit:
+                raise
+            raise TrainingError(
+                f"distillation: the teacher ({self.describe()}) has {limit} positions, but texts of this batch are "
+                f"{ids.shape[-1]} tokens long. Cut them (max_length={limit} of the tokenizer), or use another teacher."
+            ) from error
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         return self.model(**inputs)
@@ -336,9 +350,10 @@ def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: 
         ) from error
 
 
-def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return inputs with all tensors on a device."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+def moved(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Return inputs with all tensors on a model's device, images and sounds in its precision if that is half."""
+    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return in_precision_of(model, placed)
 
 
 @contextmanager

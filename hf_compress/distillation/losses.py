@@ -91,9 +91,9 @@ class FeatureLoss:
             dtype = torch.promote_types(dtype, tensor.dtype)
         with torch.autocast(mask.device.type, enabled=False):
             ready = [tuple(_without_padding(tensor.to(dtype), mask) for tensor in side) for side in (own, theirs)]
-            if self.successive:
-                return self.function(*ready, mask, **options)
-            return self.function(ready[0][0], ready[1][0], mask, **options)
+            given = ready if self.successive else [side[0] for side in ready]
+            name = getattr(self.function, "__name__", "custom")
+            return _checked(self.function(*given, mask, **options), "example", len(mask), name)
 
     def _check(self, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
         given = f"student {list(student.shape)}, teacher {list(teacher.shape)}, mask {list(mask.shape)}"
@@ -119,6 +119,21 @@ class FeatureLoss:
                 f"distillation: {self.reads} of unequal widths: {given}. This loss needs equal ones; project the "
                 "student's to the teacher's width, or use a loss that compares any widths."
             )
+
+
+def loss_of_logits(name: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return what a registered loss says of each position, [positions].
+
+    Args:
+        name: Of the loss.
+        student: Logits, [positions, classes].
+        teacher: Logits, [positions, classes].
+        temperature: T > 0.
+
+    Raises:
+        TrainingError: If the loss does not give one number for each position.
+    """
+    return _checked(distillation_losses.get(name)(student, teacher, temperature), "position", len(student), name)
 
 
 def logits_loss(name: str, *, uses_temperature: bool = True) -> Callable[[DistillationLoss], LogitsLoss]:
@@ -163,6 +178,17 @@ def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     squared = vectors.square().sum(dim, keepdim=True)
     zero = squared < 1e-24
     return (vectors * squared.masked_fill(zero, 1.0).rsqrt()).masked_fill(zero, 0.0)
+
+
+def _checked(losses: Any, each: str, number: int, name: str) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape != (number,):
+        found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise TrainingError(
+            f"distillation: the loss {name!r} returned {found} for {number} {each}s; needed: one number for each "
+            f"{each}, [{number}]. Leave out means over {each}s, which the caller takes as the task loss does, and take "
+            "those over classes or widths."
+        )
+    return losses
 
 
 def _as_layers(whose: str, features: Features, number: int) -> tuple[Tensor, ...]:

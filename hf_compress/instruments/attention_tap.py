@@ -29,7 +29,7 @@ class SelfAttention:
     """What one self-attention computes with.
 
     Tensors that nobody wanted are None. Keys and values of grouped-query attention are not repeated. Heads that
-    pruning has masked are there: their gates come after attention.
+    pruning has masked are there, since their gates come after attention: ``LeftUnits`` knows which they are.
     """
 
     query: Tensor | None
@@ -58,6 +58,15 @@ class SelfAttention:
 
     has_gradient: bool
     """Whether autograd was recording."""
+
+    module: nn.Module
+    """What attended."""
+
+    num_heads: int
+    """Of queries."""
+
+    value_dim: int
+    """Width of the values of a head."""
 
     def probabilities(self) -> Tensor:
         """Return attention maps without dropout, float, [batch, heads, query length, key length].
@@ -218,4 +227,7 @@ def self_attention(
         is_causal=implementation == "sdpa" and mask is None and query.shape[2] > 1 and bool(causal),
         softcap=kwargs.get("softcap"),
         has_gradient=torch.is_grad_enabled(),
+        module=module,
+        num_heads=query.shape[1],
+        value_dim=value.shape[-1],
     )

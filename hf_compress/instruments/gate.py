@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from hf_compress.errors import TargetError, TrainingError
 from hf_compress.graph.groups import ConsumerSlice, DimensionGroup, ParameterSlice, unit_of_position
 from hf_compress.instruments.adapters import adapter_slices, base_layer, check_lora, effective_weight, is_lora
-from hf_compress.instruments.attach import attach, detach_if_empty, find_leaf_kind, own_class, refuse_patched
+from hf_compress.instruments.attach import (
+    attach,
+    attachment_of,
+    detach_if_empty,
+    find_leaf_kind,
+    own_class,
+    refuse_patched,
+)
 from hf_compress.instruments.layer import LayerGates
 from hf_compress.instruments.removed import RemovedUnits, tell_removed, untell_removed
 from hf_compress.instruments.sharded import add_in_place, reshard, scale, whole, zero
@@ -39,8 +46,12 @@ class Gate:
         self.separate: Tensor | None = None
         """Gradient of another loss than the one that is trained with, [num_units]; ``take_gradient`` returns it."""
         self._evaluation: Tensor | None = None
+        self.owners: dict[int, Tensor] = {}
+        """By size of what a consumer reads, the unit of each position, [size]; ``num_units`` where none of these is."""
         self._installed: list[tuple[nn.Module, list[Any], Any]] = []
         for site in sites:
+            size = model.get_parameter(site.part.parameter).shape[site.part.dim]
+            self.owners.setdefault(size, unit_of_position(site.part, size))
             self._install(site)
         for part in group.sources:
             owner = model.get_submodule(part.parameter.rpartition(".")[0])
@@ -199,6 +210,23 @@ class _ParameterFactors:
         shape = [1] * parameter.dim()
         shape[self.dim] = -1
         return parameter * self.factors().to(parameter.dtype).view(shape)
+
+
+def open_units(gate: Gate) -> Tensor:
+    """Return which units are not gone, bool, [num_units]; what training draws at random is not for good."""
+    settled = gate.value if gate._evaluation is None else gate._evaluation
+    return settled.detach() != 0
+
+
+def gates_on(model: nn.Module) -> list[Gate]:
+    """Return the gates that act on a model at its consumers or producers, each once."""
+    found: dict[int, Gate] = {}
+    for attachment in filter(None, map(attachment_of, model.modules())):
+        for each in (*attachment.input_gates, *attachment.parameter_gates):
+            factors = getattr(each, "factors", each)
+            if isinstance(factors, _ExpandedGate):
+                found[id(factors.gate)] = factors.gate
+    return list(found.values())
 
 
 def unit_weights(model: nn.Module, group: DimensionGroup) -> Tensor:

@@ -38,6 +38,17 @@ def read_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     return taken
 
 
+def in_precision_of(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs with images and sounds in the precision of a teacher whose weights are in half precision."""
+    dtype = getattr(without_wrapper(teacher), "dtype", None)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return dict(inputs)
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
 def named_arguments(kind: type[nn.Module], inputs: Mapping[str, Any]) -> set[str]:
     """Return what may be given to the forward of a class.
 

@@ -7,7 +7,7 @@ import torch
 from features_by_hand import ALPHA, WEIGHT, attention_kl, config, examples, hidden_mse
 from torch import Tensor
 from transformers import BertConfig, BertForMultipleChoice
-from zoo import OTHERS, randomize
+from zoo import ALL, OTHERS, randomize
 from zoo.base import ENCODER
 
 from hf_compress import DistillationCallback, TrainingError
@@ -106,3 +106,16 @@ def test_choices_count_as_parts_of_their_example(make_trainer: Any, loss: str) -
     entry = trainer.state.log_history[0]
     assert entry["distillation_loss"] == pytest.approx(WEIGHT * sum(values) / 16, rel=1e-4)
     assert entry["loss"] == pytest.approx((1 - ALPHA) * entry["task_loss"] + ALPHA * entry["distillation_loss"])
+
+
+@pytest.mark.parametrize("projection", ["where needed", "always"])
+def test_layers_that_may_be_paired_with_several_widths_are_refused(make_trainer: Any, projection: str) -> None:
+    """OPT brings its last hidden state to the width of its embeddings."""
+    student, teacher = ALL["opt"]().train(), randomize(ALL["opt"](), seed=1)
+    assert teacher.config.word_embed_proj_dim != teacher.config.hidden_size
+    data = [{**each, "labels": each["input_ids"]} for each in examples("bert")]
+    settings = {"layers": "dynamic", "projection": projection}
+    with pytest.raises(TrainingError, match=r"may pair layer 0 .* that are \[24, 32\] wide.*Give candidates"):
+        make_trainer(student, data, [DistillationCallback(config("hidden_mse", **settings), teacher)], **ONCE).train()
+    settings["candidates"] = {0: [0], 1: [1]}
+    make_trainer(student, data, [DistillationCallback(config("hidden_mse", **settings), teacher)], **ONCE).train()

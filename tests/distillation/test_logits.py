@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_compress import ConfigError, DistillationConfig, TrainingError
 from hf_compress.distillation.logits import kl, mse, soft_cross_entropy
+from hf_compress.distillation.losses import FeatureLoss, logits_loss, loss_of_logits
 from hf_compress.distillation.sparse import sparse_kl
 from hf_compress.registry import distillation_losses
 
@@ -269,3 +270,28 @@ def test_no_loss_waits_for_the_device() -> None:
         assert [tuple(loss.shape) for loss in losses] == [(4,)] * (len(NAMES) + 1)
         with pytest.raises(Exception, match="aten"):
             student[student > 0].sum()
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (lambda own, theirs: (own - theirs).square().mean(), r"shape \[\] for 4 positions"),
+        (lambda own, theirs: (own - theirs).square(), r"shape \[4, 3\] for 4 positions"),
+        (lambda own, theirs: 0.5, "a float for 4 positions"),
+    ],
+    ids=["a mean over positions", "no mean over classes", "a number"],
+)
+def test_a_loss_must_give_one_number_for_each_position(value, found, monkeypatch) -> None:
+    """A mean would be summed and divided by the count: silently too small."""
+    monkeypatch.setattr(distillation_losses, "_entries", dict(distillation_losses._entries))
+    logits_loss("mine")(lambda student, teacher, temperature: value(student, teacher))
+    student, teacher = torch.randn(2, 4, 3)
+    with pytest.raises(TrainingError, match=f"the loss 'mine' returned {found}; needed: one number for each position"):
+        loss_of_logits("mine", student, teacher, 1.0)
+
+
+def test_a_loss_of_features_must_give_one_number_for_each_example() -> None:
+    hidden, mask = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    loss = FeatureLoss(lambda own, theirs, mask: (own - theirs).square().mean(), "hidden_states")
+    with pytest.raises(TrainingError, match=r"returned shape \[\] for 2 examples; needed: one number for each example"):
+        loss(hidden, hidden, mask)

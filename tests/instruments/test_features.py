@@ -526,7 +526,7 @@ def test_a_query_that_may_attend_to_nothing_attends_to_everything() -> None:
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     mask[:, :, 1] = False
     for given in (mask, torch.zeros(1, 1, 3, 3).masked_fill(~mask, -torch.inf)):
-        maps = SelfAttention(x, x, None, 0.5, given, None, False, None, True).probabilities()
+        maps = SelfAttention(x, x, None, 0.5, given, None, False, None, True, nn.Identity(), 2, 4).probabilities()
         torch.testing.assert_close(maps[:, :, 1], torch.full((1, 2, 3), 1 / 3))
         torch.testing.assert_close(maps[0, 0, 0], (x[0, 0, 0] @ x[0, 0].T * 0.5).softmax(-1))
 

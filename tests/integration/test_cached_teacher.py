@@ -148,3 +148,24 @@ def test_it_resumes_and_averages_with_a_live_teacher(task, make_trainer, tmp_pat
     alone = make_trainer(make(0), data, [DistillationCallback(CONFIG, cache)], **options)
     with pytest.raises(TrainingError, match="another teacher"):
         alone.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_where_the_cache_has_no_answers_are_refused(make_trainer, tmp_path, tiny_llama, side) -> None:
+    """The live teacher says something there; without it the loss would be another."""
+    ids = torch.randint(5, 40, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    mask = mask if side == "right" else mask.flip(1)
+    labels = ids.clone() if side == "right" else ids.masked_fill(mask == 0, -100)
+    data = [
+        dict(zip(("input_ids", "attention_mask", "labels"), each, strict=True))
+        for each in zip(ids, mask, labels, strict=True)
+    ]
+    trainer = make_trainer(tiny_llama(), data, max_steps=1)
+    cache = cache_teacher_outputs(tiny_llama(seed=1), trainer, tmp_path / "cache")
+    with pytest.raises(TrainingError, match=r"labels count at . positions that attention_mask leaves out.*-100"):
+        make_trainer(tiny_llama(), data, [DistillationCallback(CONFIG, cache)]).train()
+    for each in data:
+        each["labels"] = each["labels"].masked_fill(each["attention_mask"].cumsum(0) * each["attention_mask"] < 2, -100)
+    make_trainer(tiny_llama(), data, [DistillationCallback(CONFIG, cache)], max_steps=1).train()

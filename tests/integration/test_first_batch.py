@@ -10,7 +10,13 @@ from features_by_hand import config, examples, models
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from training_runs import NO_DROPOUT, Recorder, StopAt, same
-from transformers import Trainer
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+)
 
 from hf_compress import (
     ConfigError,
@@ -117,6 +123,55 @@ def test_a_stream_trains_like_a_list(make_trainer: Any) -> None:
     assert all(same(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_maps_of_a_stream_are_fitted_without_the_padding_of_a_decoder(make_trainer: Any) -> None:
+    """The Trainer's label smoother gets the labels, which show it, and the model does not."""
+    student, teacher = models("bart", teacher={"d_model": 48})
+    data = examples("bart", 16)
+    for example in data:
+        example["decoder_input_ids"] = example["labels"].roll(1).clamp(min=0)
+    found = []
+    for made in (data, Once(data, wrapped=True)):
+        recorder, callback = Recorder(), DistillationCallback(config("hidden_mse"), teacher)
+        args = {"label_smoothing_factor": 0.1, "max_steps": 1}
+        make_trainer(copy.deepcopy(student), made, [callback, recorder], trainer_class=InOrder, **args).train()
+        found.append(recorder.gradients)
+    assert len(found[0]) == 1
+    assert same(found[0][0], found[1][0])
+
+
+def test_a_loader_that_goes_on_where_it_was_loses_no_batch(make_trainer: Any) -> None:
+    class GoesOn:
+        def __init__(self, batches: list[Any]) -> None:
+            self.left = iter(batches)
+
+        def __iter__(self) -> Any:
+            return self.left
+
+        def __len__(self) -> int:
+            return 4
+
+    student, teacher = models("bert")
+    data, seen = examples("bert", 16), inputs_seen(student)
+    batches = [
+        {name: torch.stack([each[name] for each in data[i : i + 4]]) for name in data[0]} for i in range(0, 16, 4)
+    ]
+    loader = GoesOn(batches)
+
+    class Custom(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return loader
+
+    callbacks = [DistillationCallback(DistillationConfig(), teacher)]
+    make_trainer(student, data, callbacks, trainer_class=Custom, max_steps=4).train()
+    assert torch.equal(torch.cat(seen), torch.cat([each["input_ids"] for each in batches]))
+
+
+def test_a_teacher_with_too_few_positions_says_so(make_trainer: Any) -> None:
+    student, teacher = models("bert", teacher={"max_position_embeddings": 4})
+    with pytest.raises(TrainingError, match="has 4 positions, but texts of this batch are 7 tokens long"):
+        make_trainer(student, examples("bert"), [DistillationCallback(DistillationConfig(), teacher)]).train()
+
+
 class Again(Once):
     """A stream that starts over, as one has to that training resumes with."""
 
@@ -178,3 +233,28 @@ def test_the_student_as_it_is_teaches_nothing_unless_training_changes_it(make_tr
         trainer = make_trainer(student, data, [DistillationCallback(settings, "unmasked"), *callbacks], max_steps=1)
         trainer.train()
         assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "distilbert"])
+def test_dropout_that_only_the_config_has_changes_nothing(make_trainer: Any, kind: str) -> None:
+    """Configs keep rates that models have been freed of, and of heads that they have not."""
+    student = dropping(kind)
+    data = [{**each, "labels": each["input_ids"]} if kind == "gpt2" else each for each in examples("bert")]
+    args = {"max_steps": 1, "per_device_train_batch_size": 2}
+    callback = DistillationCallback(DistillationConfig(), "unmasked")
+    make_trainer(copy.deepcopy(student), data, [callback], **args).train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with pytest.raises(ConfigError, match="teacher='unmasked', but no callback masks or quantizes, and there is no"):
+        make_trainer(student, data, [DistillationCallback(DistillationConfig(), "unmasked")], **args).train()
+
+
+def dropping(kind: str) -> Any:
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 97, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
+    if kind == "distilbert":
+        sizes = {"dim": 32, "hidden_dim": 44, "n_layers": 1, "n_heads": 4, "vocab_size": 97, "num_labels": 3}
+        return DistilBertForSequenceClassification(DistilBertConfig(**sizes))
+    return models("bert", hidden_dropout_prob=0.1, num_hidden_layers=1)[0]
