@@ -143,7 +143,7 @@ class FeatureTerm:
                     found.append(self._projections.apply(mapped, layer, rows))
                     continue
                 found.append(_selected(layer, -1, rows))
-                if rows is not None and not torch.equal(channels.setdefault(len(rows), rows), rows):
+                if rows is not None and channels.setdefault(len(rows), rows) is not rows:
                     raise TrainingError(
                         f"distillation: {self.name!r} compares layers of the {name} of which pruning has left other "
                         'channels each. Set projection="always", or prune no hidden channels.'
