@@ -143,7 +143,7 @@ class FeatureTerm:
                     found.append(self._projections.apply(mapped, layer, rows))
                     continue
                 found.append(_selected(layer, -1, rows))
-                if rows is not None and not torch.equal(channels.setdefault(len(rows), rows), rows):
+                if rows is not None and channels.setdefault(len(rows), rows) is not rows:
                     raise TrainingError(
                         f"distillation: {self.name!r} compares layers of the {name} of which pruning has left other "
                         'channels each. Set projection="always", or prune no hidden channels.'
@@ -154,7 +154,9 @@ class FeatureTerm:
                 if self.loss.reads == "attentions":
                     found.append(_selected(layer, 1, left.heads(seen, layer)))
                 else:
-                    found.append(_selected(layer, -1, left.columns(seen, kind, getattr(seen, kind))))
+                    rows = left.columns(seen, kind, getattr(seen, kind))
+                    found.append(_selected(layer, -1, rows))
+                    channels |= {} if rows is None else {len(rows): rows}
         return found, channels
 
     def _compare(
@@ -172,7 +174,7 @@ class FeatureTerm:
             wide = theirs if self.loss.successive else (theirs,)
             cut = tuple(each.index_select(-1, rows) for each in wide)
             theirs = cut if self.loss.successive else cut[0]
-        return self.loss(own, theirs, mask_of(first), **self._options(teacher, first))
+        return self.loss(own, theirs, mask_of(first), **self._options(teacher, first, channels))
 
     def _check_gradient(self, stack: str, own: Layers) -> None:
         if torch.is_grad_enabled() and not any(layer.requires_grad for layer in own if layer is not None):
@@ -206,13 +208,14 @@ class FeatureTerm:
         heads = [None if each is None else getattr(each, kind) for each in present]
         return [None if each is None else each.transpose(1, 2).flatten(2) for each in heads]
 
-    def _options(self, teacher: Features, own: Tensor) -> dict[str, Any]:
+    def _options(self, teacher: Features, own: Tensor, channels: Mapping[int, Tensor]) -> dict[str, Any]:
         options = dict(self.config.options)
         if "relation_heads" in self.loss.options and "relation_heads" not in options:
             seen = [each for stack in teacher.stacks.values() for each in stack.attention if each is not None]
             first = next(x for each in seen for x in (each.query, each.key, each.value) if x is not None)
+            heads, width = first.shape[1], own.shape[-1]
             # Pruned heads may leave a width that the teacher's number of heads does not divide.
-            options["relation_heads"] = math.gcd(first.shape[1], own.shape[-1])
+            options["relation_heads"] = math.gcd(heads, width) if width in channels else heads
         return options
 
     def _masks(self, stack: str, inputs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -53,6 +53,8 @@ class LeftUnits:
     def channels(self, stack: str, num_layers: int, layer: int, like: Tensor) -> Tensor | None:
         """Return which channels of a hidden state are left, long, on its device; None for all.
 
+        Layers that have the same ones left get the same tensor.
+
         Args:
             stack: "encoder" or "decoder".
             num_layers: Number of layers of the stack.
@@ -67,7 +69,11 @@ class LeftUnits:
             if not any(name == stack and count == num_layers for name, count, _ in self._of_layer):
                 # Layers that share their modules: each of them writes what any does.
                 gates = [each for (name, _, _), found in self._of_layer.items() if name == stack for each in found]
-            self._known[key] = _indices(_open(gates, like.shape[-1]), like)
+            flags = _open(gates, like.shape[-1])
+            same = (tuple(flags.tolist()), like.device)
+            if same not in self._known:
+                self._known[same] = _indices(flags, like)
+            self._known[key] = self._known[same]
         return self._known[key]
 
     def heads(self, attention: SelfAttention, like: Tensor) -> Tensor | None:

@@ -149,6 +149,23 @@ def test_channels_that_are_gone_are_compared_with_nothing(kind: str, projection:
     torch.testing.assert_close(actual, total, rtol=1e-4, atol=1e-6)
 
 
+def test_relation_heads_divide_the_width_that_is_left() -> None:
+    """By default there are as many as the teacher has heads, which divide the width before pruning."""
+    sizes = {"hidden_size": 12, "num_attention_heads": 4, **DROPOUT["bert"]}
+    student, teacher = (randomize(ZOO["bert"](**sizes), seed).eval() for seed in (0, 1))
+    inputs, config = batch("bert"), FeatureConfig(loss="relations")
+    groups = dimension_groups(student)
+    masks = {group.name: torch.tensor([True, False, True, True]) for group in prunable(groups, "heads")}
+    small = shrink(student, masks)
+    with torch.no_grad():
+        answers = watched(teacher, FeatureTerm("term", config, teacher, Projections()), inputs)
+        one = FeatureConfig(loss="relations", options={"relation_heads": 1})  # of 9 columns there are no 2 or 4 parts
+        expected = loss_of(small, answers, one, inputs)
+        with gated(student, groups, masks):
+            actual = loss_of(student, answers, config, inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_heads_that_are_closed_at_random_are_not_gone() -> None:
     student = model("bert")
     groups = [group for group in dimension_groups(student) if group.kind == "heads"]
