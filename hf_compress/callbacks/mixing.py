@@ -311,6 +311,8 @@ class Mixer:
             seen |= {f"{name}_loss": loss.detach().float() for name, loss in losses.items()}
         logits_loss = losses.get("logits")
 
+        # What the hook of a tensor refers to must not lead back to it: no garbage collector sees such a cycle, and the
+        # model, its Trainer and the teacher would never be freed.
         def used(gradient: Tensor | None) -> None:
             # DDP passes None instead of not calling the hook.
             if gradient is None:
@@ -319,7 +321,7 @@ class Mixer:
             if not self.was_checked:
                 self.gradients = gradient.detach().abs() + (0.0 if self.gradients is None else self.gradients)
             scaler = self.run.trainer.accelerator.scaler
-            one = total.detach().new_ones(())
+            one = gradient.new_ones(())
             loss_scale = scaler.scale(one) if scaler is not None else one  # get_scale() would wait for the device
             factor = gradient.detach().float() / (alpha * loss_scale)
             for name, loss in seen.items():

@@ -1,7 +1,7 @@
 """What distillation is worth: the same pruned student, trained as long, without a teacher and with one.
 
-usage: .venv/bin/python scripts/bench/distillation.py --json FILE [--task wordnet] [--seeds 0 1 2] [--steps 250]
-           [--dense-steps 800] [--sparsity 0.75] [--workers 2]
+usage: .venv/bin/python scripts/bench/distillation.py --json FILE [--task wordnet] [--seeds 0 1 2] [--steps 100]
+           [--dense-steps 3000] [--sparsity 0.75] [--workers 2]
 
 MiniLM is fine-tuned for the task. From it, Taylor pruning takes the given fraction of heads and feed-forward units
 between a tenth and the half of the steps, and what is left is trained to their end:
@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file of all results")
     parser.add_argument("--task", choices=list(TASKS), default="wordnet")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250, help="optimizer steps of a pruning run")
-    parser.add_argument("--dense-steps", type=int, default=800, help="optimizer steps of the dense model")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a pruning run")
+    parser.add_argument("--dense-steps", type=int, default=3000, help="optimizer steps of the dense model")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=48, help="tokens")
