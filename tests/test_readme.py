@@ -90,6 +90,13 @@ def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
     op_rules._entries.pop("mylib::scale_rows")
 
 
+def test_the_examples_of_configs_are_accepted() -> None:
+    found = [block for block in blocks("python") if "(\n    targets=" in block or 'method="lsq_plus"' in block]
+    assert len(found) == 2
+    for example in found:
+        exec(compile(example, "README.md", "exec"), {})
+
+
 @pytest.mark.filterwarnings("ignore:PruningCallback. units were removed from the base weights")
 def test_the_adapter_example_runs(tiny_bert, classification_data, make_trainer) -> None:
     (before,) = (block for block in blocks("python") if "print(preview(trainer))" in block)
