@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_models import install_quantizers
 from training_runs import (
     DELICATE,
     METHODS,
@@ -30,7 +29,7 @@ from hf_compress import (
     QuantizationCallback,
     shrink,
 )
-from hf_compress.instruments.fake_quantize import quantizable_layers
+from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
 from hf_compress.instruments.pruner_state import scores_of
 
 CASES = [
@@ -73,7 +72,7 @@ def test_fake_quantization_of_the_shrunk_model_is_the_trainers_own(
     trainer = make_trainer(tiny_bert(), classification_data(), compression(METHODS["all"], tiny_bert(seed=1)))
     trainer.train()
     small = shrink(trainer).double()
-    install_quantizers(quantizable_layers(small))
+    assert fake_quantized_modules(small) == list(quantizable_layers(small))
     ids = torch.arange(3, 33).view(3, 10)
     with torch.no_grad():
         own = trainer.model.double().eval()(input_ids=ids).logits
