@@ -43,6 +43,7 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.labels import make_labels
 from hf_compress.graph.model import dimension_groups
 from hf_compress.graph.op_rules import op_rule
+from hf_compress.instruments.quantize import enable_quantizers
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedup
 from hf_compress.latency.table import LatencyTable
@@ -119,6 +120,7 @@ __all__ = [
     "calibration_config",
     "compare",
     "dimension_groups",
+    "enable_quantizers",
     "export_quantized",
     "fit_speedup",
     "last_complete_checkpoint",

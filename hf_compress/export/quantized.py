@@ -166,6 +166,7 @@ def _quantizers(model: PreTrainedModel, exclude: Iterable[str] | None, config: Q
     elif exclude is not None:
         targets = sorted({target_of(layer.name, layer.module) for layer in found.layers})
         _check_chosen(found, quantizable_layers(model, exclude, targets), exclude)
+    found.enable(True)  # after shrink they are there and do not act
     for layer in found.layers:
         parameter = owned_parameter(layer.name, layer.module)
         dtype = torch.float32 if parameter is None else parameter.dtype

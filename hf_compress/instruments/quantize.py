@@ -201,6 +201,18 @@ def attached_quantizers(model: nn.Module) -> Quantized:
     return Quantized(layers)
 
 
+def enable_quantizers(model: nn.Module, enabled: bool = True) -> None:
+    """Let the quantizers on a model act, or none of them: then it computes in floating point, and keeps them.
+
+    ``shrink`` returns a model whose quantizers do not act. ``export_quantized`` stores them all the same.
+
+    Args:
+        model: Any model; nothing happens without quantizers.
+        enabled: Whether they act.
+    """
+    attached_quantizers(model).enable(enabled)
+
+
 def _formats(config: QuantizationConfig, modules: Mapping[str, nn.Module]) -> dict[str, LayerFormats]:
     """Return the format of each layer: what its first rule says of the tensors that its kind has."""
     names = list(modules)

@@ -15,7 +15,7 @@ from hf_compress.graph.fake import has_no_weights
 from hf_compress.graph.model import ModelGraph
 from hf_compress.instruments.adapters import has_adapters, merge_in_place, without_wrapper
 from hf_compress.instruments.layer import LayerGates
-from hf_compress.instruments.quantize import Quantized, attached_quantizers
+from hf_compress.instruments.quantize import Quantized, attached_quantizers, enable_quantizers
 from hf_compress.instruments.subset import SubsetGate
 from hf_compress.shrinking import verify as verification
 from hf_compress.shrinking.apply import plain_copy, silence, slice_in_place
@@ -67,8 +67,9 @@ def shrink(
         verify: Compare the outputs of the masked and the shrunk model, and of the shrunk model loaded again, before
             returning. In floating point: what rounds is put on afterwards.
         quantizers: Give the smaller model the fake quantizers that the model has, with their learned steps and observed
-            ranges, so that it computes what the masked quantized model computes and ``export_quantized`` keeps them.
-            Saving it is not affected. False: plain floating point.
+            ranges. They do not act: it computes in floating point, as it does when it is saved and loaded again.
+            ``export_quantized`` stores them; ``enable_quantizers(small)`` lets it compute what the masked quantized
+            model computes. False: leave them out.
 
     Forward hooks of the model run while it is recorded and verified, and are copied with it.
 
@@ -117,6 +118,7 @@ def shrink(
         agrees = reload_check(duplicate, reference.inputs[0], lambda: _merged_copy(model, merge=merge))
         describe_sizes(duplicate, plan, graph.numeric_attributes(), agrees)
     move_quantizers(original, duplicate, cut, plan.layers)
+    enable_quantizers(duplicate, False)  # it is what it will be when it is saved and loaded again
     duplicate.train(False)
     return duplicate
 

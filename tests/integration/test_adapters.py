@@ -22,6 +22,7 @@ from hf_compress import (
     TargetError,
     TrainingError,
     dimension_groups,
+    enable_quantizers,
     export_quantized,
     shrink,
 )
@@ -222,6 +223,7 @@ def test_all_three_callbacks_and_adapters_together(build: Any, make_trainer: Any
     trainer.train()
     small = shrink(trainer)
     assert fake_quantized_modules(small) == list(quantizable_layers(small))
+    enable_quantizers(small)
     # A sum in another order may round to the next integer: a step of one grid point.
     assert relative_error(logits(adapted, data), logits(small, data)) < 2e-2
     head = adapted.get_base_model().classifier.modules_to_save["default"].weight

@@ -117,5 +117,5 @@ def test_tables_and_experts_are_exported_on_their_grid(language_data, make_train
     ids = torch.arange(3, 11).view(1, 8)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
-    with pytest.raises(Exception, match="is not quantized as torchao's int8 kernel computes"):
+    with pytest.raises(Exception, match="format 'torchao' cannot store layer"):
         export_quantized(model, tmp_path / "int8", format="torchao")

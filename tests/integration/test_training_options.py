@@ -27,6 +27,7 @@ from hf_compress import (
     PruningCallback,
     PruningConfig,
     QuantizationCallback,
+    enable_quantizers,
     shrink,
 )
 from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
@@ -73,6 +74,7 @@ def test_fake_quantization_of_the_shrunk_model_is_the_trainers_own(
     trainer.train()
     small = shrink(trainer).double()
     assert fake_quantized_modules(small) == list(quantizable_layers(small))
+    enable_quantizers(small)
     ids = torch.arange(3, 33).view(3, 10)
     with torch.no_grad():
         own = trainer.model.double().eval()(input_ids=ids).logits

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from transformers import PreTrainedModel
 
-from hf_compress import QuantizationConfig, dimension_groups, export_quantized, shrink
+from hf_compress import QuantizationConfig, dimension_groups, enable_quantizers, export_quantized, shrink
 from hf_compress.errors import ShrinkError
 from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
 from hf_compress.instruments.quantize import Quantized, attached_quantizers, make_quantizers
@@ -161,3 +161,21 @@ def test_it_can_be_shrunk_again() -> None:
     once = shrink(model, mask_of(model, "ffn", [0]))
     twice = shrink(once, mask_of(once, "ffn", [0]))
     assert torch.equal(steps(twice, UP), steps(model, UP)[2:])
+
+
+def test_the_small_model_computes_what_it_will_when_it_is_loaded_again(tmp_path) -> None:
+    """Quantizers are there and do not act, until they are asked to or an export stores them."""
+    model = tiny_models.bert()
+    quantize(model, method="lsq", weights={"num_bits": 4})
+    small = shrink(model, mask_of(model, "ffn", [0, 1]))
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    ids = {"input_ids": torch.arange(3, 13)[None]}
+    with torch.no_grad():
+        plain = small(**ids).logits
+        assert torch.equal(again(**ids).logits, plain)
+        enable_quantizers(small)
+        assert not torch.equal(small(**ids).logits, plain)
+        enable_quantizers(small, False)
+        assert torch.equal(small(**ids).logits, plain)
+    assert export_quantized(small, tmp_path / "dense", format="dense").is_dir()
