@@ -270,6 +270,8 @@ def main() -> None:
     if min(*given.batch_sizes, given.length, given.threads, given.rounds) < 1:
         parser.error("counts must be at least 1")
     torch.set_num_threads(given.threads)
+    # Every model and batch compiles the same code anew; beyond the limit it would run eagerly, in silence.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     settings = {name: value for name, value in vars(given).items() if name != "json"}
     data: dict[str, Any] = {"environment": environment(), "versions": versions(), "vnni": has_vnni()}
     data |= {"settings": settings, "results": {}}
