@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ExportError
-from hf_compress.export.formats.base import Format
-from hf_compress.graph.capture import evaluating, main_outputs
+from hf_compress.export.formats.base import Format, run_example
+from hf_compress.graph.capture import evaluating
 from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.quantization.quantizers import RangeQuantizer
-from hf_compress.shrinking.verify import FORWARD_ERRORS
 
 EXACT = {torch.float32: 1e-4}
 """What the output may differ by where only weights are rounded: the same sums in another order. Relative (rms)."""
@@ -142,16 +141,10 @@ def named_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
     Raises:
         ExportError: If the model does not run, or has none.
     """
-    try:
-        with evaluating(model):
-            result = model(**inputs, return_dict=True)
-    except FORWARD_ERRORS as error:
-        raise ExportError(
-            f"export_quantized: {type(model).__name__} does not run on example inputs ({error!r}), "
-            "so what is written cannot be checked. Pass example_inputs that it runs on, or verify=False."
-        ) from error
-    main = {id(each) for each in main_outputs(result)}
-    found = {n: t.detach().cpu() for n, t in result.items() if id(t) in main and t.is_floating_point()}
+    remedy = "so what is written cannot be checked. Pass example_inputs that it runs on, or verify=False."
+    with evaluating(model):
+        result = run_example(model, inputs, remedy)
+    found = {name: each.detach().cpu() for name, each in result.items() if each.is_floating_point()}
     if not found:
         raise ExportError(
             f"export_quantized: {type(model).__name__} returns no numbers by which it could be checked; pass "

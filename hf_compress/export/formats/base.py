@@ -14,11 +14,13 @@ from transformers.utils import logging
 
 from hf_compress.config.formats import LayerFormats
 from hf_compress.errors import ExportError
+from hf_compress.graph.capture import main_outputs
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.fake import to_integers
 from hf_compress.quantization.granularity import Granularity
 from hf_compress.quantization.grid import Grid
+from hf_compress.shrinking.verify import FORWARD_ERRORS
 
 
 class Format(ABC):
@@ -128,3 +130,24 @@ def progress(layers: list[QuantizedLayer]) -> Any:
 def without_grid(layer: QuantizedLayer) -> str | None:
     """Return which tensor of a layer has values that are no integers times a step, or None."""
     return next((role for role, each in layer.quantizers() if each.grid is None), None)
+
+
+def run_example(model: PreTrainedModel, inputs: Mapping[str, Any], remedy: str) -> dict[str, Tensor]:
+    """Return the outputs that count, by name.
+
+    Args:
+        model: Any model.
+        inputs: Keyword arguments on which it should run.
+        remedy: The end of the message if it does not.
+
+    Raises:
+        ExportError: If it does not run.
+    """
+    try:
+        result = model(**inputs, return_dict=True)
+    except FORWARD_ERRORS as error:
+        raise ExportError(
+            f"export_quantized: {type(model).__name__} does not run on example inputs ({error!r}), {remedy}"
+        ) from error
+    main = {id(each) for each in main_outputs(result)}
+    return {name: each for name, each in result.items() if id(each) in main}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ExportError
-from hf_compress.export.formats.base import Format, progress, without_grid
+from hf_compress.export.formats.base import Format, progress, run_example, without_grid
 from hf_compress.export.formats.onnx_layers import OPSET, replace_forward
-from hf_compress.graph.capture import evaluating, main_outputs
+from hf_compress.graph.capture import evaluating
 from hf_compress.instruments.attach import find_leaf_kind, own_class
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.shrinking.verify import FORWARD_ERRORS
@@ -96,15 +96,7 @@ class _Recorded(nn.Module):
 
 
 def _output_names(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
-    try:
-        result = model(**inputs, return_dict=True)
-    except FORWARD_ERRORS as error:
-        raise ExportError(
-            f"export_quantized: {type(model).__name__} does not run on example inputs ({error!r}), "
-            "so its graph cannot be recorded. Pass example_inputs that it runs on."
-        ) from error
-    main = {id(each) for each in main_outputs(result)}
-    return [name for name, value in result.items() if id(value) in main]
+    return list(run_example(model, inputs, "so its graph cannot be recorded. Pass example_inputs that it runs on."))
 
 
 def _dynamic(tensor: Tensor) -> dict[int, Any]:
