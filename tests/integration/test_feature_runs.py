@@ -38,6 +38,13 @@ def hooks_of(*trained: nn.Module) -> int:
     return sum(getattr(hook, "func", hook).__module__.startswith("hf_compress") for hook in hooks)
 
 
+@pytest.fixture(autouse=True)
+def _no_attention_was_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Quantized attention keeps its way in for good; tests that ran before in this process may have made some.
+    monkeypatch.setattr(attention_tap, "_changing", [])
+    attention_tap.AttentionWatch(set(), lambda *_: None).close()
+
+
 def check_nothing_left(*trained: nn.Module) -> None:
     assert hooks_of(*trained) == 0
     assert AttentionInterface.get_interface is not attention_tap._get_interface

@@ -58,7 +58,7 @@ def test_reloaded_layers_compute_what_was_simulated(case, tmp_path) -> None:
         x = torch.randn(3, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected, actual = layer.module(x), real(x)
-        if dynamic:  # the lowest value of a token lies on a tie, which the last bit decides
+        if layer.inputs or layer.outputs:  # the last bit, which machines differ in, decides where a value lies on a tie
             assert (expected - actual).pow(2).mean() < 1e-4 * expected.pow(2).mean()
         else:
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
