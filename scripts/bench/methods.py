@@ -2,7 +2,7 @@
 
 usage: .venv/bin/python scripts/bench/methods.py --json FILE [--tasks movies wordnet] [--methods taylor l2 ...]
            [--sparsities 0.5 0.75 0.9] [--seeds 0] [--steps 600] [--start pretrained] [--allocation global]
-           [--dense-steps 300] [--workers 1]
+           [--dense-steps 300] [--update-every N] [--workers 1]
 
 Tasks: movie-review snippets with MiniLM (``movies``), and three-way relations between WordNet's nouns (``wordnet``).
 Each method starts from the pretrained model (``--start pretrained``: it prunes while the model is fine-tuned, as
@@ -24,6 +24,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -210,13 +211,13 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=48, help="tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--allocation", default="global")
+    parser.add_argument("--update-every", type=int, help="steps between choices of what is masked (default: 50 choices)")
     parser.add_argument("--examples", type=int, help="use so many training and test examples only")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
     given = parser.parse_args()
     if given.workers < 1:
         parser.error("--workers must be at least 1")
-    names = ("start", "steps", "dense_steps", "batch_size", "max_length", "learning_rate", "allocation", "examples")
-    settings = Settings(**{name: getattr(given, name) for name in names})
+    settings = Settings(**{each.name: getattr(given, each.name) for each in fields(Settings)})
     data = loaded(given.json, settings.to_dict())
     for task in given.tasks:
         if task not in data["dense"]:

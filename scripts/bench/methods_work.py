@@ -48,6 +48,8 @@ class Settings:
     learning_rate: float
     allocation: str
     examples: int | None
+    update_every: int | None = None
+    """Steps between choices of what is masked; None for 50 choices in all."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -206,7 +208,7 @@ def run_of(
         allocation=settings.allocation,
         begin=0.1,
         end=0.5,
-        update_every=max(settings.steps // 50, 1),
+        update_every=settings.update_every or max(settings.steps // 50, 1),
         regrow=method in REGROWING,
     )
     callbacks: list[Any] = [PruningCallback(config)]
