@@ -47,6 +47,7 @@ from hf_compress.instruments.quantize import enable_quantizers
 from hf_compress.latency.cache import latency_table
 from hf_compress.latency.masks import fit_speedup, latency_masks, measure_speedup
 from hf_compress.latency.table import LatencyTable
+from hf_compress.metrics.table import load_metric
 from hf_compress.oneshot.prune import OneShotResult, prune_oneshot
 from hf_compress.pruning import allocate, criteria, learned  # noqa: F401 - imported for what they register
 from hf_compress.ptq.calibrate import CalibrationResult, calibrate
@@ -126,6 +127,7 @@ __all__ = [
     "last_complete_checkpoint",
     "latency_masks",
     "latency_table",
+    "load_metric",
     "make_callbacks",
     "make_example_inputs",
     "make_labels",

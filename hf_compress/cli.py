@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import transformers
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from hf_compress.config import QuantizationConfig
@@ -23,7 +23,7 @@ from hf_compress.export.skeleton import build_skeleton
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import dimension_groups
 from hf_compress.latency.timing import DEFAULT_ROUNDS, compile_model
-from hf_compress.recipe.models import load_config, loading
+from hf_compress.loading import config_and_class, load_model
 from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.run import run_recipe
 from hf_compress.recipe.sensitivity import sensitivity_on_recipe
@@ -142,34 +142,6 @@ def _count(text: str) -> int:
     return value
 
 
-def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
-    """Load a model with the class that its config names.
-
-    Args:
-        name: Hub name or folder.
-        auto_class: Class of transformers to load with instead.
-
-    Raises:
-        ConfigError: If the class is unknown or the model cannot be loaded.
-    """
-    _, loader = _config_and_class(name, auto_class)
-    with loading(name):
-        loaded: PreTrainedModel = loader.from_pretrained(name, trust_remote_code=False).eval()
-    return loaded
-
-
-def _config_and_class(name: str, auto_class: str | None) -> tuple[Any, Any]:
-    config = load_config(name)
-    named = config.architectures or []
-    if not isinstance(named, list | tuple) or not all(isinstance(each, str) for each in named):
-        raise ConfigError(f"{name}: config.json, architectures: got {named!r}; allowed: a list of class names.")
-    wanted = auto_class or next(iter(named), None)
-    loader: Any = AutoModel if wanted is None else getattr(transformers, wanted, None)
-    if loader is None or not hasattr(loader, "from_pretrained"):
-        raise ConfigError(f"{name}: transformers has no class {wanted!r}; choose one with --auto-class.")
-    return config, loader
-
-
 def _inspect(given: argparse.Namespace) -> str:
     if given.sensitivity is not None:
         return _sensitivity(given)
@@ -180,7 +152,7 @@ def _inspect(given: argparse.Namespace) -> str:
     if given.load_weights:
         model = load_model(given.model, given.auto_class)
     else:
-        model = build_skeleton(*_config_and_class(given.model, given.auto_class))
+        model = build_skeleton(*config_and_class(given.model, given.auto_class))
     groups = dimension_groups(model)
     found = inspect_groups(model, groups, kinds=given.kind, seconds=time.perf_counter() - start)
     if given.json:

@@ -15,7 +15,7 @@ MAX_PUBLIC_METHODS = 8
 
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"registry"},
+    {"registry", "loading"},
     {"schedule"},
     {"config"},
     {"graph", "pruning", "quantization", "distillation"},
@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"callbacks", "report", "vocabulary"},
     {"oneshot"},
     {"ptq"},
-    {"export", "search"},
+    {"export", "search", "metrics"},
     {"recipe"},
     {"cli"},
 ]

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.export.card import write_card
 from hf_compress.export.formats.table import FORMATS
+from hf_compress.loading import loading
 from hf_compress.recipe.evaluate import METRICS, evaluate
-from hf_compress.recipe.models import AUTO_CLASSES, load_student, loading
+from hf_compress.recipe.models import AUTO_CLASSES, load_student
 from hf_compress.recipe.stages import Facts
 from hf_compress.recipe.trainer import Prepared
 from hf_compress.report.compare import DEFAULT_LENGTH, Comparison, compare

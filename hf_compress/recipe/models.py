@@ -1,13 +1,11 @@
 """Loading models and tokenizers, with one message where that fails."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -17,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_compress.errors import CompressionError, ConfigError
+from hf_compress.errors import ConfigError
+from hf_compress.loading import loading
 
 AUTO_CLASSES: dict[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
@@ -36,32 +35,6 @@ class Loaded:
 
     new: tuple[str, ...]
     """Parameters that the checkpoint lacked or had in other sizes: they are random."""
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Turn what goes wrong with damaged or foreign files, which can be any exception, into one message.
-
-    Raises:
-        ConfigError: Instead of whatever is raised inside.
-    """
-    try:
-        yield
-    except CompressionError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {text}") from error
-
-
-def load_config(name: str) -> Any:
-    """Return the config of a model.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    with loading(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)  # asked about it, a script would wait
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -18,10 +18,11 @@ from hf_compress.export.formats.table import find_format
 from hf_compress.export.quantized import check_format, check_storable, export_quantized
 from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.quantize import attached_quantizers
+from hf_compress.loading import loading
 from hf_compress.ptq.stored import apply_calibration_config
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.measure import measure
-from hf_compress.recipe.models import AUTO_CLASSES, loading
+from hf_compress.recipe.models import AUTO_CLASSES
 from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
 from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments

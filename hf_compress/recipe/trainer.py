@@ -26,10 +26,11 @@ from hf_compress.callbacks.teachers import STUDENT
 from hf_compress.config import Recipe
 from hf_compress.config.recipe import LABELED_TASKS
 from hf_compress.errors import CompressionError, ConfigError
+from hf_compress.loading import load_config, loading
 from hf_compress.recipe.encode import Encoder, encode, text_limit
 from hf_compress.recipe.evaluate import best_class, count_correct
 from hf_compress.recipe.labels import number_labels
-from hf_compress.recipe.models import Loaded, load_config, load_student, load_tokenizer, loading
+from hf_compress.recipe.models import Loaded, load_student, load_tokenizer
 from hf_compress.recipe.splits import Splits, drop_incomplete, load_splits
 
 
