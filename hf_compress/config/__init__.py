@@ -7,10 +7,11 @@ from hf_compress.config.distillation import DistillationConfig, FeatureConfig, R
 from hf_compress.config.formats import LayerFormats, TensorFormat
 from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.quantization import QuantizationConfig, QuantizationRule
-from hf_compress.config.recipe import TASKS, Recipe, ShrinkConfig
+from hf_compress.config.recipe import Recipe, ShrinkConfig
 from hf_compress.config.rules import PruningRule
 from hf_compress.config.stages import StageConfig
 from hf_compress.config.structures import STRUCTURES, TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
+from hf_compress.config.tasks import TASKS
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -25,14 +25,29 @@ class DatasetConfig(Config):
     the training examples is held out."""
 
     text_columns: tuple[str, ...] = ("text",)
-    """Column of the text; two for a classification of pairs. Lists of words for token-classification."""
+    """Column of the text; two for a classification of pairs, and for question-answering, which has the question first.
+    Lists of words for token-classification. ``"translation.en"`` is the part ``en`` of a column that has several."""
 
     label_column: str | None = None
-    """Column of the class, or of the words' classes. ``None``: ``"label"`` for text-classification, ``"labels"`` for
-    token-classification."""
+    """Column of the class, of the words' classes, or of answers as SQuAD has them. ``None``: ``"label"`` for
+    text-classification and image-classification, ``"labels"`` for token-classification, ``"answers"`` for
+    question-answering."""
 
     target_column: str | None = None
     """Column of the text to write, for seq2seq-lm only."""
+
+    image_column: str | None = None
+    """Column of the image, for image-classification only. ``None``: ``"image"``, or ``"img"``."""
+
+    prefix: str | None = None
+    """Put before each text, for seq2seq-lm only: ``"translate English to Romanian: "`` for T5."""
+
+    stride: int | None = None
+    """Tokens that two parts of a long context share, for question-answering only. ``None``: a third of ``max_length``,
+    or less."""
+
+    flip: bool = False
+    """Mirror images at random while training, for image-classification only."""
 
     max_length: int | None = None
     """Longer texts are cut to this many tokens. ``None``: 128, or less where the model cannot read as many."""
@@ -49,10 +64,11 @@ class DatasetConfig(Config):
     def _validate(self) -> None:
         for name in ("path", "train_split"):
             self._check_text(name)
-        for name in ("name", "eval_split", "label_column", "target_column"):
+        self._check_bool("flip")
+        for name in ("name", "eval_split", "label_column", "target_column", "image_column", "prefix"):
             if getattr(self, name) is not None:
                 self._check_text(name)
-        for name in ("max_length", "max_target_length", "max_train_examples", "max_eval_examples"):
+        for name in ("max_length", "max_target_length", "stride", "max_train_examples", "max_eval_examples"):
             if getattr(self, name) is not None:
                 self._check_count(name)
         columns: Any = (self.text_columns,) if isinstance(self.text_columns, str) else self.text_columns

@@ -12,13 +12,8 @@ from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.quantization import QuantizationConfig
 from hf_compress.config.sections import METHODS, build_sections, check_training
 from hf_compress.config.stages import StageConfig
+from hf_compress.config.tasks import TASK_COLUMNS, TASKS
 from hf_compress.errors import ConfigError
-
-TASKS = ("text-classification", "token-classification", "causal-lm", "seq2seq-lm")
-"""The tasks that a recipe can train."""
-
-LABELED_TASKS = {"text-classification": "label", "token-classification": "labels"}
-"""Tasks that need a column of labels -> its name by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +164,29 @@ class Recipe(Config):
         )
 
     def _check_columns(self) -> None:
-        """A column that the task does not read is an error, and so is one that it lacks."""
+        """A setting of the data that the task does not read is an error, and so is one that it lacks."""
         if self.dataset is None or self.task is None:
             return
-        data, task = self.dataset, self.task
-        if data.label_column is not None and task not in LABELED_TASKS:
-            raise self._error("dataset.label_column", data.label_column, f"None for {task}")
-        if (data.target_column is not None) != (task == "seq2seq-lm"):
-            allowed = "the column of the text to write" if task == "seq2seq-lm" else "None"
+        data, task, columns = self.dataset, self.task, TASK_COLUMNS[self.task]
+        if columns.has_target != (data.target_column is not None):
+            allowed = "the column of the text to write" if columns.has_target else "None"
             raise self._error("dataset.target_column", data.target_column, f"{allowed} for {task}")
-        if len(data.text_columns) == 2 and task != "text-classification":
-            raise self._error("dataset.text_columns", list(data.text_columns), f"one column for {task}")
+        if columns.num_texts and len(data.text_columns) not in columns.num_texts:
+            allowed = "two columns, of the question and of the context," if 2 in columns.num_texts else "one column"
+            raise self._error("dataset.text_columns", list(data.text_columns), f"{allowed} for {task}")
+        if not columns.num_texts and data.text_columns != DatasetConfig.text_columns:
+            raise self._error("dataset.text_columns", list(data.text_columns), f"none for {task}")
+        unread = {
+            "label_column": columns.label is None,
+            "image_column": not columns.has_image,
+            "flip": not columns.has_image,
+            "max_length": columns.has_image,
+            "prefix": not columns.has_target,
+            "stride": task != "question-answering",
+        }
+        for name, is_unread in unread.items():
+            if is_unread and getattr(data, name):
+                raise self._error(f"dataset.{name}", getattr(data, name), f"None for {task}")
 
 
 def _plain(value: Any) -> Any:

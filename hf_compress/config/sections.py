@@ -25,7 +25,6 @@ _NOT_HERE = {
     "do_train": "A recipe always trains, evaluates and saves.",
     "do_eval": "Set eval_strategy to evaluate while training; a recipe always evaluates at the end.",
     "do_predict": "A recipe predicts nothing; load the saved model.",
-    "predict_with_generate": "A recipe evaluates the loss of the targets.",
 }
 """Fields of TrainingArguments that a recipe has another way for -> that way."""
 

@@ -9,22 +9,13 @@ from transformers import PreTrainedModel
 from hf_compress.export.card import write_card
 from hf_compress.export.formats.table import FORMATS
 from hf_compress.loading import loading
-from hf_compress.recipe.evaluate import METRICS, evaluate
-from hf_compress.recipe.models import AUTO_CLASSES, load_student
+from hf_compress.recipe.models import load_student
 from hf_compress.recipe.stages import Facts
 from hf_compress.recipe.trainer import Prepared
 from hf_compress.report.compare import DEFAULT_LENGTH, Comparison, compare
 from hf_compress.report.results import Results
 
 DENSE = "dense"
-
-HUB_TASKS = {
-    "text-classification": "text-classification",
-    "token-classification": "token-classification",
-    "causal-lm": "text-generation",
-    "seq2seq-lm": "text2text-generation",
-}
-"""Task -> its name on the Hub."""
 
 
 def measure(prepared: Prepared, folders: Mapping[str, Path], facts: Mapping[str, Facts]) -> Comparison:
@@ -41,21 +32,23 @@ def measure(prepared: Prepared, folders: Mapping[str, Path], facts: Mapping[str,
         notes[0] += f"; it is not evaluated, since its checkpoint has no {new[0]}"
     if any(getattr(model, "is_quantized", False) for model in models.values()):
         notes.append("integers are fast under torch.compile only: hf-compress compare DENSE COMPRESSED --compile")
-    scores = {
-        name: evaluate(model, prepared.batches(), prepared.task, prepared.args.device)
-        for name, model in models.items()
-        if name != DENSE or not new
-    }
+    scores: dict[str, dict[str, float]] = {}
+    for name, model in models.items():
+        if name != DENSE or not new:
+            for metric, value in prepared.task.evaluate(model, prepared.evaluation()).items():
+                scores.setdefault(metric, {})[name] = value
     first, *others = folders
     table = compare(
         models[DENSE],
         models[first],
         others={name: models[name] for name in others},
         names=(DENSE, first),
-        length=min(DEFAULT_LENGTH, _longest(prepared)),
+        length=min(DEFAULT_LENGTH, prepared.task.length(prepared.splits) or DEFAULT_LENGTH),
         directories={name: str(folder) for name, folder in folders.items()},
         notes=notes,
-    ).with_metric(METRICS[prepared.task], scores)
+    )
+    for metric, values in scores.items():
+        table = table.with_metric(metric, values)
     for name, folder in folders.items():
         write_card(folder, _results(prepared, name, table, facts[name]))
     return table
@@ -63,11 +56,11 @@ def measure(prepared: Prepared, folders: Mapping[str, Path], facts: Mapping[str,
 
 def _load(prepared: Prepared, folders: Mapping[str, Path]) -> tuple[dict[str, PreTrainedModel], tuple[str, ...]]:
     """Load everything from disk, as others will; also return what the dense checkpoint lacks."""
-    dense = load_student(str(prepared.recipe.model), prepared.task, prepared.tokenizer, prepared.labels)
+    dense = load_student(str(prepared.recipe.model), prepared.task, prepared.processor, prepared.labels)
     models: dict[str, Any] = {DENSE: dense.model}
     for name, folder in folders.items():
         with loading(str(folder)):
-            models[name] = AUTO_CLASSES[prepared.task].from_pretrained(folder)
+            models[name] = prepared.task.auto_class.from_pretrained(folder)
     return models, dense.new
 
 
@@ -75,10 +68,6 @@ def _requirement(export: str | None, name: str) -> str:
     """Return what has to be installed to load a result of the run."""
     extra = FORMATS[export].extra if export is not None and name.endswith(f"-{export}") else None
     return "hf-compress" if extra is None else f"hf-compress[{extra}]"
-
-
-def _longest(prepared: Prepared) -> int:
-    return max(len(ids) for ids in prepared.splits.evaluation["input_ids"])
 
 
 def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> Results:
@@ -91,9 +80,9 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> 
         model=name,
         base_model=short if own_model else recipe.model,
         base_model_on_hub=not own_model,
-        auto_class=AUTO_CLASSES[prepared.task].__name__,
+        auto_class=prepared.task.auto_class.__name__,
         requires=_requirement(recipe.export, name),
-        task=HUB_TASKS[prepared.task],
+        task=prepared.task.hub_name,
         dataset=Path(recipe.dataset.path).name if own_data else recipe.dataset.path,
         dataset_id=None if own_data else recipe.dataset.path,
         evaluation_split=splits.evaluation_name,

@@ -2,29 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.errors import ConfigError
 from hf_compress.loading import loading
 
-AUTO_CLASSES: dict[str, Any] = {
-    "text-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-}
-"""Task -> the class that loads its models."""
+if TYPE_CHECKING:
+    from hf_compress.recipe.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -57,14 +44,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_student(name: str, task: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Loaded:
+def load_student(name: str, task: "Task", processor: Any, labels: Sequence[str]) -> Loaded:
     """Load the model to train, in float32, with a new head where it has none for the labels.
 
     Args:
         name: Hub name or folder.
-        task: A key of ``AUTO_CLASSES``.
-        tokenizer: Gives the model its padding token if it has none.
-        labels: Names of the labels, empty for language models.
+        task: Says which class loads it.
+        processor: A tokenizer gives the model its padding token if it has none.
+        labels: Names of the classes, empty if there are none.
 
     Raises:
         ConfigError: If it cannot be loaded for the task, or has fewer embeddings than the tokenizer has tokens.
@@ -75,14 +62,21 @@ def load_student(name: str, task: str, tokenizer: PreTrainedTokenizerBase, label
         options |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
         options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
     with loading(name):
-        model, report = AUTO_CLASSES[task].from_pretrained(name, **options)
+        model, report = task.auto_class.from_pretrained(name, **options)
     new = tuple(sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}))
-    if new and not labels:
+    if new and not task.may_have_new_head:
         raise ConfigError(f"{name}: its checkpoint lacks {', '.join(new)}; a language model needs all of its weights.")
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise ConfigError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds only {embeddings}.")
+    if isinstance(processor, PreTrainedTokenizerBase):
+        _fit_tokenizer(name, model, processor)
+    return Loaded(model, new)
+
+
+def _fit_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
+        raise ConfigError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds only {embeddings.weight.shape[0]}."
+        )
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
-    return Loaded(model, new)

@@ -22,7 +22,6 @@ from hf_compress.loading import loading
 from hf_compress.ptq.stored import apply_calibration_config
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.measure import measure
-from hf_compress.recipe.models import AUTO_CLASSES
 from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
 from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
@@ -131,7 +130,7 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     if main:
         if groups:
             tracked = tracked_after(tracked or track(groups), groups, _masks_of(trainer))
-        stage.save(small, prepared.tokenizer, Facts(metrics, trainer.state.global_step, tracked))
+        stage.save(small, prepared.processor, Facts(metrics, trainer.state.global_step, tracked))
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -162,12 +161,12 @@ def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple
     if last.recipe.export is not None:
         name = f"{last.name}-{last.recipe.export}"
         with loading(str(last.folder)):
-            model = AUTO_CLASSES[prepared.task].from_pretrained(last.folder)
+            model = prepared.task.auto_class.from_pretrained(last.folder)
         config = last.recipe.quantization
         if last.steps.is_file():
             apply_calibration_config(model, last.steps)
             config = None
         folders[name] = export_quantized(model, output / name, last.recipe.export, config=config)
-        prepared.tokenizer.save_pretrained(folders[name])
+        prepared.processor.save_pretrained(folders[name])
         facts[name] = facts[last.name]
     return folders, facts

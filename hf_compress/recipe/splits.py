@@ -1,6 +1,6 @@
 """Loading data sets: from the Hub, from files, from folders."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,20 @@ class Splits:
     notes: tuple[str, ...] = ()
     """What was done to the data that nobody asked for."""
 
+    references: Any = None
+    """What predictions are compared with, where labels do not say it."""
+
     def named(self) -> dict[str, Any]:
         """Return both by name, for messages."""
         return {"training": self.train, "evaluation": self.evaluation}
+
+    def with_parts(self, train: Any, evaluation: Any, notes: Iterable[str] = (), references: Any = None) -> "Splits":
+        """Return other data with the same names; ``notes`` are added."""
+        return replace(self, train=train, evaluation=evaluation, notes=(*self.notes, *notes), references=references)
+
+    def map(self, change: Callable[[Any], Any]) -> "Splits":
+        """Return what a function makes of the training and of the evaluation data."""
+        return self.with_parts(change(self.train), change(self.evaluation), references=self.references)
 
 
 def load_splits(config: DatasetConfig, label: str | None, seed: int) -> Splits:
@@ -51,7 +62,7 @@ def load_splits(config: DatasetConfig, label: str | None, seed: int) -> Splits:
     Raises:
         ConfigError: If there is no such data set or split, or the evaluation split has no labels.
     """
-    splits = _load(config)
+    splits = _flattened(_load(config), config)
     for name in (config.train_split, config.eval_split):
         if name is not None and name not in splits:
             raise ConfigError(f"dataset {config.path!r}: has no split {name!r}; {choices(name, splits)}.")
@@ -105,6 +116,15 @@ def _load(config: DatasetConfig) -> Any:
             f"{' '.join(str(error).split())}"
         ) from error
     return DatasetDict({"train": found}) if isinstance(found, Dataset) else found
+
+
+def _flattened(splits: Any, config: DatasetConfig) -> Any:
+    """Make columns of the parts of a column, where a name with a dot asks for one: ``translation.en``."""
+    names = [*config.text_columns, config.target_column, config.label_column, config.image_column]
+    wanted = {name for name in names if name is not None and "." in name}
+    if all(wanted <= set(part.column_names) for part in splits.values()):
+        return splits
+    return splits.flatten()
 
 
 def _choose(splits: Any, config: DatasetConfig, label: str | None, seed: int) -> tuple[Any, Any, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.config import WEIGHTS, Recipe
 from hf_compress.errors import ConfigError
@@ -152,13 +152,13 @@ class Stage:
         options.pop("schema_version", None)
         return options
 
-    def save(self, small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+    def save(self, small: PreTrainedModel, processor: Any, facts: Facts) -> None:
         """Save everything under another name first, so that a killed process leaves no half of a result."""
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         if partial.exists():
             shutil.rmtree(partial)
         small.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        processor.save_pretrained(partial)
         (partial / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")
         if any(each.grid is not None for each in attached_quantizers(small).named().values()):
             (partial / STEPS_FILE).write_text(json.dumps(calibration_config(small)), encoding="utf-8")

@@ -7,31 +7,19 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_compress.callbacks.teacher import base_of
 from hf_compress.callbacks.teachers import STUDENT
 from hf_compress.config import Recipe
-from hf_compress.config.recipe import LABELED_TASKS
+from hf_compress.config.tasks import TASK_COLUMNS
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.loading import load_config, loading
-from hf_compress.recipe.encode import Encoder, encode, text_limit
-from hf_compress.recipe.evaluate import best_class, count_correct
 from hf_compress.recipe.labels import number_labels
-from hf_compress.recipe.models import Loaded, load_student, load_tokenizer
+from hf_compress.recipe.models import Loaded, load_student
 from hf_compress.recipe.splits import Splits, drop_incomplete, load_splits
+from hf_compress.recipe.tasks.base import Evaluation, Task
+from hf_compress.recipe.tasks.table import TASKS_BY_NAME
 
 
 @dataclass(frozen=True)
@@ -40,18 +28,25 @@ class Prepared:
 
     recipe: Recipe
     args: TrainingArguments
-    tokenizer: PreTrainedTokenizerBase
+
+    processor: Any
+    """Tokenizer or image processor."""
+
     splits: Splits
     student: Loaded
     collator: Callable[[Any], Any]
 
     labels: tuple[str, ...]
-    """Names of the labels, empty for language models."""
+    """Names of the classes, empty if there are none."""
 
     @property
-    def task(self) -> str:
+    def task(self) -> Task:
         """The recipe's task."""
-        return str(self.recipe.task)
+        return TASKS_BY_NAME[str(self.recipe.task)]
+
+    def evaluation(self) -> Evaluation:
+        """Return what ``Task.evaluate`` needs."""
+        return Evaluation(self.batches(), self.splits.references, self.processor, self.args)
 
     def batches(self) -> DataLoader[Any]:
         """Return the whole evaluation data, whatever the number of processes."""
@@ -85,21 +80,29 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Prepared:
     """
     args = training_arguments(recipe, checkpoints)
     assert recipe.model is not None and recipe.task is not None and recipe.dataset is not None
+    task = TASKS_BY_NAME[recipe.task]
     model_config = load_config(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
+    processor = task.load_processor(recipe.model)
     with args.main_process_first(local=False, desc="data"):
-        splits = load_splits(recipe.dataset, _label_column(recipe), args.seed)
+        column = recipe.dataset.label_column or TASK_COLUMNS[recipe.task].label
+        splits = load_splits(recipe.dataset, column, args.seed)
         labels: tuple[str, ...] = ()
-        if recipe.task in LABELED_TASKS:
-            column = str(_label_column(recipe))
-            known = [model_config, *(_teacher_config(name) for name in recipe.teachers() if name not in STUDENT)]
-            splits = drop_incomplete(splits, [*recipe.dataset.text_columns, column])
-            splits, labels = number_labels(splits, column, [_names(config) for config in known])
-        splits = encode(splits, recipe.task, Encoder(tokenizer, recipe.dataset, text_limit(tokenizer, model_config)))
+        if column is not None and task.has_classes:
+            splits, labels = _numbered(splits, recipe, column, model_config)
+        splits = task.encode(splits, recipe.dataset, processor, model_config)
     set_seed(args.seed)  # for a new head
-    student = load_student(recipe.model, recipe.task, tokenizer, labels)
-    collator = _collator(recipe.task, tokenizer, student.model)
-    return Prepared(recipe, args, tokenizer, splits, student, collator, labels)
+    student = load_student(recipe.model, task, processor, labels)
+    collator = task.collator(processor, student.model)
+    return Prepared(recipe, args, processor, splits, student, collator, labels)
+
+
+def _numbered(splits: Splits, recipe: Recipe, column: str, model_config: Any) -> tuple[Splits, tuple[str, ...]]:
+    """Return the data with numbers for classes, and the classes' names, in the order that a model knows if one does."""
+    assert recipe.dataset is not None
+    known = [model_config, *(_teacher_config(name) for name in recipe.teachers() if name not in STUDENT)]
+    texts = recipe.dataset.text_columns if TASK_COLUMNS[str(recipe.task)].num_texts else ()
+    splits = drop_incomplete(splits, [*texts, column])
+    return number_labels(splits, column, [_names(config) for config in known])
 
 
 def for_run(prepared: Prepared, recipe: Recipe, checkpoints: Path, student: Loaded) -> Prepared:
@@ -112,7 +115,7 @@ def for_run(prepared: Prepared, recipe: Recipe, checkpoints: Path, student: Load
         student: The model to train.
     """
     args = training_arguments(recipe, checkpoints)
-    collator = _collator(prepared.task, prepared.tokenizer, student.model)
+    collator = prepared.task.collator(prepared.processor, student.model)
     return replace(prepared, recipe=recipe, args=args, student=student, collator=collator)
 
 
@@ -122,7 +125,7 @@ def next_student(prepared: Prepared, recipe: Recipe) -> Loaded:
     Raises:
         ConfigError: If it is not whole.
     """
-    student = load_student(str(recipe.model), prepared.task, prepared.tokenizer, prepared.labels)
+    student = load_student(str(recipe.model), prepared.task, prepared.processor, prepared.labels)
     if student.new:
         raise ConfigError(f"{recipe.model}: lacks {student.new[0]}, so it is damaged. Delete the folder and resume.")
     return student
@@ -134,8 +137,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     Raises:
         ConfigError: If transformers refuses one.
     """
-    kind = Seq2SeqTrainingArguments if recipe.task == "seq2seq-lm" else TrainingArguments
-    defaults = {"dataloader_pin_memory": torch.cuda.is_available()}
+    task = TASKS_BY_NAME.get(str(recipe.task))
+    kind = TrainingArguments if task is None else task.arguments_class
+    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), **(task.default_arguments if task else {})}
     try:
         return kind(output_dir=str(checkpoints), **{**defaults, **(recipe.training or {})})
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
@@ -144,35 +148,23 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
 
 def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> Trainer:
     """Return a plain Trainer; the callbacks are all that sets compression apart."""
-    options: dict[str, Any] = {}
-    if prepared.task in LABELED_TASKS:
-        options = {"compute_metrics": _accuracy, "preprocess_logits_for_metrics": best_class}
-    kind = Seq2SeqTrainer if prepared.task == "seq2seq-lm" else Trainer
+    task = prepared.task
     try:
-        trainer: Trainer = kind(
+        trainer: Trainer = task.trainer_class(
             model=prepared.student.model,
             args=prepared.args,
             train_dataset=prepared.splits.train,
             eval_dataset=prepared.splits.evaluation,
             data_collator=prepared.collator,
-            processing_class=prepared.tokenizer,
+            processing_class=prepared.processor,
             callbacks=list(callbacks),
-            **options,
+            **task.trainer_options(prepared.processor, prepared.splits, prepared.args),
         )
     except (ValueError, ImportError) as error:
         if isinstance(error, CompressionError):
             raise
         raise ConfigError(f"Recipe.training: the Trainer refuses it: {' '.join(str(error).split())}") from error
     return trainer
-
-
-def _accuracy(predicted: Any) -> dict[str, float]:
-    return count_correct(predicted.predictions, predicted.label_ids)
-
-
-def _label_column(recipe: Recipe) -> str | None:
-    assert recipe.dataset is not None
-    return recipe.dataset.label_column or LABELED_TASKS.get(str(recipe.task))
 
 
 def _teacher_config(name: str) -> Any:
@@ -183,12 +175,3 @@ def _teacher_config(name: str) -> Any:
 
 def _names(config: Any) -> list[str]:
     return [str(config.id2label[number]) for number in sorted(config.id2label)]
-
-
-def _collator(task: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Callable[[Any], Any]:
-    """Padding has no labels; an end-of-sequence token has one, also where padding is done with it."""
-    if task == "text-classification":
-        return DataCollatorWithPadding(tokenizer)
-    if task == "token-classification":
-        return DataCollatorForTokenClassification(tokenizer)
-    return DataCollatorForSeq2Seq(tokenizer, model=model if task == "seq2seq-lm" else None)

@@ -173,7 +173,7 @@ def test_token_classification_labels_the_first_token_of_a_word(tmp_path, measure
     )
     prepared = runs.prepare(Recipe.from_dict(recipe), tmp_path / "checkpoints")
     first = prepared.splits.train[0]
-    tokens = prepared.tokenizer.convert_ids_to_tokens(first["input_ids"])
+    tokens = prepared.processor.convert_ids_to_tokens(first["input_ids"])
     assert any(token.startswith("##") for token in tokens)
     for token, label in zip(tokens, first["labels"], strict=True):
         assert (label == -100) == (token.startswith(("##", "[")))
