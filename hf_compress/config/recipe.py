@@ -8,12 +8,16 @@ from typing import Any
 from hf_compress.config.base import Config
 from hf_compress.config.data import DatasetConfig
 from hf_compress.config.distillation import DistillationConfig
+from hf_compress.config.lora import LoraSection
 from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.quantization import QuantizationConfig
-from hf_compress.config.sections import METHODS, build_sections, check_training
+from hf_compress.config.sections import METHODS, build_sections, check_sections, check_training
 from hf_compress.config.stages import StageConfig
 from hf_compress.config.tasks import TASK_COLUMNS, TASKS
 from hf_compress.errors import ConfigError
+
+DENSE = "dense"
+"""The teacher that is the model before compression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,14 @@ class Recipe(Config):
     teacher: str | Sequence[str] | None = None
     """Hub name or path of the teacher, for runs started from a recipe file; the same one in all stages. ``"self"`` is a
     copy of the model that the run, or each stage, begins with, ``"unmasked"`` the student of the same step without its
-    masks; several in a list teach together, see ``DistillationCallback``."""
+    masks, ``"dense"`` what the recipe begins with, or what its first stages made of that if they only train; several
+    in a list teach together, see ``DistillationCallback``."""
+
+    oneshot_batches: int | None = None
+    """See ``StageConfig``."""
+
+    lora: LoraSection | None = None
+    """See ``StageConfig``."""
 
     training: Mapping[str, Any] | None = None
     """Fields of ``TrainingArguments`` (``Seq2SeqTrainingArguments`` for seq2seq-lm), such as ``learning_rate``."""
@@ -79,10 +90,11 @@ class Recipe(Config):
     """Folder for the checkpoints and the compressed model; new, or of this very recipe."""
 
     def _validate(self) -> None:
-        build_sections(self, {**METHODS, "dataset": DatasetConfig, "shrink": ShrinkConfig})
+        build_sections(self, {**METHODS, "dataset": DatasetConfig, "shrink": ShrinkConfig, "lora": LoraSection})
+        check_sections(self)
         self._check_stages()
         runs: Sequence[Any] = (self,) if self.stages is None else self.stages
-        if all(getattr(self, name) is None for name in (*METHODS, "stages")):
+        if not isinstance(self, PlainRun) and all(getattr(run, name) is None for run in runs for name in METHODS):
             raise ConfigError("Recipe: nothing to do; give at least one of pruning, quantization, distillation.")
         for name, needs in {"teacher": "distillation", "shrink": "pruning"}.items():
             value = getattr(self, name)
@@ -110,7 +122,9 @@ class Recipe(Config):
             given = [given]
         if given is not None and (not given or not all(isinstance(each, str) and each for each in given)):
             raise self._error(
-                "teacher", self.teacher, "a Hub name or folder, 'self', 'unmasked', a list of these, or None"
+                "teacher",
+                self.teacher,
+                "a Hub name or folder, 'self', 'unmasked', 'dense', a list of these, or None",
             )
 
     def _check_stages(self) -> None:
@@ -119,7 +133,7 @@ class Recipe(Config):
             return
         if not isinstance(self.stages, list | tuple) or not self.stages:
             raise self._error("stages", self.stages, "a list of at least one stage, or None")
-        for name in METHODS:
+        for name in (*METHODS, "oneshot_batches", "lora"):
             if getattr(self, name) is not None:
                 raise self._error(name, _plain(getattr(self, name)), "None beside stages", "Put it into a stage.")
         found = []
@@ -148,20 +162,34 @@ class Recipe(Config):
         if self.stages is None:
             return (self,)
         stages = [stage for stage in self.stages for _ in range(stage.repeat)]
-        return tuple(
-            dataclasses.replace(
-                self,
-                stages=None,
-                pruning=stage.pruning,
-                quantization=stage.quantization,
-                distillation=stage.distillation,
-                training=stage.arguments(self.training),
-                teacher=None if stage.distillation is None else self.teacher,
-                shrink=None if stage.pruning is None else self.shrink,
-                export=self.export if number == len(stages) else None,
+        return tuple(self._run_of(stage, n == len(stages)) for n, stage in enumerate(stages, 1))
+
+    def _run_of(self, stage: StageConfig, is_last: bool) -> "Recipe":
+        common = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        common |= {name: getattr(stage, name) for name in (*METHODS, "oneshot_batches", "lora")}
+        common |= {
+            "stages": None,
+            "training": stage.arguments(self.training),
+            "teacher": None if stage.distillation is None else self.teacher,
+            "shrink": None if stage.pruning is None else self.shrink,
+            "export": self.export if is_last else None,
+        }
+        return (PlainRun if stage.is_plain() else Recipe)(**common)
+
+    def with_dense(self, model: str | None) -> "Recipe":
+        """Return the recipe with a model in place of ``teacher: dense``.
+
+        Raises:
+            ConfigError: If it has that teacher, but there is no model.
+        """
+        if DENSE not in self.teachers():
+            return self
+        if model is None:
+            raise ConfigError(
+                f"Recipe.teacher: got {DENSE!r}, which is the recipe's model, but it names none. Set model."
             )
-            for number, stage in enumerate(stages, 1)
-        )
+        teachers = tuple(model if name == DENSE else name for name in self.teachers())
+        return dataclasses.replace(self, teacher=teachers[0] if isinstance(self.teacher, str) else teachers)
 
     def _check_columns(self) -> None:
         """A setting of the data that the task does not read is an error, and so is one that it lacks."""
@@ -187,6 +215,11 @@ class Recipe(Config):
         for name, is_unread in unread.items():
             if is_unread and getattr(data, name):
                 raise self._error(f"dataset.{name}", getattr(data, name), f"None for {task}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainRun(Recipe):
+    """The run of a stage that only trains."""
 
 
 def _plain(value: Any) -> Any:

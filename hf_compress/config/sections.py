@@ -10,6 +10,7 @@ from hf_compress.config.base import Config
 from hf_compress.config.distillation import DistillationConfig
 from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.quantization import QuantizationConfig
+from hf_compress.config.structures import WEIGHTS
 from hf_compress.errors import ConfigError, choices
 
 METHODS: dict[str, type[Config]] = {
@@ -41,6 +42,29 @@ def build_sections(config: Config, kinds: Mapping[str, type[Config]]) -> None:
             object.__setattr__(config, name, kind.from_dict(value))
         elif value is not None and not isinstance(value, kind):
             raise _wrong(config, name, value, f"a {kind.__name__}, a mapping of its fields, or None")
+
+
+def check_sections(config: Any) -> None:
+    """Check that what is done before and beside training goes with the methods of a recipe or a stage.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if config.oneshot_batches is not None:
+        config._check_count("oneshot_batches")
+        if config.pruning is None:
+            raise _wrong(config, "oneshot_batches", config.oneshot_batches, "None without a pruning section")
+        if WEIGHTS in config.pruning.structures:
+            raise ConfigError(
+                f"{type(config).__name__}.oneshot_batches: prunes single weights, which training then overwrites. Call "
+                "prune_oneshot on the finished model, or leave oneshot_batches out."
+            )
+    prunes_in_training = config.pruning is not None and config.oneshot_batches is None
+    if config.lora is not None and (prunes_in_training or config.quantization is not None):
+        raise ConfigError(
+            f"{type(config).__name__}.lora: adapters are merged after training, which changes what pruning and "
+            "quantization in training chose. Set oneshot_batches, or put them into a stage of their own."
+        )
 
 
 def check_training(config: Any, task: str | None) -> None:

@@ -6,16 +6,19 @@ from typing import Any
 
 from hf_compress.config.base import Config
 from hf_compress.config.distillation import DistillationConfig
+from hf_compress.config.lora import LoraSection
 from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.quantization import QuantizationConfig
-from hf_compress.config.sections import METHODS, build_sections
+from hf_compress.config.sections import METHODS, build_sections, check_sections
 from hf_compress.config.structures import WEIGHTS
-from hf_compress.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(Config):
     """One stage: a training run that begins with the smaller model that the stage before it left.
+
+    One without pruning, quantization and distillation just trains: as the first of all it makes the dense model, which
+    later stages can have for ``teacher: dense``, after others it heals.
 
     Sparsities and moments speak of the stage alone: 0.25 removes a quarter of the units that are there when the stage
     begins.
@@ -30,6 +33,12 @@ class StageConfig(Config):
     distillation: DistillationConfig | None = None
     """Distillation from the recipe's teacher, or None."""
 
+    oneshot_batches: int | None = None
+    """Prune before training, by ``prune_oneshot`` on so many batches of training data; ``None``: while it trains."""
+
+    lora: LoraSection | None = None
+    """Train adapters instead of all weights, and merge them afterwards; ``None``: all weights."""
+
     training: Mapping[str, Any] | None = None
     """Training arguments of this stage; they take the place of the recipe's. ``num_train_epochs`` takes that of
     ``max_steps`` as well."""
@@ -39,10 +48,13 @@ class StageConfig(Config):
     sparsity of 0.2 leaves 0.8^3 = 51%."""
 
     def _validate(self) -> None:
-        build_sections(self, METHODS)
-        if all(getattr(self, name) is None for name in METHODS):
-            raise ConfigError("StageConfig: nothing to do; give at least one of pruning, quantization, distillation.")
+        build_sections(self, {**METHODS, "lora": LoraSection})
+        check_sections(self)
         self._check_count("repeat")
+
+    def is_plain(self) -> bool:
+        """Return whether the stage trains without any of the methods."""
+        return all(getattr(self, name) is None for name in METHODS)
 
     def forgotten(self) -> str | None:
         """Return what of the stage later training would not keep to, or None."""

@@ -15,7 +15,7 @@ def make_callbacks(recipe: Recipe, teacher: Source | Sequence[Source] | None = N
     """Return the callbacks of a recipe, for ``Trainer(callbacks=...)``.
 
     Args:
-        recipe: What to do; model, data and training arguments in it are not looked at.
+        recipe: What to do in training; what is pruned before it, data and training arguments are not looked at.
         teacher: The teacher, see ``DistillationCallback``; the recipe's by default.
 
     Raises:
@@ -27,9 +27,9 @@ def make_callbacks(recipe: Recipe, teacher: Source | Sequence[Source] | None = N
             "make_callbacks: the recipe has stages, which are training runs of their own. Make the callbacks of each: "
             "[make_callbacks(run) for run in recipe.runs()], or use run_recipe."
         )
-    teacher = recipe.teacher if teacher is None else teacher
+    teacher = recipe.with_dense(recipe.model).teacher if teacher is None else teacher
     callbacks: list[TrainerCallback] = []
-    if recipe.pruning is not None:
+    if recipe.pruning is not None and recipe.oneshot_batches is None:
         callbacks.append(PruningCallback(recipe.pruning))
     if recipe.distillation is not None:
         if teacher is None:

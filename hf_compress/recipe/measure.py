@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_compress.config.recipe import DENSE
 from hf_compress.export.card import write_card
 from hf_compress.export.formats.table import FORMATS
 from hf_compress.loading import loading
@@ -15,19 +16,20 @@ from hf_compress.recipe.trainer import Prepared
 from hf_compress.report.compare import DEFAULT_LENGTH, Comparison, compare
 from hf_compress.report.results import Results
 
-DENSE = "dense"
 
-
-def measure(prepared: Prepared, folders: Mapping[str, Path], facts: Mapping[str, Facts]) -> Comparison:
+def measure(prepared: Prepared, dense: str, folders: Mapping[str, Path], facts: Mapping[str, Facts]) -> Comparison:
     """Compare the dense model with what lies in the folders, and write the folders' model cards.
 
     Args:
         prepared: What was trained.
+        dense: Hub name or folder of the model before compression.
         folders: Name -> folder of a model.
         facts: The same names -> what is known about the training run that made it.
     """
-    models, new = _load(prepared, folders)
+    models, new = _load(prepared, dense, folders)
     notes = ["dense is the model that the run began with"]
+    if dense != prepared.recipe.model:
+        notes = ["dense is the model that the run trained before it began to compress"]
     if new:
         notes[0] += f"; it is not evaluated, since its checkpoint has no {new[0]}"
     if any(getattr(model, "is_quantized", False) for model in models.values()):
@@ -54,14 +56,16 @@ def measure(prepared: Prepared, folders: Mapping[str, Path], facts: Mapping[str,
     return table
 
 
-def _load(prepared: Prepared, folders: Mapping[str, Path]) -> tuple[dict[str, PreTrainedModel], tuple[str, ...]]:
+def _load(
+    prepared: Prepared, dense: str, folders: Mapping[str, Path]
+) -> tuple[dict[str, PreTrainedModel], tuple[str, ...]]:
     """Load everything from disk, as others will; also return what the dense checkpoint lacks."""
-    dense = load_student(str(prepared.recipe.model), prepared.task, prepared.processor, prepared.labels)
-    models: dict[str, Any] = {DENSE: dense.model}
+    loaded = load_student(dense, prepared.task, prepared.processor, prepared.labels)
+    models: dict[str, Any] = {DENSE: loaded.model}
     for name, folder in folders.items():
         with loading(str(folder)):
             models[name] = prepared.task.auto_class.from_pretrained(folder)
-    return models, dense.new
+    return models, loaded.new
 
 
 def _requirement(export: str | None, name: str) -> str:

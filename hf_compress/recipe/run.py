@@ -20,10 +20,12 @@ from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.quantize import attached_quantizers
 from hf_compress.loading import loading
 from hf_compress.ptq.stored import apply_calibration_config
+from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
+from hf_compress.recipe.lora import merged, with_adapters
 from hf_compress.recipe.measure import measure
 from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
-from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, stages_of, track, tracked_after
+from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, dense_model, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
 from hf_compress.recipe.trial import preview_stages
 from hf_compress.shrinking.apply import plain_copy
@@ -72,8 +74,9 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     if prepared.args.process_index != 0:
         return RunResult(output=output, metrics=metrics)
     prepared = replace(prepared, recipe=recipe)
-    folders, facts = _results(stages, prepared, output)
-    table = measure(prepared, folders, facts)
+    dense, compressing = dense_model(recipe, stages)
+    folders, facts = _results(compressing, prepared, output)
+    table = measure(prepared, dense, folders, facts)
     result = RunResult(
         output=output, folders=folders, metrics=stages[-1].facts().metrics, comparison=table, notes=notes
     )
@@ -120,16 +123,24 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     """Train, evaluate, shrink and save; return the metrics."""
     main = prepared.args.process_index == 0
     tracked: tuple[TrackedGroup, ...] = before.facts().tracked if before is not None and main else ()
-    groups = dimension_groups(prepared.student.model) if main and stage.shrinks() else []
+    groups = dimension_groups(prepared.student.model) if main and stage.recipe.pruning is not None else []
+    masks: Mapping[str, Tensor] = {}
+    if stage.recipe.oneshot_batches is not None:
+        prepared, masks = prune_before(prepared, stage)
+    if stage.recipe.lora is not None:
+        prepared = with_adapters(prepared, stage.recipe.lora)
     trainer = make_trainer(prepared, make_callbacks(stage.recipe))
     with warnings.catch_warnings():  # gates that weights cannot replace are gone once the model is shrunk, below
         warnings.filterwarnings("ignore", "PruningCallback: gates stay", UserWarning)
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)
     metrics = trainer.evaluate()
+    if stage.recipe.lora is not None:
+        trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
     small = _compressed(trainer, stage)
     if main:
-        if groups:
-            tracked = tracked_after(tracked or track(groups), groups, _masks_of(trainer))
+        masks = masks or _masks_of(trainer)
+        if groups and masks:
+            tracked = tracked_after(tracked or track(groups), groups, masks)
         stage.save(small, prepared.processor, Facts(metrics, trainer.state.global_step, tracked))
     trainer.accelerator.wait_for_everyone()
     return metrics

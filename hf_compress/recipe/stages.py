@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.config import WEIGHTS, Recipe
+from hf_compress.config.recipe import PlainRun
 from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.instruments.quantize import attached_quantizers
@@ -142,8 +143,8 @@ class Stage:
         return Facts.load(self.folder / FACTS_FILE)
 
     def shrinks(self) -> bool:
-        """Return whether the stage makes matrices smaller: single weights become zeros."""
-        pruning = self.recipe.pruning
+        """Return whether training makes matrices smaller: single weights become zeros."""
+        pruning = None if self.recipe.oneshot_batches is not None else self.recipe.pruning
         return pruning is not None and any(kind != WEIGHTS for kind in pruning.structures)
 
     def shrink_options(self) -> dict[str, Any]:
@@ -174,11 +175,22 @@ def stages_of(recipe: Recipe, output: Path) -> Sequence[Stage]:
     """
     runs = recipe.runs()
     found: list[Stage] = []
+    dense = recipe.model
     for number, run in enumerate(runs, 1):
         name = SMALL if number == len(runs) else f"stage-{number}"
         checkpoints = output / CHECKPOINTS
         if recipe.stages is not None:
             checkpoints = checkpoints / f"stage-{number}"
         begins_with = replace(run, model=str(found[-1].folder)) if found else run
-        found.append(Stage(name, begins_with, output / name, checkpoints))
+        found.append(Stage(name, begins_with.with_dense(dense), output / name, checkpoints))
+        if all(isinstance(each.recipe, PlainRun) for each in found):
+            dense = str(found[-1].folder)
     return found
+
+
+def dense_model(recipe: Recipe, stages: Sequence[Stage]) -> tuple[str, Sequence[Stage]]:
+    """Return what a recipe compresses, and the stages that do it: those after any that only train at first."""
+    plain = 0
+    while plain < len(stages) and isinstance(stages[plain].recipe, PlainRun):
+        plain += 1
+    return (str(stages[plain - 1].folder) if plain else str(recipe.model)), stages[plain:]

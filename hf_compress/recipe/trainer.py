@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_compress.callbacks.teacher import base_of
 from hf_compress.callbacks.teachers import STUDENT
 from hf_compress.config import Recipe
+from hf_compress.config.recipe import DENSE
 from hf_compress.config.tasks import TASK_COLUMNS
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.loading import load_config, loading
@@ -99,7 +100,7 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Prepared:
 def _numbered(splits: Splits, recipe: Recipe, column: str, model_config: Any) -> tuple[Splits, tuple[str, ...]]:
     """Return the data with numbers for classes, and the classes' names, in the order that a model knows if one does."""
     assert recipe.dataset is not None
-    known = [model_config, *(_teacher_config(name) for name in recipe.teachers() if name not in STUDENT)]
+    known = [model_config, *(_teacher_config(name) for name in recipe.teachers() if name not in (*STUDENT, DENSE))]
     texts = recipe.dataset.text_columns if TASK_COLUMNS[str(recipe.task)].num_texts else ()
     splits = drop_incomplete(splits, [*texts, column])
     return number_labels(splits, column, [_names(config) for config in known])

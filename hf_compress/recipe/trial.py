@@ -1,13 +1,19 @@
 """Dry runs: every stage previewed, the later ones on what trial masks leave."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_compress.callbacks.preview import Preview, preview
+from hf_compress.callbacks.preview import Preview, count_steps, preview
 from hf_compress.callbacks.pruning import PruningCallback
+from hf_compress.callbacks.teachers import SELF
+from hf_compress.config import Recipe
+from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
+from hf_compress.recipe.lora import with_adapters, without_adapters
 from hf_compress.recipe.models import Loaded
 from hf_compress.recipe.stages import Stage
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer
@@ -23,11 +29,33 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         scratch: A folder that the Trainers may make.
     """
     student = prepared.student
+    to_come = {str(stage.folder) for stage in stages if not stage.is_finished()}
     for stage in stages:
         prepared = for_run(prepared, stage.recipe, scratch, student)
-        callbacks = make_callbacks(stage.recipe)
-        yield stage.name, preview(make_trainer(prepared, callbacks))
-        masks = next((each.trial for each in callbacks if isinstance(each, PruningCallback)), None)
-        if masks is not None and stage is not stages[-1]:
-            small: PreTrainedModel = shrink(student.model, masks, **stage.shrink_options(), quantizers=False)
+        sections: dict[str, Mapping[str, Any]] = {}
+        if stage.recipe.oneshot_batches is not None:
+            prepared, masks = prune_before(prepared, stage)
+            student = prepared.student
+            sections["before training"] = {
+                name: f"keeps {int(mask.sum()):,} of {len(mask):,}" for name, mask in masks.items()
+            }
+        if stage.recipe.lora is not None:
+            prepared = with_adapters(prepared, stage.recipe.lora)
+        callbacks = make_callbacks(_with_a_teacher(stage.recipe, to_come))
+        trainer = make_trainer(prepared, callbacks)
+        found = preview(trainer) if callbacks else Preview(count_steps(trainer), {})
+        if stage.recipe.lora is not None:
+            student = Loaded(without_adapters(prepared.student.model), ())
+        yield stage.name, replace(found, sections={**sections, **found.sections})
+        trial = next((each.trial for each in callbacks if isinstance(each, PruningCallback)), None)
+        if trial is not None and stage is not stages[-1]:
+            small: PreTrainedModel = shrink(student.model, trial, **stage.shrink_options(), quantizers=False)
             student = Loaded(small, ())
+
+
+def _with_a_teacher(recipe: Recipe, to_come: set[str]) -> Recipe:
+    """Let the student teach itself where the teacher is what an earlier stage has still to train."""
+    teachers = tuple(SELF if name in to_come else name for name in recipe.teachers())
+    if teachers == recipe.teachers():
+        return recipe
+    return replace(recipe, teacher=teachers[0] if isinstance(recipe.teacher, str) else teachers)

@@ -298,8 +298,17 @@ def test_in_every_stage_the_model_it_begins_with_teaches_itself(tmp_path, monkey
         ({"stages": []}, r"Recipe\.stages: got \[\]; allowed: a list of at least one stage"),
         ({"stages": {"pruning": {}}}, "a list of at least one stage"),
         ({"stages": [3]}, "stage 1: got 3"),
-        ({"stages": [{}]}, "stage 1: StageConfig: nothing to do"),
-        ({"stages": [{"training": {"max_steps": 3}}]}, "stage 1: StageConfig: nothing to do"),
+        ({"stages": [{}]}, "Recipe: nothing to do"),
+        ({"stages": [{"training": {"max_steps": 3}}]}, "Recipe: nothing to do"),
+        ({"stages": [{"oneshot_batches": 2}]}, "oneshot_batches: got 2; allowed: None without a pruning"),
+        ({"stages": [{"oneshot_batches": 0, "pruning": {"structures": {"ffn": 0.5}}}]}, "oneshot_batches: got 0"),
+        ({"stages": [{"lora": {}, "pruning": {"structures": {"ffn": 0.5}}}]}, "lora: adapters are merged after"),
+        ({"stages": [{"lora": {"r": 0}, "distillation": {}}]}, "LoraSection.r"),
+        ({"stages": [{"lora": {"dropout": 1}, "distillation": {}}]}, "LoraSection.dropout"),
+        (
+            {"stages": [{"oneshot_batches": 2, "pruning": {"structures": {"weights": 0.5}}}]},
+            "prunes single weights, which training then overwrites",
+        ),
         ({"stages": [STAGES[0], {"prunning": {}}]}, "stage 2: .*unknown key 'prunning'; closest match: 'pruning'"),
         ({"stages": [{**STAGES[0], "repeat": 0}]}, r"StageConfig\.repeat: got 0; allowed: an int >= 1"),
         ({"stages": [{**STAGES[0], "training": {"learning_rat": 1}}]}, r"StageConfig\.training: unknown key"),
@@ -327,6 +336,64 @@ def test_a_teacher_that_is_missing_shows_before_the_first_stage(tmp_path, monkey
     with pytest.raises(ConfigError, match=r"Recipe\.teacher: got None"):
         run_recipe(recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_first_stage_makes_the_teacher_of_the_others(tmp_path) -> None:
+    """A pretrained model with a new head: what the plain stage made of it is the reference, and teaches."""
+    recipe_files.save_model(tmp_path / "model", "text-classification", num_labels=5)  # does not fit: a new head
+    stages = [{"training": {"max_steps": 6, "learning_rate": 1e-2}}, STAGES[0], {"pruning": pruning(ffn=0.5)}]
+    recipe = Recipe.from_dict({**staged(tmp_path, stages).to_dict(), "teacher": "dense"})
+    dry = run_recipe(recipe, dry_run=True)
+    assert list(dry.stages) == ["stage-1", "stage-2", "compressed"] and dry.stages["stage-1"].sections == {}
+    result = run_recipe(recipe)
+    assert list(result.comparison.profiles) == ["dense", "stage-2", "compressed"]
+    assert list(result.folders) == ["stage-2", "compressed"]
+    dense = load_file(tmp_path / "out" / "stage-1" / "model.safetensors")
+    assert dense["classifier.weight"].shape[0] == 2
+    assert sizes(tmp_path / "out" / "stage-1") == (64, 88)
+    assert result.comparison.metrics["accuracy (%)"].keys() == {"dense", "stage-2", "compressed"}
+    (found,) = {run.teacher for run in recipe.runs() if run.distillation}
+    assert found == "dense"
+    stages_ = runs.stages_of(recipe, tmp_path / "out")
+    assert stages_[1].recipe.teacher == str(tmp_path / "out" / "stage-1")
+    assert "trained before it began to compress" in str(result)
+
+
+def test_the_dense_teacher_is_the_models_own_where_nothing_trains_first(tmp_path) -> None:
+    recipe = Recipe.from_dict({**staged(tmp_path).to_dict(), "teacher": "dense"})
+    assert runs.stages_of(recipe, tmp_path / "out")[0].recipe.teacher == str(tmp_path / "model")
+    alone = Recipe.from_dict({"distillation": {}, "teacher": "dense"})
+    with pytest.raises(ConfigError, match="it names none"):
+        make_callbacks(alone)
+    assert make_callbacks(Recipe.from_dict({**alone.to_dict(), "model": str(tmp_path / "model")}))
+
+
+def test_pruned_in_one_shot_and_healed_by_adapters(tmp_path) -> None:
+    oneshot = {"structures": {"heads": 0.25, "ffn": 0.5}, "criterion": "taylor"}
+    stages = [{"pruning": oneshot, "oneshot_batches": 2, "distillation": {}, "lora": {"r": 2, "alpha": 4}}]
+    recipe = staged(tmp_path, stages)
+    dry = run_recipe(recipe, dry_run=True)
+    (preview,) = dry.stages.values()
+    assert all("keeps" in text for text in preview.sections["before training"].values())
+    result = run_recipe(recipe)
+    small = result.folders["compressed"]
+    assert sizes(small) == (48, 44)
+    weights, dense = load_file(small / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    assert set(weights) == set(dense), "no adapters are left"
+    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.output.dense.bias"):
+        assert torch.equal(weights[name], dense[name]), "adapters are on the weights of linear layers alone"
+    pooler = "bert.pooler.dense.weight"
+    assert not torch.equal(weights[pooler], dense[pooler]), "what was learned is merged"
+    results = Results.load(small / "results.json")
+    assert sum(unit["kept"] for unit in results.kept["ffn"]) == 44
+
+
+def test_a_stage_of_one_shot_pruning_can_be_followed_by_plain_training(tmp_path) -> None:
+    oneshot = {"structures": {"ffn": 0.5}, "criterion": "l2"}
+    stages = [{"pruning": oneshot, "oneshot_batches": 1}, {"training": {"max_steps": 2}}]
+    result = run_recipe(staged(tmp_path, stages))
+    assert list(result.folders) == ["stage-1", "compressed"]
+    assert sizes(result.folders["stage-1"]) == sizes(result.folders["compressed"]) == (64, 44)
 
 
 def test_stages_survive_files_and_become_runs(tmp_path) -> None:
