@@ -211,9 +211,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=48, help="tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--allocation", default="global")
-    parser.add_argument(
-        "--update-every", type=int, help="steps between choices of masks (default: 50 choices)"
-    )
+    parser.add_argument("--update-every", type=int, help="steps between choices of masks (default: 50 choices)")
     parser.add_argument("--examples", type=int, help="use so many training and test examples only")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
     given = parser.parse_args()

@@ -6,8 +6,7 @@ import numpy
 import pytest
 import recipe_files
 import torch
-import trained_tokenizers
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,11 +15,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
-    BertConfig,
-    BertForQuestionAnswering,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
 )
 
 import hf_compress.recipe.measure as measuring
@@ -41,36 +35,9 @@ def test_every_task_of_recipes_is_there() -> None:
     assert tuple(TASKS_BY_NAME) == TASKS
 
 
-def images(root, channels: int = 3) -> dict:
-    """A recipe for a tiny ViT and a folder of light and dark images."""
-    generator = numpy.random.default_rng(0)
-    for number in range(24):
-        shade, name = ((40, "dark"), (200, "light"))[number % 2]
-        folder = root / "images" / ("train" if number < 18 else "test") / name
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(shade, shade + 50, (20, 16), dtype="uint8")  # grey, and not square
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=4,
-        num_channels=channels, num_labels=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    ViTForImageClassification(config).save_pretrained(root / "vit")
-    size = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * channels, "image_std": [0.5] * channels}
-    ViTImageProcessor(**size).save_pretrained(root / "vit")
-    return {
-        "model": str(root / "vit"),
-        "task": "image-classification",
-        "dataset": {"path": str(root / "images")},
-        "pruning": recipe_files.PRUNING,
-        "training": {**recipe_files.TRAINING, "max_steps": 30, "learning_rate": 1e-2},
-        "output": str(root / "out"),
-    }
-
-
 @pytest.mark.parametrize("channels", [3, 1])
 def test_images_from_a_folder_to_a_saved_model(channels, tmp_path) -> None:
-    result = run_recipe(Recipe.from_dict(images(tmp_path, channels)))
+    result = run_recipe(Recipe.from_dict(recipe_files.images(tmp_path, channels)))
     assert result.comparison.metrics["accuracy (%)"]["compressed"] == pytest.approx(
         100 * result.metrics["eval_accuracy"]
     )
@@ -85,7 +52,7 @@ def test_images_from_a_folder_to_a_saved_model(channels, tmp_path) -> None:
 
 
 def test_flips_are_in_training_alone(tmp_path) -> None:
-    recipe = images(tmp_path)
+    recipe = recipe_files.images(tmp_path)
     plain = prepare(Recipe.from_dict(recipe), tmp_path / "a")
     flipped = prepare(Recipe.from_dict({**recipe, "dataset": {**recipe["dataset"], "flip": True}}), tmp_path / "b")
     assert torch.equal(plain.splits.evaluation[0]["pixel_values"], flipped.splits.evaluation[0]["pixel_values"])
@@ -109,7 +76,7 @@ def test_flips_are_in_training_alone(tmp_path) -> None:
     ],
 )
 def test_settings_that_images_have_no_use_for(change, message, tmp_path, monkeypatch) -> None:
-    recipe = images(tmp_path)
+    recipe = recipe_files.images(tmp_path)
     monkeypatch.chdir(tmp_path)
     recipe_files.write_csv(tmp_path / "labels.csv", [{"name": "a.png", "label": "light"}] * 4)
     recipe["dataset"] |= change
@@ -117,40 +84,9 @@ def test_settings_that_images_have_no_use_for(change, message, tmp_path, monkeyp
         run_recipe(Recipe.from_dict(recipe))
 
 
-def questions(root, unanswerable: bool = False) -> dict:
-    """A recipe for a tiny BERT and questions for a word of a sentence."""
-    tokenizer = trained_tokenizers.word_piece()
-    tokenizer.save_pretrained(root / "bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
-    BertForQuestionAnswering(config).save_pretrained(root / "bert")
-    rows = []
-    for number, sentence in enumerate(recipe_files.SENTENCES * 3):
-        context = f"{sentence} {recipe_files.SENTENCES[(number + 1) % 7]}"
-        word = context.split()[-2]
-        answers = {"text": [word, word], "answer_start": [context.rindex(word)] * 2}
-        if unanswerable and number % 3 == 0:
-            answers = {"text": [], "answer_start": []}
-        rows.append({"question": f"  which {number}", "context": context, "answers": answers})
-    return {
-        "model": str(root / "bert"),
-        "task": "question-answering",
-        "dataset": {
-            "path": recipe_files.write_json(root / "squad.jsonl", rows),
-            "text_columns": ["question", "context"],
-            "max_length": 32,
-            "stride": 8,
-        },
-        "pruning": recipe_files.PRUNING,
-        "training": {**recipe_files.TRAINING, "max_steps": 4},
-        "output": str(root / "out"),
-    }
-
-
 @pytest.mark.parametrize("unanswerable", [False, True])
 def test_questions_from_a_file_to_a_saved_model(unanswerable, tmp_path) -> None:
-    recipe = questions(tmp_path, unanswerable)
+    recipe = recipe_files.questions(tmp_path, unanswerable)
     result = run_recipe(Recipe.from_dict(recipe))
     assert result.comparison.metrics["F1 (%)"]["compressed"] == pytest.approx(result.metrics["eval_f1"])
     assert result.comparison.metrics["exact match (%)"].keys() == {"dense", "compressed"}
@@ -161,7 +97,7 @@ def test_questions_from_a_file_to_a_saved_model(unanswerable, tmp_path) -> None:
 
 
 def test_labels_are_the_tokens_of_the_answer(tmp_path) -> None:
-    prepared = prepare(Recipe.from_dict(questions(tmp_path)), tmp_path / "checkpoints")
+    prepared = prepare(Recipe.from_dict(recipe_files.questions(tmp_path)), tmp_path / "checkpoints")
     rows = prepared.splits.train
     assert len(rows) > 18, "contexts have several parts"
     found = 0
@@ -179,7 +115,7 @@ def test_labels_are_the_tokens_of_the_answer(tmp_path) -> None:
 
 def test_right_answers_score_full_marks(tmp_path) -> None:
     """Logits that point at the labels, with padding behind them, and none where a part has no answer."""
-    prepared = prepare(Recipe.from_dict(questions(tmp_path, unanswerable=True)), tmp_path / "checkpoints")
+    prepared = prepare(Recipe.from_dict(recipe_files.questions(tmp_path, unanswerable=True)), tmp_path / "checkpoints")
     rows, asked = prepared.splits.evaluation, prepared.splits.references
     logits = numpy.full((2, len(rows), 40), -100.0)
     for number, row in enumerate(rows):
@@ -223,38 +159,15 @@ def test_the_best_part_of_a_context_answers() -> None:
     ],
 )
 def test_questions_that_cannot_be_asked(change, message, tmp_path) -> None:
-    recipe = questions(tmp_path)
+    recipe = recipe_files.questions(tmp_path)
     recipe["dataset"] |= change
     with pytest.raises(ConfigError, match=message):
         run_recipe(Recipe.from_dict(recipe))
 
 
-def translation(root, **training) -> dict:
-    """A recipe for a tiny BART; the texts are parts of one column, as in WMT's data."""
-    rows = [
-        {"translation": {"en": f"{a} {b}", "ro": a}} for a in recipe_files.SENTENCES for b in recipe_files.SENTENCES[:2]
-    ]
-    data = DatasetDict({"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:4])})
-    data.save_to_disk(root / "wmt")
-    return {
-        "model": recipe_files.save_model(root / "bart", "seq2seq-lm"),
-        "task": "seq2seq-lm",
-        "dataset": {
-            "path": str(root / "wmt"),
-            "text_columns": "translation.en",
-            "target_column": "translation.ro",
-            "prefix": "translate: ",
-            "max_length": 24,
-        },
-        "pruning": recipe_files.PRUNING,
-        "training": {**recipe_files.TRAINING, "max_steps": 4, **training},
-        "output": str(root / "out"),
-    }
-
-
 def test_translations_are_scored_by_bleu(tmp_path) -> None:
     training = {"predict_with_generate": True, "generation_max_length": 12, "generation_num_beams": 2}
-    recipe = Recipe.from_dict(translation(tmp_path, **training))
+    recipe = Recipe.from_dict(recipe_files.translation(tmp_path, **training))
     result = run_recipe(recipe)
     assert list(result.comparison.metrics) == ["BLEU", "perplexity of targets"]
     assert result.comparison.metrics["BLEU"]["compressed"] == pytest.approx(result.metrics["eval_bleu"])
@@ -273,7 +186,7 @@ def test_translations_are_scored_by_bleu(tmp_path) -> None:
 
 
 def test_without_generation_nothing_is_predicted(tmp_path) -> None:
-    prepared = prepare(Recipe.from_dict(translation(tmp_path)), tmp_path / "checkpoints")
+    prepared = prepare(Recipe.from_dict(recipe_files.translation(tmp_path)), tmp_path / "checkpoints")
     assert make_trainer(prepared, []).compute_metrics is None
     assert run_recipe(prepared.recipe).comparison.metrics.keys() == {"perplexity of targets"}
 

@@ -1,0 +1,194 @@
+"""Recipe files of the repository are valid, and the training scripts turn arguments into recipes."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recipe_files
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+import hf_compress.recipe.measure as measuring
+from hf_compress import ConfigError, Recipe
+from hf_compress.config import TASKS
+
+RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "recipes").glob("*.yaml"))
+SCRIPTS = {
+    "run_text_classification": "text-classification",
+    "run_translation": "seq2seq-lm",
+    "run_image_classification": "image-classification",
+    "run_causal_lm": "causal-lm",
+    "run_question_answering": "question-answering",
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import a training script by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_complete_and_survive_files(path, tmp_path) -> None:
+    recipe = Recipe.load(path)
+    assert recipe.task in TASKS and recipe.model and recipe.dataset
+    assert "\n# " in path.read_text(encoding="utf-8") or path.read_text(encoding="utf-8").startswith("# ")
+    recipe.save(tmp_path / "again.yaml")
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+    assert "/" in recipe.model, "a name on the Hub, whose canonical form has an owner"
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 10
+    assert {Recipe.load(path).task for path in RECIPES} == set(SCRIPTS.values())
+
+
+def built(scripts, name: str, *arguments: str) -> tuple[Recipe, bool]:
+    script, shared = scripts(name), scripts("recipe_script")
+    kind = next(each for each in vars(script).values() if isinstance(each, type) and each.__module__ == name)
+    task = SCRIPTS[name]
+    return shared.build_recipe(task, kind, script.columns, shared.parse(task, kind, list(arguments)))
+
+
+def recipe_of(task: str) -> str:
+    return str(next(path for path in RECIPES if Recipe.load(path).task == task))
+
+
+@pytest.mark.parametrize(("name", "task"), SCRIPTS.items())
+def test_a_recipe_alone_is_enough(scripts, name, task) -> None:
+    path = recipe_of(task)
+    recipe, resume = built(scripts, name, "--recipe", path, "--output_dir", "out", "--seed", "7")
+    stored = Recipe.load(path)
+    assert recipe.output == "out" and not resume
+    assert recipe.training == {**stored.training, "seed": 7}, "no default of TrainingArguments hides the recipe's"
+    assert (recipe.model, recipe.dataset, recipe.stages) == (stored.model, stored.dataset, stored.stages)
+
+
+def test_arguments_take_the_place_of_the_recipes(scripts) -> None:
+    words = "--model_name_or_path m --teacher_name_or_path self --data_file a.csv --text_column_names a,b "
+    words += "--label_column_name c --max_seq_length 9 --max_train_samples 5 --learning_rate 1e-3 --bf16 false "
+    words += "--resume_from_checkpoint true --eval_split dev"
+    path = recipe_of("text-classification")
+    recipe, resume = built(scripts, "run_text_classification", "--recipe", path, *words.split())
+    assert resume and (recipe.model, recipe.teacher) == ("m", "self")
+    data = recipe.dataset
+    assert (data.path, data.name, data.text_columns, data.label_column) == ("a.csv", None, ("a", "b"), "c")
+    assert (data.max_length, data.max_train_examples, data.eval_split) == (9, 5, "dev")
+    assert recipe.training["learning_rate"] == 1e-3 and recipe.training["bf16"] is False
+
+
+def test_languages_name_parts_of_a_column(scripts) -> None:
+    words = "--dataset_name wmt/wmt16 --source_lang de --target_lang fr --source_prefix x --predict_with_generate false"
+    recipe, _ = built(scripts, "run_translation", "--recipe", recipe_of("seq2seq-lm"), *words.split())
+    assert recipe.dataset.text_columns == ("translation.de",) and recipe.dataset.target_column == "translation.fr"
+    assert recipe.dataset.prefix == "x" and recipe.training["predict_with_generate"] is False
+
+
+def test_another_data_set_has_squads_columns(scripts) -> None:
+    arguments = ("--recipe", recipe_of("question-answering"), "--dataset_name", "mine")
+    recipe, _ = built(scripts, "run_question_answering", *arguments)
+    assert recipe.dataset.text_columns == ("question", "context") and recipe.dataset.max_length is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataset_name a --data_file b", "got both"),
+        ("--do_train true", "has no place in a recipe"),
+        ("--source_column only", "target_column"),
+    ],
+)
+def test_what_does_not_go_together(scripts, words, message) -> None:
+    name = "run_translation" if "source" in words else "run_text_classification"
+    with pytest.raises(ConfigError, match=message):
+        built(scripts, name, "--recipe", recipe_of(SCRIPTS[name]), "--data_file", "a.csv", *words.split())
+
+
+def test_a_recipe_for_another_task_is_refused(scripts) -> None:
+    with pytest.raises(ConfigError, match="Use the other script"):
+        built(scripts, "run_causal_lm", "--recipe", recipe_of("seq2seq-lm"))
+
+
+CASES = {
+    "run_text_classification": (recipe_files.classification, AutoModelForSequenceClassification, {
+        "path": "data_file", "text_columns": "text_column_names", "label_column": "label_column_name",
+        "max_length": "max_seq_length",
+    }),
+    "run_translation": (recipe_files.translation, AutoModelForSeq2SeqLM, {
+        "path": "dataset_name", "text_columns": "source_column", "target_column": "target_column",
+        "prefix": "source_prefix", "max_length": "max_source_length",
+    }),
+    "run_image_classification": (recipe_files.images, AutoModelForImageClassification, {"path": "dataset_name"}),
+    "run_causal_lm": (recipe_files.language, AutoModelForCausalLM, {"path": "data_file", "max_length": "block_size"}),
+    "run_question_answering": (recipe_files.questions, AutoModelForQuestionAnswering, {
+        "path": "data_file", "max_length": "max_seq_length", "stride": "doc_stride",
+    }),
+}  # fmt: skip
+"""Script -> a whole recipe, the class of its models, and the arguments that stand for fields of its data."""
+
+
+def arguments_for(name: str, root: Path) -> tuple[list[str], dict]:
+    """Write a recipe that says how to compress and nothing else; return the arguments that say the rest."""
+    make, _, names = CASES[name]
+    whole = make(root)
+    Recipe(pruning=whole["pruning"]).save(root / "only.yaml")
+    given = {
+        "recipe": str(root / "only.yaml"),
+        "model_name_or_path": whole["model"],
+        "output_dir": whole["output"],
+        **{argument: whole["dataset"][field] for field, argument in names.items()},
+        **whole["training"],
+    }
+    return [text for key, value in given.items() for text in (f"--{key}", str(value))], whole
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_leaves_a_smaller_model_with_a_card(scripts, name, tmp_path, capsys, monkeypatch) -> None:
+    full = measuring.compare
+    monkeypatch.setattr(measuring, "compare", lambda *a, **k: full(*a, **{**k, "rounds": 1, "batch_sizes": (1,)}))
+    arguments, whole = arguments_for(name, tmp_path)
+    script, shared = scripts(name), scripts("recipe_script")
+    kind = next(each for each in vars(script).values() if isinstance(each, type) and each.__module__ == name)
+    result = shared.main(SCRIPTS[name], kind, script.columns, arguments)
+    assert "parameters" in capsys.readouterr().out
+    auto_class = CASES[name][1]
+    small, dense = (auto_class.from_pretrained(folder) for folder in (result.folders["compressed"], whole["model"]))
+    assert small.num_parameters() < dense.num_parameters()
+    assert (result.folders["compressed"] / "README.md").is_file()
+    assert set(result.comparison.metrics) and all("compressed" in each for each in result.comparison.metrics.values())
+    with pytest.raises(SystemExit, match="2"):
+        shared.main(SCRIPTS[name], kind, script.columns, arguments)
+    assert "holds a run of this recipe already" in capsys.readouterr().err
+
+
+def test_arguments_may_lie_in_a_file(scripts, tmp_path) -> None:
+    stored = {"recipe": recipe_of("causal-lm"), "learning_rate": 1e-3, "bf16": False, "output_dir": "out"}
+    (tmp_path / "arguments.json").write_text(json.dumps(stored), encoding="utf-8")
+    recipe, _ = built(scripts, "run_causal_lm", str(tmp_path / "arguments.json"))
+    assert recipe.training["learning_rate"] == 1e-3 and recipe.training["bf16"] is False and recipe.output == "out"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_processes_run_a_script(tmp_path) -> None:
+    arguments, whole = arguments_for("run_text_classification", tmp_path)
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = str(root / "scripts" / "run_text_classification.py")
+    done = subprocess.run([*launch, script, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("accuracy (%)") == 1, "the first process alone prints"
+    small = AutoModelForSequenceClassification.from_pretrained(Path(whole["output"]) / "compressed")
+    assert small.num_parameters() < AutoModelForSequenceClassification.from_pretrained(whole["model"]).num_parameters()
