@@ -20,6 +20,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("weights",),
     "experts": ("weights",),
     "attention": ("inputs",),
+    "probabilities": ("inputs",),
 }
 """Kind of layers -> which of their tensors can be quantized."""
 
@@ -82,7 +83,9 @@ class QuantizationConfig(Config):
     """Kinds of layers. ``"linear"``: ``nn.Linear`` and GPT-2's ``Conv1D``. ``"convolution"``: ``nn.Conv1d``,
     ``nn.Conv2d``. ``"embedding"``: weights of ``nn.Embedding``, whose outputs are the rows. ``"experts"``: weights of
     mixtures of experts, an output of one expert is a channel. ``"attention"``: ``inputs`` is about queries, keys and
-    values as they are multiplied, a token being that of one head."""
+    values as they are multiplied, a token being that of one head. ``"probabilities"``: ``inputs`` is about attention
+    maps as values are multiplied with them, a token being a query's row; maps are then computed one by one, which takes
+    the time and the memory of eager attention."""
 
     exclude: Sequence[str] | None = None
     """Regular expressions; a module whose name matches one (``re.search``) stays in floating point. ``None`` leaves

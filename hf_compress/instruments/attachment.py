@@ -83,7 +83,7 @@ class Attachment:
     """Act on parameters after the gates: tables of embeddings, weights of experts."""
 
     attention_quantizers: dict[str, Quantizer] = field(default_factory=dict)
-    """Act on what an attention module attends with: ``"queries"``, ``"keys"``, ``"values"``."""
+    """Act on what an attention module attends with: ``"queries"``, ``"keys"``, ``"values"``, ``"probabilities"``."""
 
     subset: CallTransform | None = None
     """Runs the module on the kept units alone."""

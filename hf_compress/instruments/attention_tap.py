@@ -7,7 +7,7 @@ kernels run as always. Modes that intercept PyTorch's functions see neither the 
 down every operation; implementations of one's own change the masks that models prepare.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from hf_compress.errors import TrainingError
-from hf_compress.instruments.attach import attachment_of
+from hf_compress.instruments.attach import attachment_of, own_class
 from hf_compress.instruments.leaf_forward import quantized
-from hf_compress.instruments.targets import ATTENDED
+from hf_compress.instruments.targets import ATTENDED, PROBABILITIES
+from hf_compress.quantization.quantizers import Quantizer
 
 WATCHED = ("eager", "sdpa")
 """The implementations whose masks say what attends to what."""
@@ -156,21 +157,42 @@ def _get_interface(self: AttentionInterface, attn_implementation: str, default: 
     def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if _open:
             _told[0](module, attn_implementation, args, kwargs)
-        return attend(module, *_changed(module, args), **kwargs)
+        attachment = attachment_of(module)
+        if attachment is None or not attachment.attention_quantizers:
+            return attend(module, *args, **kwargs)
+        quantizers = attachment.attention_quantizers
+        args = _on_grids(module, quantizers, args)
+        if PROBABILITIES in quantizers:
+            return _by_maps(module, quantizers[PROBABILITIES], attn_implementation, args, kwargs)
+        return attend(module, *args, **kwargs)
 
     return watched
 
 
-def _changed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _on_grids(module: nn.Module, quantizers: Mapping[str, Quantizer], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of attention with query, key and value on their grids."""
-    attachment = attachment_of(module)
-    if attachment is None or not attachment.attention_quantizers:
-        return args
     made = [
-        x if (each := attachment.attention_quantizers.get(part)) is None else quantized(module, each, x, None, {}, part)
+        x if (each := quantizers.get(part)) is None else quantized(module, each, x, None, {}, part)
         for part, x in zip(ATTENDED, args[:3], strict=True)
     ]
     return (*made, *args[3:])
+
+
+def _by_maps(
+    module: nn.Module, quantizer: Quantizer, implementation: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Attend with attention maps on their grid, which no fused kernel has; return [batch, length, heads, dim] and them.
+
+    Dropout comes after rounding, so that the grid is the one that is deployed.
+    """
+    name = own_class(module).__name__
+    seen = self_attention(module, name, implementation, args, kwargs, ("attentions",), purpose="quantization")
+    value = args[2]
+    maps = quantized(module, quantizer, seen.probabilities().to(value.dtype), None, {}, PROBABILITIES)
+    dropped = nn.functional.dropout(maps, p=float(kwargs.get("dropout") or 0.0), training=module.training)
+    grouped = dropped.view(dropped.shape[0], value.shape[1], -1, *dropped.shape[2:])  # several queries to a value
+    attended = (grouped @ value.unsqueeze(2)).flatten(1, 2)
+    return attended.transpose(1, 2).contiguous(), maps
 
 
 def _tell(module: nn.Module, implementation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,6 +208,7 @@ def self_attention(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     keep: Collection[str],
+    purpose: str = "distillation",
 ) -> SelfAttention:
     """Return what a call computes with.
 
@@ -196,21 +219,22 @@ def self_attention(
         args: Query, key, value and perhaps the mask.
         kwargs: The other arguments.
         keep: Any of "attentions" (whatever maps need), "queries", "keys" and "values".
+        purpose: Who asks, for messages.
 
     Raises:
         TrainingError: If the implementation does not show what attends to what.
     """
     if implementation not in WATCHED:
         raise TrainingError(
-            f"distillation: {name!r} computes attention by {implementation!r}, which does not show what is to be "
-            "matched. Load student and teacher with attn_implementation='sdpa' or 'eager'."
+            f"{purpose}: {name!r} computes attention by {implementation!r}, which does not show what attends to what. "
+            "Load student and teacher with attn_implementation='sdpa' or 'eager'."
         )
     query, key, value = args[:3]
     mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
     if "attentions" in keep and kwargs.get("s_aux") is not None:
         raise TrainingError(
-            f"distillation: the attention of {name!r} has sinks, so its maps do not sum to 1 and cannot be matched. "
-            "Match hidden states instead."
+            f"{purpose}: the attention of {name!r} has sinks, so its maps do not sum to 1 and cannot be read. "
+            "Leave attention maps alone."
         )
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal

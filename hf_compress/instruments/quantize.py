@@ -22,6 +22,7 @@ from hf_compress.instruments.parameters import OnParameter
 from hf_compress.instruments.targets import (
     ATTENDED,
     LEAVES,
+    PROBABILITIES,
     oriented_weight,
     owned_parameter,
     parameter_name,
@@ -131,6 +132,7 @@ _INSTALL: dict[str, Callable[[QuantizedLayer], None]] = {
     "embedding": _on_parameter,
     "experts": _on_parameter,
     "attention": _on_attention,
+    PROBABILITIES: _on_attention,
 }
 
 
@@ -194,7 +196,7 @@ def attached_quantizers(model: nn.Module) -> Quantized:
         for on_parameter in attachment.parameter_quantizers:
             full = name if on_parameter.name == "weight" else f"{name}.{on_parameter.name}"
             layers.append(QuantizedLayer(full, module, on_parameter.quantizer))
-        for part in ATTENDED:
+        for part in (*ATTENDED, PROBABILITIES):
             if part in attachment.attention_quantizers:
                 inputs = attachment.attention_quantizers[part]
                 layers.append(QuantizedLayer(f"{name}.{part}", module, inputs=inputs))

@@ -25,12 +25,16 @@ LEAVES: dict[str, tuple[type[nn.Module], ...]] = {
 ATTENDED = ("queries", "keys", "values")
 """What an attention module attends with."""
 
+PROBABILITIES = "probabilities"
+"""The attention maps that it multiplies values with."""
+
 MISSING = {
     "linear": "Linear or Conv1D",
     "convolution": "Conv1d or Conv2d",
     "embedding": "Embedding",
     "experts": "experts whose weights transformers says how to read (use_experts_implementation)",
     "attention": "attention that asks transformers' AttentionInterface for its function",
+    PROBABILITIES: "attention that asks transformers' AttentionInterface for its function",
 }
 """Kind of layer -> what a model lacks that has none."""
 
@@ -47,7 +51,8 @@ def sites(model: nn.Module, target: str) -> Iterator[tuple[str, nn.Module]]:
         elif target == "experts":
             yield from ((f"{name}.{parameter}", module) for parameter in _expert_weights(module))
         elif _attends(module):
-            yield from ((f"{name}.{part}", module) for part in ATTENDED)
+            parts = (PROBABILITIES,) if target == PROBABILITIES else ATTENDED
+            yield from ((f"{name}.{part}", module) for part in parts)
 
 
 def target_of(name: str, module: nn.Module) -> str:
@@ -63,8 +68,8 @@ def target_of(name: str, module: nn.Module) -> str:
     if isinstance(layer, nn.Embedding):
         return "embedding"
     part = name.rpartition(".")[2]
-    if part in ATTENDED and _attends(module):
-        return "attention"
+    if part in (*ATTENDED, PROBABILITIES) and _attends(module):
+        return PROBABILITIES if part == PROBABILITIES else "attention"
     if part in _expert_weights(module):
         return "experts"
     leaf_kind(name, module)  # raises
@@ -78,7 +83,7 @@ def parameter_name(name: str, module: nn.Module) -> str:
 
 def owned_parameter(name: str, module: nn.Module) -> nn.Parameter | None:
     """Return the weight of something as it is stored, without adapters; None for attention."""
-    if target_of(name, module) == "attention":
+    if target_of(name, module) in ("attention", PROBABILITIES):
         return None
     return base_layer(module).get_parameter(parameter_name(name, module))
 

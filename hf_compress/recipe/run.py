@@ -123,7 +123,8 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     """Train, evaluate, shrink and save; return the metrics."""
     main = prepared.args.process_index == 0
     tracked: tuple[TrackedGroup, ...] = before.facts().tracked if before is not None and main else ()
-    groups = dimension_groups(prepared.student.model) if main and stage.recipe.pruning is not None else []
+    removes = stage.shrinks() or stage.recipe.oneshot_batches is not None
+    groups = dimension_groups(prepared.student.model) if main and removes else []
     masks: Mapping[str, Tensor] = {}
     if stage.recipe.oneshot_batches is not None:
         prepared, masks = prune_before(prepared, stage)
@@ -138,9 +139,8 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
         trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
     small = _compressed(trainer, stage)
     if main:
-        masks = masks or _masks_of(trainer)
-        if groups and masks:
-            tracked = tracked_after(tracked or track(groups), groups, masks)
+        if removes:
+            tracked = tracked_after(tracked or track(groups), groups, masks or _masks_of(trainer))
         stage.save(small, prepared.processor, Facts(metrics, trainer.state.global_step, tracked))
     trainer.accelerator.wait_for_everyone()
     return metrics

@@ -101,6 +101,36 @@ def test_queries_keys_and_values_are_rounded_per_token_and_head(implementation) 
     torch.testing.assert_close(results["x"], expected.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_probabilities_are_rounded_row_by_row(name, implementation) -> None:
+    """Against eager attention whose softmax is rounded; with padding, causal masks, grouped heads, position biases."""
+    model = ZOO[name](attn_implementation="eager")
+    inputs = make_example_inputs(model, seed=3)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, -2:] = 0
+    softmax, rounded = F.softmax, []
+
+    def on_grid(x, *args, **kwargs):
+        found = softmax(x, *args, **kwargs)
+        rounded.append(found)
+        return on_int8_grid(found)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "softmax", on_grid)
+        expected = model(**inputs).logits
+    plain = model(**inputs).logits
+    assert rounded and not torch.allclose(plain, expected, rtol=1e-6)
+    model.set_attn_implementation(implementation)
+    quantized = install(model, "probabilities")
+    assert {layer.name.rpartition(".")[2] for layer in quantized.layers} == {"probabilities"}
+    with torch.no_grad():
+        found = model(**inputs).logits
+    keep = inputs["attention_mask"].bool() if found.shape[:2] == inputs["attention_mask"].shape else slice(None)
+    error = (found[keep] - expected[keep]).abs().max() / expected.abs().max()
+    assert error < 0.1 * (plain[keep] - expected[keep]).abs().max() / expected.abs().max() or error < 1e-5
+
+
 def test_rules_and_exclude_address_parts_of_attention() -> None:
     model = tiny_models.bert()
     config = {"rules": [{"match": ["keys$"], "inputs": {"num_bits": 4}}]}
@@ -164,9 +194,10 @@ def test_a_rule_without_effect_raises() -> None:
         install(tiny_models.bert(), "embedding", rules=[{"match": ["word"], "inputs": {"num_bits": 4}}])
 
 
-@pytest.mark.parametrize("target", ["embedding", "experts", "attention"])
+@pytest.mark.parametrize("target", ["embedding", "experts", "attention", "probabilities"])
 def test_a_model_without_a_target_raises(target) -> None:
-    model = {"embedding": tiny_models.vit, "experts": tiny_models.bert, "attention": tiny_models.deberta_v2}[target]()
+    model = {"embedding": tiny_models.vit, "experts": tiny_models.bert, "attention": tiny_models.deberta_v2}
+    model = model.get(target, tiny_models.deberta_v2)()
     with pytest.raises(TargetError, match=rf"has no .* \(target '{target}'\)"):
         quantizable_layers(model, None, (target,))
 
@@ -180,7 +211,8 @@ def test_groups_that_do_not_divide_a_row_raise() -> None:
 @pytest.mark.parametrize("make", [tiny_models.bert, eager_mixtral], ids=["bert", "mixtral"])
 def test_gradients_pass_straight_through(make, checkpointing) -> None:
     """The gradient of a table or an expert is that of a model with the rounded numbers."""
-    targets = ("embedding", "attention") if make is tiny_models.bert else ("embedding", "experts", "attention")
+    others = ("attention", "probabilities")
+    targets = ("embedding", *others) if make is tiny_models.bert else ("embedding", "experts", *others)
     model = make().train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -201,7 +233,7 @@ def test_gradients_pass_straight_through(make, checkpointing) -> None:
     for module in plain.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    install(plain, "attention")
+    install(plain, *others)
     plain(**inputs, labels=labels).loss.backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)

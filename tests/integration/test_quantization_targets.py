@@ -17,10 +17,10 @@ from hf_compress.quantization.quantizers import ObservedQuantizer, RangeQuantize
 mixtral = partial(tiny_models.mixtral, experts_implementation="eager", vocab_size=50)
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "experts": (mixtral, {"targets": ["linear", "embedding", "experts", "attention"]}),
+    "experts": (mixtral, {"targets": ["linear", "embedding", "experts", "attention", "probabilities"]}),
     "observed attention": (
         partial(tiny_models.gpt2, vocab_size=50),
-        {"targets": ["attention"], "scheme": "int8_static"},
+        {"targets": ["attention", "probabilities"], "scheme": "int8_static"},
     ),
     "learned": (
         partial(tiny_models.gpt2, vocab_size=50),
@@ -28,7 +28,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "learned attention": (
         partial(tiny_models.gpt2, vocab_size=50),
-        {"targets": ["attention"], "method": "lsq", "inputs": {"dynamic": False, "granularity": "tensor"}},
+        {
+            "targets": ["attention", "probabilities"],
+            "method": "lsq",
+            "inputs": {"dynamic": False, "granularity": "tensor"},
+        },
     ),
     "outputs": (partial(tiny_models.gpt2, vocab_size=50), {"outputs": {"num_bits": 8}}),
     "dynamic outputs": (
