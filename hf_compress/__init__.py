@@ -56,6 +56,7 @@ from hf_compress.ptq.stored import apply_calibration_config, calibration_config
 from hf_compress.quantization import methods  # noqa: F401 - imported for what it registers
 from hf_compress.recipe import RunResult, make_callbacks, run_recipe
 from hf_compress.report.compare import compare
+from hf_compress.report.html import write_report
 from hf_compress.report.profile import ModelProfile, profile
 from hf_compress.search.annealing import SearchResult, simulated_annealing
 from hf_compress.search.auto import AutoCompressResult, auto_compress
@@ -142,4 +143,5 @@ __all__ = [
     "run_recipe",
     "shrink",
     "simulated_annealing",
+    "write_report",
 ]

@@ -28,6 +28,7 @@ from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.run import run_recipe
 from hf_compress.recipe.sensitivity import sensitivity_on_recipe
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
+from hf_compress.report.html import REPORT_FILE, write_report
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
 from hf_compress.shrinking.sizes import METHOD
@@ -86,8 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("directory", help="folder of a compressed model")
     card.set_defaults(run=_card)
 
+    _add_report(commands)
     _add_export(commands, loading)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    about = (
+        "Write one HTML page, in one file that needs no network: the comparison with the dense model, quality against "
+        "size and speed, what every layer kept, the curves of training, the recipe, versions and seeds."
+    )
+    report = commands.add_parser(
+        "report", help="write an HTML page about a run, a model or several runs", description=about
+    )
+    report.add_argument(
+        "directory",
+        metavar="DIR",
+        help="output folder of a run, finished or not; folder of a compressed model with its results.json; or a folder "
+        "of several runs, which are compared",
+    )
+    report.add_argument("--output", metavar="FILE", help=f"file to write (default: {REPORT_FILE} in DIR)")
+    report.set_defaults(run=_report)
 
 
 def _add_export(commands: Any, loading: argparse.ArgumentParser) -> None:
@@ -227,6 +247,10 @@ def _run(given: argparse.Namespace) -> str:
 
 def _card(given: argparse.Namespace) -> str:
     return f"wrote {write_card(given.directory)}"
+
+
+def _report(given: argparse.Namespace) -> str:
+    return f"wrote {write_report(given.directory, given.output)}"
 
 
 def _export(given: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from hf_compress.errors import ExportError
 from hf_compress.report.compare import Comparison
 from hf_compress.report.plots import plot_kept_units
 from hf_compress.report.results import Results
+from hf_compress.report.wording import loading_code, measured_on
 
 PICTURE = "kept_units.png"
 CARD = "README.md"
@@ -94,7 +95,7 @@ def _body(results: Results, has_picture: bool) -> str:
         f"# {results.name}",
         _summary(results, table),
         "## Results",
-        _measured_on(results),
+        measured_on(results),
         table.to_markdown(),
     ]
     if has_picture:
@@ -127,24 +128,10 @@ def _summary(results: Results, table: Comparison) -> str:
     )
 
 
-def _measured_on(results: Results) -> str:
-    profile = next(iter(results.table().profiles.values()))
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in profile.inputs.items())
-    return (
-        f"Metrics on {results.num_evaluation_examples:,} {results.evaluation_split} examples. Operations and peak "
-        f"memory for one forward pass with {shapes}. Latencies are medians, all models timed in turns in one run on "
-        f"{profile.num_threads} CPU threads; percentages and ratios refer to the first column."
-    )
-
-
 def _load_snippet(results: Results) -> str:
     return (
         f"```bash\npip install '{results.requires}'\n```\n\n"
-        "```python\n"
-        f"from transformers import {results.auto_class}\n"
-        "import hf_compress  # registers the loader of models whose layers differ in size\n\n"
-        f'model = {results.auto_class}.from_pretrained("path/or/hub-name")\n'
-        "```"
+        f"```python\n{loading_code(results.auto_class)}\n```"
     )
 
 

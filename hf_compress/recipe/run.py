@@ -141,7 +141,8 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     if main:
         if removes:
             tracked = tracked_after(tracked or track(groups), groups, masks or _masks_of(trainer))
-        stage.save(small, prepared.processor, Facts(metrics, trainer.state.global_step, tracked))
+        facts = Facts(metrics, trainer.state.global_step, tracked)
+        stage.save(small, prepared.processor, facts, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
     return metrics
 

@@ -25,6 +25,7 @@ SMALL = "compressed"
 
 FACTS_FILE = "stage.json"
 STEPS_FILE = "quantization.json"
+HISTORY_FILE = "log_history.json"
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Stage:
     """Without stages; its model is what the run before it left."""
 
     folder: Path
-    """Gets the model, its tokenizer, ``stage.json`` and, if it was quantized, ``quantization.json`` once the run is
-    over: a folder that exists is finished."""
+    """Gets the model, its tokenizer, ``stage.json``, ``log_history.json`` and, if it was quantized,
+    ``quantization.json`` once the run is over: a folder that exists is finished."""
 
     checkpoints: Path
 
@@ -153,14 +154,22 @@ class Stage:
         options.pop("schema_version", None)
         return options
 
-    def save(self, small: PreTrainedModel, processor: Any, facts: Facts) -> None:
-        """Save everything under another name first, so that a killed process leaves no half of a result."""
+    def save(self, small: PreTrainedModel, processor: Any, facts: Facts, history: Sequence[Mapping[str, Any]]) -> None:
+        """Save everything under another name first, so that a killed process leaves no half of a result.
+
+        Args:
+            small: The model.
+            processor: Its tokenizer or image processor.
+            facts: About the run.
+            history: What the Trainer logged; checkpoints, which hold it as well, may be off or deleted.
+        """
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         if partial.exists():
             shutil.rmtree(partial)
         small.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")
+        (partial / HISTORY_FILE).write_text(json.dumps(history), encoding="utf-8")
         if any(each.grid is not None for each in attached_quantizers(small).named().values()):
             (partial / STEPS_FILE).write_text(json.dumps(calibration_config(small)), encoding="utf-8")
         os.replace(partial, self.folder)
