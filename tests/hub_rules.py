@@ -64,8 +64,10 @@ def _value_errors(data: dict[str, Any]) -> list[str]:
         errors.append(f'"base_model_relation" must be one of {sorted(RELATIONS)}')
     bases = data.get("base_model") or []
     for base in [bases] if isinstance(bases, str) else bases:
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-            errors.append(f'"base_model" with value {base!r} is not valid. Use a model id from the Hub.')
+        well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
+        errors += (
+            [] if well_formed else [f'"base_model" with value {base!r} is not valid. Use a model id from the Hub.']
+        )
     if not all(isinstance(tag, str) for tag in data.get("tags", [])):
         errors.append('"tags" must be texts')
     return errors

@@ -56,7 +56,7 @@ class Repository:
 
 
 @dataclass(frozen=True)
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer other than 200."""
 
     status: int
@@ -74,7 +74,7 @@ class HubServer:
         self.large: dict[str, bytes] = {}
         """sha256 -> contents of files that came through LFS."""
         self.faults: list[tuple[str, int | None]] = []
-        """(pattern of a request such as ``"POST .*/commit/.*"``, status or None to cut the connection), each used once."""
+        """(pattern of a request such as ``"POST .*/commit/.*"``, status or None to hang up), each used once."""
         self.requests: list[str] = []
         self.url = ""
 
@@ -145,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_POST(self) -> None:
         self._answer(
@@ -174,16 +175,16 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault[1] is None:
                     self.close_connection = True
                     return self.connection.close()
-                return self._send(Refusal(fault[1], message="something broke"))
+                return self._send(RefusalError(fault[1], message="something broke"))
         for pattern, action in routes.items():
             found = re.fullmatch(pattern, path)
             if found:
                 try:
                     with self.hub.lock:
                         return self._send(action(*map(unquote, found.groups())))
-                except Refusal as refusal:
+                except RefusalError as refusal:
                     return self._send(refusal)
-        return self._send(Refusal(404, message=f"no endpoint {self.command} {path}"))
+        return self._send(RefusalError(404, message=f"no endpoint {self.command} {path}"))
 
     def _read(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -198,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, answer: Any) -> None:
         """Send JSON, (headers, bytes) or a refusal."""
         status, headers, payload = 200, {"Content-Type": "application/json"}, b""
-        if isinstance(answer, Refusal):
+        if isinstance(answer, RefusalError):
             status = answer.status
             headers |= {"X-Error-Code": answer.code} if answer.code else {}
             headers |= {"X-Error-Message": answer.message} if answer.message else {}
@@ -222,32 +223,32 @@ class _Handler(BaseHTTPRequestHandler):
         """Return what the caller may do; None without a token."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in ROLES:
-            raise Refusal(401, message="Invalid credentials in Authorization header")
+            raise RefusalError(401, message="Invalid credentials in Authorization header")
         return ROLES.get(token)
 
     def _may_write(self, owner: str) -> None:
         role = self._role()
         if role is None:
-            raise Refusal(401, message="Invalid username or password.")
+            raise RefusalError(401, message="Invalid username or password.")
         if role != "write" or owner != USER:
-            raise Refusal(403, message="You don't have the required permissions")
+            raise RefusalError(403, message="You don't have the required permissions")
 
     def _repository(self, name: str) -> Repository:
         """Return a repository that the caller may see."""
         role, found = self._role(), self.hub.repositories.get(name)
         if found is None or (found.private and role is None):
-            raise Refusal(401 if role is None else 404, "RepoNotFound", "Repository not found")
+            raise RefusalError(401 if role is None else 404, "RepoNotFound", "Repository not found")
         return found
 
     def _at(self, name: str, revision: str) -> Commit:
         found = self._repository(name).commit_at(revision)
         if found is None:
-            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
     def _who(self) -> Any:
         if self._role() is None:
-            raise Refusal(401, message="Invalid username or password.")
+            raise RefusalError(401, message="Invalid username or password.")
         return {"type": "user", "name": USER, "auth": {"accessToken": {"role": self._role()}}}
 
     def _create(self) -> Any:
@@ -257,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"url": f"{self.hub.url}/{name}", "id": name}
         self._may_write(owner)
         if name in self.hub.repositories:
-            raise Refusal(409, body={**answer, "error": "You already created this model repo"})
+            raise RefusalError(409, body={**answer, "error": "You already created this model repo"})
         self.hub.repositories[name] = Repository(wanted.get("visibility") == "private")
         self.hub.repositories[name].add("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return answer
@@ -265,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate(self) -> Any:
         errors = metadata_errors(json.loads(self.body)["content"])
         if errors:
-            raise Refusal(400, body={"errors": [{"message": error} for error in errors], "warnings": []})
+            raise RefusalError(400, body={"errors": [{"message": error} for error in errors], "warnings": []})
         return {"errors": [], "warnings": []}
 
     def _info(self, name: str, revision: str = "main") -> Any:
@@ -291,7 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(name)
         self._may_write(name.split("/")[0])
         if branch in repository.branches:
-            raise Refusal(409, message="Reference already exists")
+            raise RefusalError(409, message="Reference already exists")
         start = self._at(name, json.loads(self.body or b"{}").get("startingPoint", "main"))
         repository.branches[branch] = [start]
         return {}
@@ -311,11 +312,11 @@ class _Handler(BaseHTTPRequestHandler):
         asks = "create_pr" in self.query
         self._may_write(name.split("/")[0] if not asks else USER)
         if revision not in repository.branches:
-            raise Refusal(400, message="a commit goes to a branch")
+            raise RefusalError(400, message="a commit goes to a branch")
         lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         files = commit_files(before.files, lines, self.hub.large)
         if isinstance(files, str):
-            raise Refusal(400, message=files)
+            raise RefusalError(400, message=files)
         title = next(line["value"]["summary"] for line in lines if line["key"] == "header")
         number = sum("/pr/" in branch for branch in repository.branches) + 1
         made = repository.add(f"refs/pr/{number}" if asks else revision, title, files)
@@ -333,32 +334,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _store(self, oid: str) -> Any:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refusal(400, message="these are other bytes")
+            raise RefusalError(400, message="these are other bytes")
         self.hub.large[oid] = self.body
         return {}
 
     def _verify(self) -> Any:
         wanted = json.loads(self.body)
         if len(self.hub.large.get(wanted["oid"], b"")) != wanted["size"]:
-            raise Refusal(404, message="not there")
+            raise RefusalError(404, message="not there")
         return {}
 
     def _file(self, name: str, revision: str, path: str) -> Any:
         commit = self._at(name, revision)
         if path not in commit.files:
-            raise Refusal(404, "EntryNotFound", "Entry not found")
+            raise RefusalError(404, "EntryNotFound", "Entry not found")
         data = commit.files[path]
         headers = {"ETag": f'"{_git_hash(data)}"', "X-Repo-Commit": commit.oid}
         if not is_large(path):
             return headers, data
         oid = hashlib.sha256(data).hexdigest()
         linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-        elsewhere = self.hub.url.replace("127.0.0.1", "localhost")  # the client follows redirects to its own host at once
+        # Elsewhere, as on the Hub: the client follows what redirects to the same host at once.
+        elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
         return {**headers, **linked, "Location": f"{elsewhere}/large/{oid}"}, b""
 
     def _large(self, oid: str) -> Any:
         if oid not in self.hub.large:
-            raise Refusal(404, "EntryNotFound")
+            raise RefusalError(404, "EntryNotFound")
         return {"ETag": f'"{oid}"'}, self.hub.large[oid]
 
 

@@ -15,12 +15,16 @@ from hf_compress.report.results import Results
 
 PICTURE = "kept_units.png"
 CARD = "README.md"
+RECIPE = "recipe.yaml"
 TAGS = ("hf-compress", "model-compression")
+UNNAMED = '"path/or/hub-name"'
+"""What the card's example loads as long as no repository is known."""
+
 SECTION_TAGS = {"pruning": "pruning", "quantization": "quantization", "distillation": "distillation"}
 
 
 def write_card(directory: str | Path, results: Results | None = None) -> Path:
-    """Write the model card, the picture of what every layer kept, and ``results.json`` into a model folder.
+    """Write the model card, the picture of what every layer kept, the recipe and ``results.json`` into a model folder.
 
     Args:
         directory: The model's folder.
@@ -49,10 +53,18 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
     has_picture = any(results.kept_units().values())
     if has_picture:
         plot_kept_units(results.kept_units(), directory / PICTURE)
+    if results.recipe is not None:
+        Recipe.from_dict(results.recipe).save(directory / RECIPE)
     card = ModelCard(f"---\n{_metadata(results).to_yaml()}\n---\n\n{_body(results, has_picture)}")
     path = directory / CARD
     card.save(path)
     return path
+
+
+def naming_repository(card: str, repo_id: str, revision: str | None = None) -> str:
+    """Return a card whose example loads the model from a repository on the Hub; one without the example stays."""
+    place = f'"{repo_id}"' if revision is None else f'"{repo_id}", revision="{revision}"'
+    return card.replace(UNNAMED, place)
 
 
 def _metadata(results: Results) -> ModelCardData:
@@ -61,10 +73,13 @@ def _metadata(results: Results) -> ModelCardData:
     return ModelCardData(
         model_name=results.name,
         base_model=results.base_model if results.base_model_on_hub else None,
+        base_model_relation=results.base_model_relation if results.base_model_on_hub else None,
         datasets=results.dataset_id,
         language=results.language,
         library_name="transformers",
         license=results.license,
+        license_name=results.license_name,
+        license_link=results.license_link,
         pipeline_tag=results.task,
         tags=[*TAGS, *(SECTION_TAGS[name] for name in sections)],
         eval_results=_eval_results(results) or None,
@@ -143,7 +158,7 @@ def _load_snippet(results: Results) -> str:
         "```python\n"
         f"from transformers import {results.auto_class}\n"
         "import hf_compress  # registers the loader of models whose layers differ in size\n\n"
-        f'model = {results.auto_class}.from_pretrained("path/or/hub-name")\n'
+        f"model = {results.auto_class}.from_pretrained({UNNAMED})\n"
         "```"
     )
 
