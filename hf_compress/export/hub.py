@@ -1,5 +1,6 @@
 """Upload a finished model folder to the Hugging Face Hub, in one commit."""
 
+import json
 import re
 import shlex
 import warnings
@@ -125,7 +126,9 @@ def _checked_card(directory: Path) -> str:
         text = path.read_bytes().decode("utf-8")
         ModelCard(text, ignore_metadata_errors=False)
     except Exception as error:  # YAML's, Unicode's, the card classes' own, and TypeErrors of wrong values
-        raise ExportError(f"{path}: the card's metadata is not valid: {error} {_card_remedy(directory)}") from error
+        raise ExportError(
+            f"{path}: the card's metadata is not valid: {_reason(error)} {_card_remedy(directory)}"
+        ) from error
     return text
 
 
@@ -134,7 +137,16 @@ def _ask_about(card: str) -> None:
     try:
         ModelCard(card).validate()
     except ValueError as error:
-        raise ExportError(f"the Hub refuses the metadata of {CARD}: {error}. Mend it and push again.") from error
+        raise ExportError(
+            f"the Hub refuses the metadata of {CARD}: {_complaints(str(error))}. Mend it and push again."
+        ) from error
+
+
+def _complaints(answer: str) -> str:
+    try:
+        return "; ".join(str(error["message"]) for error in json.loads(answer)["errors"])
+    except (ValueError, KeyError, TypeError):  # an answer of another form is shown as it is
+        return answer
 
 
 def _card_remedy(directory: Path) -> str:
