@@ -13,6 +13,7 @@ import numpy as np
 import tiny_models
 import torch
 from safetensors.torch import save_file
+from trained_tokenizers import word_piece
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -22,7 +23,6 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
-from trained_tokenizers import word_piece
 from uneven_models import uneven_bert
 
 from hf_compress import export_quantized, push_to_hub

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 from hub_server import hub_server
+from safetensors.torch import load
 
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE, read_state
 
@@ -60,12 +62,27 @@ def test_every_pushed_checkpoint_holds_its_state(pushed, tmp_path) -> None:
 
 def test_a_pushed_model_is_a_plain_one(pushed) -> None:
     _, hub = pushed
-    for repo in ("every_save", "checkpoint", "all_checkpoints"):
+    plain = tiny_models.bert().state_dict()
+    for repo in ("every_save", "checkpoint", "all_checkpoints", "end"):
         files = hub.files(f"tester/{repo}")
+        weights = load(files["model.safetensors"])
+        assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in plain.items()}
+        assert "quantization_config" not in json.loads(files["config.json"])
         top = {path for path in files if "/" not in path}
         assert {"model.safetensors", "config.json"} <= top
         assert not top & STATE
-    assert not any("/" in path for path in hub.files("tester/every_save"))
+    for repo in ("every_save", "end"):
+        assert not any("/" in path for path in hub.files(f"tester/{repo}"))
+
+
+def test_a_run_that_pushes_at_the_end_does_it_once_and_its_shrunk_model_goes_the_same_way(pushed) -> None:
+    folder, hub = pushed
+    outcome = json.loads((folder / "outcomes.json").read_text())
+    assert [commit.title for commit in hub.commits("tester/end")] == ["trained"]
+    assert outcome["end"] == []
+    assert outcome["parameters"]["small"] < outcome["parameters"]["end"]
+    (small,) = hub.commits("tester/small")
+    assert json.loads(small.files["config.json"])["quantization_config"]["quant_method"] == "hf_compress"
 
 
 @pytest.mark.parametrize(("strategy", "first_step"), [("checkpoint", 7), ("all_checkpoints", 4)])
