@@ -26,6 +26,12 @@ WRITE_TOKEN = "hf_write"
 READ_TOKEN = "hf_read"
 ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
 
+HANG_UP = 0
+"""Instead of a status: the connection ends before anything is done."""
+
+LOSE = -1
+"""Instead of a status: everything is done, but the connection ends before the answer."""
+
 Files = dict[str, bytes]
 
 
@@ -73,8 +79,8 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         """sha256 -> contents of files that came through LFS."""
-        self.faults: list[tuple[str, int | None]] = []
-        """(pattern of a request such as ``"POST .*/commit/.*"``, status or None to hang up), each used once."""
+        self.faults: list[tuple[str, int]] = []
+        """(pattern of a request such as ``"POST .*/commit/.*"``, status), each used once; see ``HANG_UP``, ``LOSE``."""
         self.requests: list[str] = []
         self.url = ""
 
@@ -104,6 +110,9 @@ class HubServer:
         """Make huggingface_hub in this process use this Hub."""
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", token or "")
@@ -169,22 +178,30 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.query = parse_qs(urlsplit(self.path).query)
         self.hub.requests.append(f"{self.command} {unquote(path)}")
-        for fault in list(self.hub.faults):
-            if re.fullmatch(fault[0], self.hub.requests[-1]):
-                self.hub.faults.remove(fault)
-                if fault[1] is None:
-                    self.close_connection = True
-                    return self.connection.close()
-                return self._send(RefusalError(fault[1], message="something broke"))
+        fault = self._fault()
+        if fault is not None and fault != LOSE:
+            return self._hang_up() if fault == HANG_UP else self._send(RefusalError(fault, message="something broke"))
         for pattern, action in routes.items():
             found = re.fullmatch(pattern, path)
             if found:
                 try:
                     with self.hub.lock:
-                        return self._send(action(*map(unquote, found.groups())))
+                        answer = action(*map(unquote, found.groups()))
+                    return self._hang_up() if fault == LOSE else self._send(answer)
                 except RefusalError as refusal:
                     return self._send(refusal)
         return self._send(RefusalError(404, message=f"no endpoint {self.command} {path}"))
+
+    def _fault(self) -> int | None:
+        for pattern, status in list(self.hub.faults):
+            if re.fullmatch(pattern, self.hub.requests[-1]):
+                self.hub.faults.remove((pattern, status))
+                return status
+        return None
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
 
     def _read(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):

@@ -12,6 +12,7 @@ import recipe_files
 import tiny_models
 import torch
 from fake_timer import FakeTimer
+from hub_server import hub_server
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -247,6 +248,19 @@ def test_the_export_example_writes_models_that_load(tmp_path, monkeypatch) -> No
     exec(compile(example, "README.md", "exec"), {"model": model})
     for folder in ("int8", "int4"):
         type(model).from_pretrained(tmp_path / folder)
+
+
+def test_the_example_of_the_hub_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in blocks("python") if "push_to_hub" in block)
+    for name in ("compressed", "compressed-torchao"):
+        tiny_models.bert().save_pretrained(f"runs/reviews/{name}")
+    with hub_server() as hub:
+        hub.use(monkeypatch)
+        exec(compile(example.replace('"me/', '"tester/'), "README.md", "exec"), {})
+        assert hub.repositories["tester/bert-reviews-small"].private
+        assert "model.safetensors" in hub.files("tester/bert-reviews-small")
+        assert "model.safetensors" in hub.files("tester/bert-reviews-small", "torchao")
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:

@@ -52,8 +52,9 @@ def measure(prepared: Prepared, dense: str, folders: Mapping[str, Path], facts: 
     )
     for metric, values in scores.items():
         table = table.with_metric(metric, values)
+    inherited = license_of(str(prepared.recipe.model))
     for name, folder in folders.items():
-        write_card(folder, _results(prepared, name, table, facts[name]))
+        write_card(folder, _results(prepared, name, table, facts[name], inherited))
     return table
 
 
@@ -80,7 +81,9 @@ def _is_exported(export: str | None, name: str) -> bool:
     return export is not None and name.endswith(f"-{export}")
 
 
-def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> Results:
+def _results(
+    prepared: Prepared, name: str, table: Comparison, facts: Facts, inherited: Mapping[str, Any]
+) -> Results:
     recipe, splits = prepared.recipe, prepared.splits
     assert recipe.model is not None and recipe.dataset is not None
     own_model, own_data = Path(recipe.model).exists(), Path(recipe.dataset.path).exists()
@@ -98,7 +101,7 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> 
         dataset_id=None if own_data else recipe.dataset.path,
         evaluation_split=splits.evaluation_name,
         num_evaluation_examples=len(splits.evaluation),
-        **license_of(recipe.model),
+        **inherited,
         comparison=table.to_dict(),
         kept=facts.kept_units(),
         recipe=recipe.to_dict(),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from hub_server import READ_TOKEN, HubServer, hub_server
+from hub_server import HANG_UP, LOSE, READ_TOKEN, HubServer, hub_server
 from uneven_models import files, uneven_bert
 
 from hf_compress import push_to_hub
@@ -136,7 +136,7 @@ def test_a_token_that_may_not_write(hub, folder, token, message) -> None:
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize("status", [500, None])
+@pytest.mark.parametrize("status", [500, HANG_UP])
 def test_a_failure_in_the_middle_says_how_to_go_on(hub, folder, status) -> None:
     before = files(folder)
     hub.faults.append((COMMIT, status))
@@ -147,6 +147,14 @@ def test_a_failure_in_the_middle_says_how_to_go_on(hub, folder, status) -> None:
     assert hub.commits("tester/small", "x") == []
     push_to_hub(folder, "tester/small", revision="x", private=True)
     assert set(hub.files("tester/small", "x")) >= set(before)
+
+
+def test_an_answer_that_got_lost_makes_no_second_commit(hub, folder) -> None:
+    hub.faults.append((COMMIT, LOSE))
+    with pytest.raises(ExportError, match="Try again"):
+        push_to_hub(folder, "small")
+    commit = push_to_hub(folder, "small")
+    assert [made.oid for made in hub.commits("tester/small")] == [commit.oid]
 
 
 def test_a_storage_that_fails_once_is_tried_again(hub, folder) -> None:
