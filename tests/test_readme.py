@@ -304,7 +304,7 @@ def test_the_criteria_without_training_are_all_there() -> None:
 
 def test_every_command_exists() -> None:
     commands = {line.split()[1] for block in blocks("bash") for line in block.splitlines() if "hf-compress " in line}
-    assert commands == {"inspect", "profile", "compare", "run", "export", "card"}
+    assert commands == {"inspect", "profile", "compare", "run", "export", "card", "push"}
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])

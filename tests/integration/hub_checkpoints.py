@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from resumable import AtSave, CutAfterSave, PowerCutError, callbacks_of, results_of, trainer_of
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from hf_compress import shrink
+from hf_compress import last_complete_checkpoint, shrink
 
 SAVE_STEPS = 3
 
@@ -63,11 +63,11 @@ def main(folder: Path) -> None:
         "end": [name for name, tensor in loaded["end"].state_dict().items() if not torch.equal(tensor, trained[name])],
         "parameters": {name: model.num_parameters() for name, model in loaded.items()},
     }
-    for strategy, name in (("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-3")):
+    for strategy, name in (("checkpoint", None), ("all_checkpoints", "checkpoint-3")):
         steps: list[int] = []
         local = snapshot_download(f"tester/{strategy}", local_dir=folder / f"{strategy}-download")
         resumed = trainer_of([*callbacks_of("all"), AtSave(steps.append)], folder / "resumed", save_strategy="no")
-        resumed.train(resume_from_checkpoint=str(Path(local) / name))
+        resumed.train(resume_from_checkpoint=str(Path(local) / name) if name else last_complete_checkpoint(local))
         found = results_of(resumed)
         outcomes[strategy] = {
             "steps": steps,
