@@ -81,9 +81,7 @@ def _is_exported(export: str | None, name: str) -> bool:
     return export is not None and name.endswith(f"-{export}")
 
 
-def _results(
-    prepared: Prepared, name: str, table: Comparison, facts: Facts, inherited: Mapping[str, Any]
-) -> Results:
+def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts, inherited: Mapping[str, Any]) -> Results:
     recipe, splits = prepared.recipe, prepared.splits
     assert recipe.model is not None and recipe.dataset is not None
     own_model, own_data = Path(recipe.model).exists(), Path(recipe.dataset.path).exists()
