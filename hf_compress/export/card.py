@@ -20,6 +20,9 @@ TAGS = ("hf-compress", "model-compression")
 UNNAMED = '"path/or/hub-name"'
 """What the card's example loads as long as no repository is known."""
 
+METRIC_TYPES = {"accuracy", "perplexity", "exact_match", "f1", "bleu"}
+"""What the Hub calls the metrics of recipes."""
+
 SECTION_TAGS = {"pruning": "pruning", "quantization": "quantization", "distillation": "distillation"}
 
 
@@ -94,13 +97,19 @@ def _eval_results(results: Results) -> list[EvalResult]:
             dataset_type=results.dataset_id or "local",
             dataset_name=results.dataset,
             dataset_split=results.evaluation_split,
-            metric_type=metric.split(" ")[0],
+            metric_type=_metric_type(metric),
             metric_name=metric,
             metric_value=round(values[results.model], 4),
         )
         for metric, values in results.table().metrics.items()
         if results.model in values
     ]
+
+
+def _metric_type(metric: str) -> str:
+    """Return the Hub's name of a metric, such as ``"f1"`` for ``"macro F1 (%)"``."""
+    words = metric.lower().replace("exact match", "exact_match").split()
+    return next((word for word in words if word in METRIC_TYPES), words[0])
 
 
 def _body(results: Results, has_picture: bool) -> str:

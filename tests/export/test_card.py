@@ -56,6 +56,24 @@ def test_the_hub_reads_the_metadata_back(results: Results, tmp_path) -> None:
     assert data.model_name == "tiny compressed"
 
 
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("accuracy (%)", "accuracy"),
+        ("accuracy of words (%)", "accuracy"),
+        ("macro F1 (%)", "f1"),
+        ("exact match (%)", "exact_match"),
+        ("BLEU", "bleu"),
+        ("perplexity", "perplexity"),
+        ("Novel score", "novel"),
+    ],
+)
+def test_metrics_are_called_as_on_the_hub(results: Results, tmp_path, metric, expected) -> None:
+    table = {**results.comparison, "metrics": {metric: {"dense": 2.0, "compressed": 1.5}}}
+    (score,) = ModelCard.load(write_card(tmp_path, dataclasses.replace(results, comparison=table))).data.eval_results
+    assert (score.metric_type, score.metric_name, score.metric_value) == (expected, metric, 1.5)
+
+
 def test_the_hub_accepts_the_metadata(results: Results, tmp_path, monkeypatch) -> None:
     licensed = {"license": "other", "license_name": "llama", "license_link": "https://host/LICENSE"}
     changes = [{}, licensed, {"base_model_relation": "quantized"}, {"base_model_on_hub": False}, {"language": None}]
