@@ -1,7 +1,7 @@
 """Pushes models to a Hub, or loads them from there; run by test_hub_round_trip.py.
 
-Usage: hub_round_trip.py push|load FOLDER, with HF_ENDPOINT set. Writes FOLDER/pushed or FOLDER/loaded: logits of every
-repository, and for what does not load the error.
+Usage: hub_round_trip.py push|load FOLDER, with HF_ENDPOINT set. Writes FOLDER/MODE.safetensors, the logits of every
+repository, and FOLDER/MODE-errors.json, the errors of loading without a token.
 """
 
 import json
@@ -90,13 +90,15 @@ def push(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load(errors: dict[str, str]) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, (repository, revision) in TEXT_REPOSITORIES.items():
+    for name in ("private", "uneven"):
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(repository, revision=revision)
-            found[name] = read_text(model, AutoTokenizer.from_pretrained(repository, revision=revision))
+            AutoModelForSequenceClassification.from_pretrained(f"tester/{name}", token=False)
         except OSError as error:
             errors[name] = str(error)
+    found = {}
+    for name, (repository, revision) in TEXT_REPOSITORIES.items():
+        model = AutoModelForSequenceClassification.from_pretrained(repository, revision=revision)
+        found[name] = read_text(model, AutoTokenizer.from_pretrained(repository, revision=revision))
     for name in ("image", "image-by-transformers"):
         model = AutoModelForImageClassification.from_pretrained(f"tester/{name}")
         found[name] = read_image(model, AutoImageProcessor.from_pretrained(f"tester/{name}"))
