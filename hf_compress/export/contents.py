@@ -24,8 +24,9 @@ _KNOWN = re.compile(
     r"|README\.md|results\.json|recipe\.yaml|quantization\.json|calibration\.json|(LICENSE|NOTICE)(\.txt|\.md)?"
     r"|[\w-]+\.(png|svg)"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|normalizer\.json|chat_template\.(json|jinja)"
-    r"|((source|target)_)?(vocab|vocabulary)\.(json|txt)|merges\.txt|dict\.txt|bpe\.codes|entity_vocab\.json"
-    r"|(spiece|spm|tokenizer|sentencepiece|sentencepiece\.bpe)\.model|(source|target)\.spm"
+    r"|((source|target|entity)_)?(vocab|vocabulary)\.(json|txt)|vocab-(src|tgt)\.json|merges\.txt|dict\.txt|bpe\.codes"
+    r"|(spiece|spm|spm_char|tokenizer|sentencepiece|sentencepiece\.bpe)\.model|(source|target)\.spm"
+    r"|prophetnet\.tokenizer|(emoji|byte_maps|word_shape|word_pronunciation)\.json"
 )
 """Files beside the weights that are harmless, and of use to others."""
 

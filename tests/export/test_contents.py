@@ -34,6 +34,19 @@ def test_model_tokenizer_processor_card_and_what_a_run_writes_beside_them(folder
     assert contents_of(folder).unknown == ()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "bpe.codes"),
+        *("target_vocab.json", "entity_vocab.json", "vocab-src.json", "normalizer.json", "emoji.json", "spm_char.model"),
+        *("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    ],
+)
+def test_files_of_tokenizers_and_processors(folder, name) -> None:
+    (folder / name).write_text("text", encoding="utf-8")
+    assert name in contents_of(folder).files
+
+
 def test_what_a_run_keeps_for_itself_stays_behind_and_what_is_unknown_is_named(folder) -> None:
     for name in ("checkpoint-10", "compressed.partial", "runs", ".cache", "notes"):
         (folder / name).mkdir()
