@@ -37,8 +37,23 @@ def test_model_tokenizer_processor_card_and_what_a_run_writes_beside_them(folder
 @pytest.mark.parametrize(
     "name",
     [
-        *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "bpe.codes"),
-        *("target_vocab.json", "entity_vocab.json", "vocab-src.json", "normalizer.json", "emoji.json", "spm_char.model"),
+        *(
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+            "spiece.model",
+            "sentencepiece.bpe.model",
+            "source.spm",
+            "bpe.codes",
+        ),
+        *(
+            "target_vocab.json",
+            "entity_vocab.json",
+            "vocab-src.json",
+            "normalizer.json",
+            "emoji.json",
+            "spm_char.model",
+        ),
         *("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "special_tokens_map.json"),
     ],
 )
