@@ -37,6 +37,7 @@ from hf_compress.errors import (
     TrainingError,
 )
 from hf_compress.export import pretrained  # noqa: F401 - imported for the loader it registers
+from hf_compress.export.hub import push_to_hub
 from hf_compress.export.quantized import export_quantized
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice
 from hf_compress.graph.inputs import make_example_inputs
@@ -139,6 +140,7 @@ __all__ = [
     "profile",
     "prune_oneshot",
     "prune_vocabulary",
+    "push_to_hub",
     "quantization_sensitivity",
     "run_recipe",
     "shrink",

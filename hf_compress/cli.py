@@ -16,7 +16,9 @@ from transformers.utils.hub import cached_file
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.export.card import write_card
+from hf_compress.export.contents import contents_of
 from hf_compress.export.formats.table import FORMATS
+from hf_compress.export.hub import push_to_hub
 from hf_compress.export.pretrained import stored_method
 from hf_compress.export.quantized import export_quantized
 from hf_compress.export.skeleton import build_skeleton
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_report(commands)
     _add_export(commands, loading)
+    _add_push(commands)
     return parser
 
 
@@ -121,6 +124,25 @@ def _add_export(commands: Any, loading: argparse.ArgumentParser) -> None:
         "--no-verify", action="store_true", help="do not load the result in a fresh process and compare"
     )
     export.set_defaults(run=_export)
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser(
+        "push",
+        help="upload a finished model folder to the Hugging Face Hub",
+        description="Upload a finished model folder to the Hugging Face Hub in one commit: weights, config, tokenizer "
+        "or processor, model card, results and recipe. Checkpoints, optimizer states and files that are not known to "
+        "belong to a model stay behind. The repository and the branch are made if they do not exist; what is there "
+        "already is not sent again.",
+        epilog="The token is that of `hf auth login`, or HF_TOKEN. HF_ENDPOINT names another Hub.",
+    )
+    push.add_argument("directory", help="folder of a model, as save_pretrained, run or export write it")
+    push.add_argument("repo_id", help="repository: NAME, or OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="make a new repository private (default: your account's)")
+    push.add_argument("--revision", help="branch to upload to (default: main)")
+    push.add_argument("--commit-message", help="default: Upload and the folder's name")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
+    push.set_defaults(run=_push)
 
 
 def _add_run(commands: Any) -> None:
@@ -251,6 +273,19 @@ def _card(given: argparse.Namespace) -> str:
 
 def _report(given: argparse.Namespace) -> str:
     return f"wrote {write_report(given.directory, given.output)}"
+
+
+def _push(given: argparse.Namespace) -> str:
+    commit = push_to_hub(
+        given.directory,
+        given.repo_id,
+        private=True if given.private else None,
+        revision=given.revision,
+        commit_message=given.commit_message,
+        create_pr=given.create_pr,
+    )
+    files = contents_of(Path(given.directory)).files
+    return f"pushed {', '.join(files)}\n{commit.pr_url or commit.commit_url}"
 
 
 def _export(given: argparse.Namespace) -> str:

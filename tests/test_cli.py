@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from hub_server import hub_server
 from transformers import AutoModelForSequenceClassification
 
 from hf_compress import cli, shrink
@@ -110,6 +111,43 @@ def test_export_writes_a_model_that_loads(folder, capsys, tmp_path) -> None:
     assert "without a tokenizer" in out
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
     assert not list((tmp_path / "dense").glob("tokenizer*"))
+
+
+def test_push_uploads_a_folder(capsys, tmp_path, monkeypatch) -> None:
+    tiny_models.bert().save_pretrained(tmp_path / "small")
+    with hub_server() as hub:
+        hub.use(monkeypatch)
+        options = ("--private", "--revision", "int8", "--commit-message", "as text")
+        code, out, _ = run(capsys, "push", str(tmp_path / "small"), "me-too", *options)
+        (commit,) = hub.commits("tester/me-too", "int8")
+        assert (code, commit.title) == (0, "as text")
+        assert out == f"pushed config.json, model.safetensors\n{hub.url}/tester/me-too/commit/{commit.oid}\n"
+        assert hub.repositories["tester/me-too"].private
+        tiny_models.bert(num_hidden_layers=1).save_pretrained(tmp_path / "small")
+        code, out, _ = run(capsys, "push", str(tmp_path / "small"), "tester/me-too", "--create-pr")
+        assert code == 0
+        assert out.endswith("/tester/me-too/discussions/1\n")
+        code, _, err = run(capsys, "push", str(tmp_path / "small"), "other/model")
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path / 'small'}: was not uploaded to other/model")
+
+
+def test_the_help_of_push_says_what_every_option_does(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["push", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "DIRECTORY" in text.upper()
+    for part in (
+        "--private",
+        "--revision",
+        "--commit-message",
+        "--create-pr",
+        "hf auth login",
+        "HF_TOKEN",
+        "one commit",
+    ):
+        assert part in text
 
 
 def test_card_is_written_again(capsys, tmp_path) -> None:

@@ -12,6 +12,7 @@ import recipe_files
 import tiny_models
 import torch
 from fake_timer import FakeTimer
+from hub_server import hub_server
 from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -249,6 +250,19 @@ def test_the_export_example_writes_models_that_load(tmp_path, monkeypatch) -> No
         type(model).from_pretrained(tmp_path / folder)
 
 
+def test_the_example_of_the_hub_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in blocks("python") if "push_to_hub" in block)
+    for name in ("compressed", "compressed-torchao"):
+        tiny_models.bert().save_pretrained(f"runs/reviews/{name}")
+    with hub_server() as hub:
+        hub.use(monkeypatch)
+        exec(compile(example.replace('"me/', '"tester/'), "README.md", "exec"), {})
+        assert hub.repositories["tester/bert-reviews-small"].private
+        assert "model.safetensors" in hub.files("tester/bert-reviews-small")
+        assert "model.safetensors" in hub.files("tester/bert-reviews-small", "torchao")
+
+
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     words = {f"w{i}": i for i in range(len(special), size)}
@@ -290,7 +304,7 @@ def test_the_criteria_without_training_are_all_there() -> None:
 
 def test_every_command_exists() -> None:
     commands = {line.split()[1] for block in blocks("bash") for line in block.splitlines() if "hf-compress " in line}
-    assert commands == {"inspect", "profile", "compare", "run", "report", "export", "card"}
+    assert commands == {"inspect", "profile", "compare", "run", "report", "export", "card", "push"}
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])

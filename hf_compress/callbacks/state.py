@@ -30,6 +30,9 @@ _BLOCK = 1 << 16
 _MAX_BLOCKS = 256
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ON_HUB = "last-checkpoint"
+"""Folder of the newest checkpoint in a repository, with ``hub_strategy="checkpoint"``."""
+
 _READ_ON_RESUME = {".safetensors", ".bin", ".pt", ".pth", ".distcp"}
 """Suffixes of the weights, optimizer, scheduler, scaler and random states that a resumed run reads."""
 
@@ -137,7 +140,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the newest checkpoint that a run with compression callbacks can resume from.
 
     A process killed while it saves leaves a checkpoint that cannot be resumed from, and Transformers would choose it
-    as the newest. This passes it over::
+    as the newest. This passes it over. In a repository that was downloaded from the Hub, ``last-checkpoint`` counts as
+    well::
 
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
 
@@ -179,11 +183,23 @@ def check_config(folder: Path, section: str, stored: Mapping[str, Any], current:
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Return the folders that are called like checkpoints, newest first."""
     try:
-        steps = {path: _CHECKPOINT.fullmatch(path.name) for path in output_dir.iterdir() if path.is_dir()}
+        steps = {path: _step_of(path) for path in output_dir.iterdir() if path.is_dir()}
     except OSError:
         return []
-    found = {path: int(match[1]) for path, match in steps.items() if match}
-    return sorted(found, key=lambda path: found[path], reverse=True)
+    found = {path: step for path, step in steps.items() if step is not None}
+    return sorted(found, key=lambda path: (found[path], path.name != _ON_HUB), reverse=True)
+
+
+def _step_of(folder: Path) -> int | None:
+    """Return the step of a folder that is called like a checkpoint; -1 if it does not say."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    if match or folder.name != _ON_HUB:
+        return int(match[1]) if match else None
+    try:
+        step = _read_files(folder)[0].get("global_step")
+    except TrainingError:
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 def _why_not_resumable(folder: Path) -> str | None:

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
 from hf_compress.config.base import Config
 from hf_compress.config.data import DatasetConfig
 from hf_compress.config.distillation import DistillationConfig
@@ -86,6 +89,13 @@ class Recipe(Config):
     export: str | None = None
     """Format of ``export_quantized`` in which the model is saved as well, or None."""
 
+    hub_model_id: str | None = None
+    """Repository on the Hub to upload the compressed model to, ``"name"`` or ``"owner/name"``; an exported format goes
+    to a branch that is called like it. None: nothing is uploaded."""
+
+    hub_private: bool = False
+    """Whether that repository is private if it is new; if not, the account's setting decides."""
+
     output: str | None = None
     """Folder for the checkpoints and the compressed model; new, or of this very recipe."""
 
@@ -104,6 +114,7 @@ class Recipe(Config):
             if getattr(self, name) is not None:
                 self._check_text(name)
         self._check_teacher()
+        self._check_hub()
         if self.task is not None:
             self._check_choice("task", TASKS)
         self._check_columns()
@@ -113,6 +124,17 @@ class Recipe(Config):
     def teachers(self) -> tuple[str, ...]:
         """Return the teachers; none where the recipe has none."""
         return () if self.teacher is None else (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher)
+
+    def _check_hub(self) -> None:
+        self._check_bool("hub_private")
+        if self.hub_model_id is None and self.hub_private:
+            raise self._error("hub_private", True, "False without hub_model_id")
+        if self.hub_model_id is not None:
+            self._check_text("hub_model_id")
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise self._error("hub_model_id", self.hub_model_id, "'name' or 'owner/name'", str(error)) from error
 
     def _check_teacher(self) -> None:
         given: Any = self.teacher

@@ -1,5 +1,6 @@
 """Model cards, generated from ``results.json`` and never typed."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,22 @@ from hf_compress.errors import ExportError
 from hf_compress.report.compare import Comparison
 from hf_compress.report.plots import plot_kept_units
 from hf_compress.report.results import Results
-from hf_compress.report.wording import loading_code, measured_on
+from hf_compress.report.wording import UNNAMED, loading_code, measured_on
 
 PICTURE = "kept_units.png"
 CARD = "README.md"
+RECIPE = "recipe.yaml"
 TAGS = ("hf-compress", "model-compression")
+"""What the card's example loads as long as no repository is known."""
+
+METRIC_TYPES = {"accuracy", "perplexity", "exact_match", "f1", "bleu"}
+"""What the Hub calls the metrics of recipes."""
+
 SECTION_TAGS = {"pruning": "pruning", "quantization": "quantization", "distillation": "distillation"}
 
 
 def write_card(directory: str | Path, results: Results | None = None) -> Path:
-    """Write the model card, the picture of what every layer kept, and ``results.json`` into a model folder.
+    """Write the model card, the picture of what every layer kept, the recipe and ``results.json`` into a model folder.
 
     Args:
         directory: The model's folder.
@@ -50,10 +57,18 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
     has_picture = any(results.kept_units().values())
     if has_picture:
         plot_kept_units(results.kept_units(), directory / PICTURE)
+    if results.recipe is not None:
+        Recipe.from_dict(results.recipe).save(directory / RECIPE)
     card = ModelCard(f"---\n{_metadata(results).to_yaml()}\n---\n\n{_body(results, has_picture)}")
     path = directory / CARD
     card.save(path)
     return path
+
+
+def naming_repository(card: str, repo_id: str, revision: str | None = None) -> str:
+    """Return a card whose example loads the model from a repository on the Hub; one without the example stays."""
+    place = f'"{repo_id}"' if revision is None else f'"{repo_id}", revision="{revision}"'
+    return card.replace(json.dumps(UNNAMED), place)
 
 
 def _metadata(results: Results) -> ModelCardData:
@@ -62,10 +77,13 @@ def _metadata(results: Results) -> ModelCardData:
     return ModelCardData(
         model_name=results.name,
         base_model=results.base_model if results.base_model_on_hub else None,
+        base_model_relation=results.base_model_relation if results.base_model_on_hub else None,
         datasets=results.dataset_id,
         language=results.language,
         library_name="transformers",
         license=results.license,
+        license_name=results.license_name,
+        license_link=results.license_link,
         pipeline_tag=results.task,
         tags=[*TAGS, *(SECTION_TAGS[name] for name in sections)],
         eval_results=_eval_results(results) or None,
@@ -80,13 +98,19 @@ def _eval_results(results: Results) -> list[EvalResult]:
             dataset_type=results.dataset_id or "local",
             dataset_name=results.dataset,
             dataset_split=results.evaluation_split,
-            metric_type=metric.split(" ")[0],
+            metric_type=_metric_type(metric),
             metric_name=metric,
             metric_value=round(values[results.model], 4),
         )
         for metric, values in results.table().metrics.items()
         if results.model in values
     ]
+
+
+def _metric_type(metric: str) -> str:
+    """Return the Hub's name of a metric, such as ``"f1"`` for ``"macro F1 (%)"``."""
+    words = metric.lower().replace("exact match", "exact_match").split()
+    return next((word for word in words if word in METRIC_TYPES), words[0])
 
 
 def _body(results: Results, has_picture: bool) -> str:
@@ -129,10 +153,7 @@ def _summary(results: Results, table: Comparison) -> str:
 
 
 def _load_snippet(results: Results) -> str:
-    return (
-        f"```bash\npip install '{results.requires}'\n```\n\n"
-        f"```python\n{loading_code(results.auto_class)}\n```"
-    )
+    return f"```bash\npip install '{results.requires}'\n```\n\n```python\n{loading_code(results.auto_class)}\n```"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,8 @@ MAIN_FILES = ("config.json", "model.onnx")
 """Without one of these nothing loads a folder."""
 
 _WEIGHTS = r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-_WEIGHT_FILE = re.compile(rf"{_WEIGHTS}|model\.onnx\.data")
+WEIGHT_FILE = re.compile(rf"{_WEIGHTS}|model\.onnx\.data")
+"""Names under which weights are saved."""
 
 
 def check_target(directory: Path) -> None:
@@ -48,7 +49,7 @@ def staged(directory: Path) -> Iterator[Path]:
         directory.mkdir(exist_ok=True)
         for name in MAIN_FILES:
             (directory / name).unlink(missing_ok=True)
-        for stale in [path for path in directory.iterdir() if _WEIGHT_FILE.fullmatch(path.name)]:
+        for stale in [path for path in directory.iterdir() if WEIGHT_FILE.fullmatch(path.name)]:
             stale.unlink()
         for path in sorted(staging.iterdir(), key=lambda path: path.name in MAIN_FILES):
             os.replace(path, directory / path.name)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_compress.config.recipe import DENSE
 from hf_compress.export.card import write_card
 from hf_compress.export.formats.table import FORMATS
+from hf_compress.export.license import license_of
 from hf_compress.loading import loading
 from hf_compress.recipe.models import load_student
 from hf_compress.recipe.stages import Facts
@@ -51,8 +52,9 @@ def measure(prepared: Prepared, dense: str, folders: Mapping[str, Path], facts: 
     )
     for metric, values in scores.items():
         table = table.with_metric(metric, values)
+    inherited = license_of(str(prepared.recipe.model))
     for name, folder in folders.items():
-        write_card(folder, _results(prepared, name, table, facts[name]))
+        write_card(folder, _results(prepared, name, table, facts[name], inherited))
     return table
 
 
@@ -70,11 +72,16 @@ def _load(
 
 def _requirement(export: str | None, name: str) -> str:
     """Return what has to be installed to load a result of the run."""
-    extra = FORMATS[export].extra if export is not None and name.endswith(f"-{export}") else None
+    extra = FORMATS[export].extra if export is not None and _is_exported(export, name) else None
     return "hf-compress" if extra is None else f"hf-compress[{extra}]"
 
 
-def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> Results:
+def _is_exported(export: str | None, name: str) -> bool:
+    """Return whether a model of the run is the one that was exported, and not the one that it was exported from."""
+    return export is not None and name.endswith(f"-{export}")
+
+
+def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts, inherited: Mapping[str, Any]) -> Results:
     recipe, splits = prepared.recipe, prepared.splits
     assert recipe.model is not None and recipe.dataset is not None
     own_model, own_data = Path(recipe.model).exists(), Path(recipe.dataset.path).exists()
@@ -84,6 +91,7 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> 
         model=name,
         base_model=short if own_model else recipe.model,
         base_model_on_hub=not own_model,
+        base_model_relation="quantized" if _is_exported(recipe.export, name) else "finetune",
         auto_class=prepared.task.auto_class.__name__,
         requires=_requirement(recipe.export, name),
         task=prepared.task.hub_name,
@@ -91,8 +99,13 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts) -> 
         dataset_id=None if own_data else recipe.dataset.path,
         evaluation_split=splits.evaluation_name,
         num_evaluation_examples=len(splits.evaluation),
+        **inherited,
         comparison=table.to_dict(),
         kept=facts.kept_units(),
         recipe=recipe.to_dict(),
-        training={"optimizer_steps": facts.optimizer_steps, "training_examples": len(splits.train)},
+        training={
+            "optimizer_steps": facts.optimizer_steps,
+            "training_examples": len(splits.train),
+            "seed": prepared.args.seed,
+        },
     )

@@ -24,6 +24,7 @@ from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import merged, with_adapters
 from hf_compress.recipe.measure import measure
+from hf_compress.recipe.publish import publish
 from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
 from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, dense_model, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
@@ -37,7 +38,8 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     """Do what a recipe says, from loading the model to saving the compressed one.
 
     The recipe's output folder gets ``recipe.yaml``, ``checkpoints``, ``compressed`` (model, tokenizer, model card), the
-    same for an exported format and for every stage but the last (``stage-1`` and so on), and ``run.json``.
+    same for an exported format and for every stage but the last (``stage-1`` and so on), and ``run.json``. With
+    ``hub_model_id``, ``compressed`` and the exported format are uploaded at the end.
 
     Args:
         recipe: With model, task, dataset and output.
@@ -46,7 +48,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
             is none. A finished run returns its result.
 
     Raises:
-        CompressionError: If the recipe cannot be carried out.
+        CompressionError: If the recipe cannot be carried out, or the Hub does not take the result, which is saved then.
     """
     _check_complete(recipe)
     output = check_output(recipe, resume)
@@ -81,7 +83,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
         output=output, folders=folders, metrics=stages[-1].facts().metrics, comparison=table, notes=notes
     )
     result.save()
-    return result
+    return publish(recipe, result)
 
 
 def _check_complete(recipe: Recipe) -> None:

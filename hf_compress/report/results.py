@@ -11,6 +11,9 @@ from hf_compress.graph.groups import DimensionGroup
 from hf_compress.report.compare import Comparison
 from hf_compress.report.plots import KeptUnits
 
+RELATIONS = ("finetune", "quantized")
+"""What a compressed model can be to its base model; the Hub also knows adapters and merges."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results(Config):
@@ -29,6 +32,9 @@ class Results(Config):
 
     base_model_on_hub: bool = True
     """Whether ``base_model`` is a Hub name, so that the card may link it."""
+
+    base_model_relation: str = "finetune"
+    """What the model is to ``base_model``, in the Hub's spelling: ``"quantized"`` if its weights are integers."""
 
     auto_class: str
     """Class that loads the model, e.g. ``"AutoModelForSequenceClassification"``."""
@@ -54,6 +60,12 @@ class Results(Config):
     license: str | None = None
     """License of the weights in the Hub's spelling, or None if unknown."""
 
+    license_name: str | None = None
+    """Name of the license where ``license`` is ``"other"``, or None."""
+
+    license_link: str | None = None
+    """Where that license can be read, or None."""
+
     language: str | None = None
     """Language of the data, ISO 639-1, or None."""
 
@@ -74,6 +86,7 @@ class Results(Config):
 
     def _validate(self) -> None:
         object.__setattr__(self, "checks", tuple(self.checks))
+        self._check_choice("base_model_relation", RELATIONS)
         names = list(self.table().profiles)
         if self.model not in names:
             raise self._error("model", self.model, f"a model of the comparison: {names}")

@@ -5,6 +5,9 @@ import json
 from hf_compress.report.compare import Comparison
 from hf_compress.report.results import Results
 
+UNNAMED = "path/or/hub-name"
+"""Stands for the name of a model that has none yet."""
+
 
 def measured_on(results: Results) -> str:
     """Say on what the numbers of a model's comparison were measured."""
@@ -24,7 +27,7 @@ def costs_measured_on(table: Comparison) -> str:
     )
 
 
-def loading_code(auto_class: str, name: str = "path/or/hub-name") -> str:
+def loading_code(auto_class: str, name: str = UNNAMED) -> str:
     """Return the Python lines that load a compressed model.
 
     Args:

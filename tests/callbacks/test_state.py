@@ -250,6 +250,22 @@ def test_garbage_is_passed_over(folder: Path, name: str) -> None:
         read_state(folder, 7)
 
 
+def test_the_newest_checkpoint_of_a_downloaded_repository_is_found(folder: Path) -> None:
+    write_state(folder, 7, SECTIONS)
+    pulled = folder.with_name("last-checkpoint")
+    shutil.copytree(folder, pulled)
+    assert last_complete_checkpoint(folder.parent) == str(folder)  # of two that are alike, the run's own
+    write_state(pulled, 8, SECTIONS)
+    assert last_complete_checkpoint(folder.parent) == str(pulled)
+    write_state(pulled, 6, SECTIONS)
+    assert last_complete_checkpoint(folder.parent) == str(folder)
+    shutil.rmtree(folder)
+    assert last_complete_checkpoint(folder.parent) == str(pulled)
+    (pulled / JSON_FILE).write_text("{}")
+    with pytest.warns(UserWarning, match="last-checkpoint is passed over"):
+        assert last_complete_checkpoint(folder.parent) is None
+
+
 def test_nothing_to_resume_from_is_none(tmp_path: Path) -> None:
     for name in ("checkpoint-x", "checkpoint-", "my-checkpoint-3", "checkpoint-4-old"):
         (tmp_path / name).mkdir()

@@ -1,11 +1,14 @@
+import dataclasses
+
 import pytest
 import tiny_models
 import yaml
+from hub_server import hub_server
 from huggingface_hub import ModelCard
 
 from hf_compress import DistillationConfig, PruningConfig, Recipe
 from hf_compress.errors import ConfigError, ExportError
-from hf_compress.export.card import write_card
+from hf_compress.export.card import naming_repository, write_card
 from hf_compress.report.compare import compare
 from hf_compress.report.results import Results
 
@@ -37,7 +40,9 @@ def results() -> Results:
 
 def test_the_hub_reads_the_metadata_back(results: Results, tmp_path) -> None:
     data = ModelCard.load(write_card(tmp_path, results)).data
-    assert data.base_model == "me/tiny"
+    assert (data.base_model, data.base_model_relation) == ("me/tiny", "finetune")
+    assert data.library_name == "transformers"
+    assert data.language == "en"
     assert data.license == "apache-2.0"
     assert data.pipeline_tag == "text-classification"
     assert data.tags == ["hf-compress", "model-compression", "pruning", "distillation"]
@@ -47,6 +52,39 @@ def test_the_hub_reads_the_metadata_back(results: Results, tmp_path) -> None:
         83.2543,
         "some snippets",
     )
+    assert (score.task_type, score.dataset_type, score.dataset_split) == ("text-classification", "local", "test")
+    assert data.model_name == "tiny compressed"
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("accuracy (%)", "accuracy"),
+        ("accuracy of words (%)", "accuracy"),
+        ("macro F1 (%)", "f1"),
+        ("exact match (%)", "exact_match"),
+        ("BLEU", "bleu"),
+        ("perplexity", "perplexity"),
+        ("Novel score", "novel"),
+    ],
+)
+def test_metrics_are_called_as_on_the_hub(results: Results, tmp_path, metric, expected) -> None:
+    table = {**results.comparison, "metrics": {metric: {"dense": 2.0, "compressed": 1.5}}}
+    (score,) = ModelCard.load(write_card(tmp_path, dataclasses.replace(results, comparison=table))).data.eval_results
+    assert (score.metric_type, score.metric_name, score.metric_value) == (expected, metric, 1.5)
+
+
+def test_the_hub_accepts_the_metadata(results: Results, tmp_path, monkeypatch) -> None:
+    licensed = {"license": "other", "license_name": "llama", "license_link": "https://host/LICENSE"}
+    changes = [{}, licensed, {"base_model_relation": "quantized"}, {"base_model_on_hub": False}, {"language": None}]
+    with hub_server() as hub:
+        hub.use(monkeypatch)
+        for change in changes:
+            card = ModelCard.load(write_card(tmp_path, dataclasses.replace(results, **change)))
+            card.validate()
+            assert all(card.data.get(name) == value for name, value in change.items() if name in licensed)
+        with pytest.raises(ValueError, match="license"):
+            ModelCard("---\nlicense: no such thing\n---\n").validate()
 
 
 def test_the_card_holds_table_recipe_picture_and_checks(results: Results, tmp_path) -> None:
@@ -69,6 +107,33 @@ def test_the_card_comes_from_results_json_alone(results: Results, tmp_path) -> N
     assert (tmp_path / "kept_units.png").exists()
 
 
+def test_writing_again_changes_no_byte_of_any_file(results: Results, tmp_path) -> None:
+    write_card(tmp_path, results)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_card(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert set(before) == {"README.md", "results.json", "kept_units.png", "recipe.yaml"}
+    assert Recipe.load(tmp_path / "recipe.yaml") == RECIPE
+
+
+def test_the_card_says_with_what_it_was_made(results: Results, tmp_path) -> None:
+    text = write_card(tmp_path, results).read_text(encoding="utf-8")
+    measured_with = yaml.safe_load(text.split("## Measured with\n\n```yaml\n")[1].split("```")[0])
+    assert measured_with == results.table().environment
+    assert {"torch", "transformers", "cpu", "gpu"} <= set(measured_with)
+    assert yaml.safe_load(text.split("## Training\n\n```yaml\n")[1].split("```")[0]) == {"seed": 5}
+
+
+def test_the_example_names_the_repository_once_it_is_known(results: Results, tmp_path) -> None:
+    text = write_card(tmp_path, results).read_text(encoding="utf-8")
+    assert 'from_pretrained("me/small")' in naming_repository(text, "me/small")
+    on_branch = naming_repository(text, "me/small", "int8")
+    assert 'AutoModelForSequenceClassification.from_pretrained("me/small", revision="int8")' in on_branch
+    example = on_branch.split("```python\n")[1].split("```")[0]
+    compile(example, "card", "exec")
+    assert naming_repository("no example", "me/small") == "no example"
+
+
 def test_a_changed_number_changes_the_card(results: Results, tmp_path) -> None:
     before = write_card(tmp_path, results).read_text(encoding="utf-8")
     data = results.to_dict()
@@ -84,7 +149,8 @@ def test_a_changed_number_changes_the_card(results: Results, tmp_path) -> None:
 def test_models_and_data_from_disk_are_not_linked(results: Results, tmp_path) -> None:
     data = {**results.to_dict(), "base_model": "/home/me/bert", "base_model_on_hub": False}
     path = write_card(tmp_path, Results.from_dict(data))
-    assert ModelCard.load(path).data.base_model is None
+    data = ModelCard.load(path).data
+    assert (data.base_model, data.get("base_model_relation")) == (None, None)
     assert "huggingface.co/" not in path.read_text(encoding="utf-8")
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from resumable import AtSave, CutAfterSave, PowerCutError, callbacks_of, results_of, trainer_of
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+
+from hf_compress import last_complete_checkpoint, shrink
 
 SAVE_STEPS = 3
 
@@ -50,12 +52,22 @@ def main(folder: Path) -> None:
         except PowerCutError:
             cut._finish_current_push()
 
-    outcomes: dict[str, Any] = {}
-    for strategy, name in (("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-3")):
+    ended = pushing(folder, "end")
+    ended.train()
+    ended.push_to_hub(commit_message="trained")
+    shrink(ended).push_to_hub("tester/small", commit_message="shrunk")
+    loaded = {name: AutoModelForSequenceClassification.from_pretrained(f"tester/{name}") for name in ("end", "small")}
+    trained = results_of(ended)
+
+    outcomes: dict[str, Any] = {
+        "end": [name for name, tensor in loaded["end"].state_dict().items() if not torch.equal(tensor, trained[name])],
+        "parameters": {name: model.num_parameters() for name, model in loaded.items()},
+    }
+    for strategy, name in (("checkpoint", None), ("all_checkpoints", "checkpoint-3")):
         steps: list[int] = []
         local = snapshot_download(f"tester/{strategy}", local_dir=folder / f"{strategy}-download")
         resumed = trainer_of([*callbacks_of("all"), AtSave(steps.append)], folder / "resumed", save_strategy="no")
-        resumed.train(resume_from_checkpoint=str(Path(local) / name))
+        resumed.train(resume_from_checkpoint=str(Path(local) / name) if name else last_complete_checkpoint(local))
         found = results_of(resumed)
         outcomes[strategy] = {
             "steps": steps,

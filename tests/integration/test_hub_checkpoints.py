@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_hub import fake_hub
+import tiny_models
+from hub_server import hub_server
+from safetensors.torch import load
 
 from hf_compress.callbacks.state import JSON_FILE, TENSOR_FILE, read_state
 
@@ -16,10 +18,10 @@ PROGRAM = Path(__file__).with_name("hub_checkpoints.py")
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """(the folder of the program, repository -> commits)."""
+    """(the folder of the program, the Hub)."""
     folder = tmp_path_factory.mktemp("hub")
     paths = os.pathsep.join([str(PROGRAM.parents[2]), str(PROGRAM.parents[1])])
-    with fake_hub() as hub:
+    with hub_server() as hub:
         done = subprocess.run(
             [sys.executable, str(PROGRAM), str(folder)],
             env={**os.environ, **hub.environment(folder / "home"), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -29,7 +31,7 @@ def pushed(tmp_path_factory):
             check=False,
         )
     assert done.returncode == 0, done.stderr[-6000:]
-    return folder, hub.commits
+    return folder, hub
 
 
 STATE = {JSON_FILE, TENSOR_FILE}
@@ -41,13 +43,13 @@ def names_in(files, folder) -> set[str]:
 
 def test_every_pushed_checkpoint_holds_its_state(pushed, tmp_path) -> None:
     """In each commit, not only in the last: the upload runs beside the training."""
-    _, commits = pushed
+    _, hub = pushed
     for repo, folders in (
         ("checkpoint", {"last-checkpoint/": 2}),
         ("all_checkpoints", {"checkpoint-3/": 2, "checkpoint-6/": 1}),
     ):
         for folder, at_least in folders.items():
-            with_it = [files for _, files in commits[f"tester/{repo}"] if names_in(files, folder)]
+            with_it = [each.files for each in hub.commits(f"tester/{repo}") if names_in(each.files, folder)]
             assert len(with_it) >= at_least
             for number, files in enumerate(with_it):
                 copy = tmp_path / repo / folder / str(number)
@@ -59,13 +61,28 @@ def test_every_pushed_checkpoint_holds_its_state(pushed, tmp_path) -> None:
 
 
 def test_a_pushed_model_is_a_plain_one(pushed) -> None:
-    _, commits = pushed
-    for repo in ("every_save", "checkpoint", "all_checkpoints"):
-        files = commits[f"tester/{repo}"][-1][1]
+    _, hub = pushed
+    plain = tiny_models.bert().state_dict()
+    for repo in ("every_save", "checkpoint", "all_checkpoints", "end"):
+        files = hub.files(f"tester/{repo}")
+        weights = load(files["model.safetensors"])
+        assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in plain.items()}
+        assert "quantization_config" not in json.loads(files["config.json"])
         top = {path for path in files if "/" not in path}
         assert {"model.safetensors", "config.json"} <= top
         assert not top & STATE
-    assert not any("/" in path for path in commits["tester/every_save"][-1][1])
+    for repo in ("every_save", "end"):
+        assert not any("/" in path for path in hub.files(f"tester/{repo}"))
+
+
+def test_a_run_that_pushes_at_the_end_does_it_once_and_its_shrunk_model_goes_the_same_way(pushed) -> None:
+    folder, hub = pushed
+    outcome = json.loads((folder / "outcomes.json").read_text())
+    assert [commit.title for commit in hub.commits("tester/end")] == ["trained"]
+    assert outcome["end"] == []
+    assert outcome["parameters"]["small"] < outcome["parameters"]["end"]
+    (small,) = hub.commits("tester/small")
+    assert json.loads(small.files["config.json"])["quantization_config"]["quant_method"] == "hf_compress"
 
 
 @pytest.mark.parametrize(("strategy", "first_step"), [("checkpoint", 7), ("all_checkpoints", 4)])

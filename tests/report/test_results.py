@@ -36,6 +36,7 @@ def test_results_survive_a_file(facts, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"base_model_relation": "child"}, r"Results\.base_model_relation: unknown value 'child'"),
         ({"model": "small"}, r"Results\.model: got 'small'.*'dense', 'compressed'"),
         ({"kept": {"heads": [{"name": "a", "kep": 3}]}}, r"Results\.kept"),
         ({"comparison": {"profiles": {}}}, r"Comparison\.from_dict"),
