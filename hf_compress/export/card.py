@@ -19,7 +19,6 @@ PICTURE = "kept_units.png"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 TAGS = ("hf-compress", "model-compression")
-"""What the card's example loads as long as no repository is known."""
 
 METRIC_TYPES = {"accuracy", "perplexity", "exact_match", "f1", "bleu"}
 """What the Hub calls the metrics of recipes."""
