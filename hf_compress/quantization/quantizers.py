@@ -249,16 +249,18 @@ class ObservedQuantizer(Quantizer):
         return self._known
 
     def prepare(self, x: Tensor, removed: Tensor | None) -> Prepared:
-        """Return step and zero point; before anything was settled those of the tensor itself, if it is watched."""
+        """Return step and zero point; nothing before anything was settled, if it is watched.
+
+        The first step's range is that of all its batches on all processes, which nobody knows before its end.
+        """
         if self._known is None and self.collector is not None:
-            found = self.grid.parameters(*extremes(self.granularity.blocks(x)))
-        else:
-            found = self.parameters()
+            return ()
+        found = self.parameters()
         return _spread(self.granularity, tuple(None if each is None else each.to(x.device) for each in found), x)
 
     def fake_quantize(self, x: Tensor, removed: Tensor | None, prepared: Prepared) -> Tensor:
         """Return the tensor on its grid; the gradient passes straight through within the range."""
-        return _on_grid(x, self.grid, self.granularity, prepared)
+        return _on_grid(x, self.grid, self.granularity, prepared) if prepared else x
 
     def state(self) -> dict[str, Tensor]:
         """Return what was observed."""
