@@ -1,6 +1,7 @@
 """The README says what is true: its example runs, its lists are complete, its numbers come from a run."""
 
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -184,7 +185,7 @@ def test_the_example_of_a_search_runs(tiny_bert, classification_data, make_train
 
 def test_the_recipe_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    example, _ = blocks("yaml")
+    example, *_ = blocks("yaml")
     recipe_files.save_model(Path("bert-base-uncased"), "text-classification")
     recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
     Path("recipe.yaml").write_text(example, encoding="utf-8")
@@ -221,7 +222,7 @@ def test_the_examples_of_distillation_run(tiny_bert, classification_data, make_t
 
 def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    _, example = blocks("yaml")
+    _, example, _ = blocks("yaml")
     recipe_files.save_model(Path("bert-reviews"), "text-classification", num_labels=2)
     recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
     Path("stages.yaml").write_text(example, encoding="utf-8")
@@ -237,6 +238,36 @@ def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
         assert f"{name}: " in table
     small = AutoModelForSequenceClassification.from_pretrained("runs/stages/compressed")
     assert sum(layer.intermediate.dense.out_features for layer in small.bert.encoder.layer) == 45  # of 88, by 0.8^3
+
+
+def test_the_recipe_that_prunes_before_it_trains_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    *_, example = blocks("yaml")
+    recipe_files.save_model(Path("bert-base-uncased"), "text-classification", num_labels=5)
+    recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
+    Path("oneshot.yaml").write_text(example, encoding="utf-8")
+    assert cli.main(["run", "oneshot.yaml"]) == 0
+    assert "dense: " not in capsys.readouterr().out
+    small = AutoModelForSequenceClassification.from_pretrained("runs/oneshot/compressed")
+    assert sum(layer.intermediate.dense.out_features for layer in small.bert.encoder.layer) == 53  # of 88
+
+
+def test_the_training_scripts_take_the_readmes_arguments(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    shared = importlib.import_module("recipe_script")
+    lines = [
+        line.split() for block in blocks("bash") for line in block.splitlines() if line.startswith("python scripts/")
+    ]
+    assert len(lines) == 5
+    for _, script, *arguments in lines:
+        module = importlib.import_module(Path(script).stem)
+        kind = next(
+            each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__
+        )
+        task = hf_compress.Recipe.load(arguments[1]).task
+        recipe, _ = shared.build_recipe(task, kind, module.columns, shared.parse(task, kind, arguments))
+        assert recipe.output.startswith("runs/")
 
 
 def test_the_export_example_writes_models_that_load(tmp_path, monkeypatch) -> None:
