@@ -18,14 +18,17 @@ from hf_compress.config import (
     DatasetConfig,
     DistillationConfig,
     FeatureConfig,
+    ParameterSpace,
     PruningConfig,
     PruningRule,
     QuantizationConfig,
     QuantizationRule,
     Ramp,
     Recipe,
+    SearchConfig,
     ShrinkConfig,
     StageConfig,
+    SweepConfig,
 )
 from hf_compress.errors import (
     CompressionError,
@@ -33,6 +36,7 @@ from hf_compress.errors import (
     ExportError,
     GraphError,
     ShrinkError,
+    SweepError,
     TargetError,
     TrainingError,
 )
@@ -55,7 +59,7 @@ from hf_compress.ptq.calibrate import CalibrationResult, calibrate
 from hf_compress.ptq.sensitivity import Sensitivity, quantization_sensitivity
 from hf_compress.ptq.stored import apply_calibration_config, calibration_config
 from hf_compress.quantization import methods  # noqa: F401 - imported for what it registers
-from hf_compress.recipe import RunResult, make_callbacks, run_recipe
+from hf_compress.recipe import RunResult, SweepResult, make_callbacks, run_recipe, run_sweep
 from hf_compress.report.compare import compare
 from hf_compress.report.html import write_report
 from hf_compress.report.profile import ModelProfile, profile
@@ -94,6 +98,7 @@ __all__ = [
     "LatencyTable",
     "ModelProfile",
     "OneShotResult",
+    "ParameterSpace",
     "ParameterSlice",
     "Preview",
     "PruningCallback",
@@ -105,6 +110,7 @@ __all__ = [
     "Ramp",
     "Recipe",
     "RunResult",
+    "SearchConfig",
     "SearchResult",
     "Sensitivity",
     "ShrinkConfig",
@@ -112,6 +118,9 @@ __all__ = [
     "ShrinkPlan",
     "SparseLogits",
     "StageConfig",
+    "SweepConfig",
+    "SweepError",
+    "SweepResult",
     "TargetError",
     "TeacherCache",
     "TeacherOutputs",
@@ -143,6 +152,7 @@ __all__ = [
     "push_to_hub",
     "quantization_sensitivity",
     "run_recipe",
+    "run_sweep",
     "shrink",
     "simulated_annealing",
     "write_report",

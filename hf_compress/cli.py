@@ -1,6 +1,7 @@
 """The ``hf-compress`` command."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -13,8 +14,8 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from hf_compress.config import QuantizationConfig
-from hf_compress.errors import CompressionError, ConfigError
+from hf_compress.config import QuantizationConfig, SweepConfig
+from hf_compress.errors import CompressionError, ConfigError, SweepError
 from hf_compress.export.card import write_card
 from hf_compress.export.contents import contents_of
 from hf_compress.export.formats.table import FORMATS
@@ -29,6 +30,7 @@ from hf_compress.loading import config_and_class, load_model
 from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.run import run_recipe
 from hf_compress.recipe.sensitivity import sensitivity_on_recipe
+from hf_compress.recipe.sweep import run_sweep
 from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.html import REPORT_FILE, write_report
 from hf_compress.report.inspect import inspect_groups
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     _add_run(commands)
+    _add_sweep(commands)
 
     card = commands.add_parser("card", help="write a model card again from the folder's results.json")
     card.add_argument("directory", help="folder of a compressed model")
@@ -155,6 +158,24 @@ def _add_run(commands: Any) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting: training.learning_rate=3e-5"
     )
     run.set_defaults(run=_run)
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="several budgets of one recipe: one table, one Pareto chart",
+        description="Runs one recipe with several settings and seeds, each in a folder of its own, as a sweep file "
+        "says: recipe, output, runs, grid, search, seeds, x, metric, direction, baselines. Writes sweep.json, sweep.md "
+        "and pareto.png into the output, again after each run. The exit code is 2 if any run failed; the others are "
+        "finished then.",
+    )
+    sweep.add_argument("sweep", metavar="SWEEP", help=".yaml or .json file of a SweepConfig")
+    sweep.add_argument("--output", help="folder to write, instead of the sweep's")
+    sweep.add_argument(
+        "--resume", action="store_true", help="keep what is finished, go on with the rest, do failed runs again"
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="load and check every run, say what it would do, stop")
+    sweep.set_defaults(run=_sweep)
 
 
 def _add_measuring(commands: Any, loading: argparse.ArgumentParser) -> None:
@@ -265,6 +286,24 @@ def _run(given: argparse.Namespace) -> str:
     recipe = load_recipe(given.recipe, given.set, given.output)
     datasets.disable_progress_bars()
     return str(run_recipe(recipe, dry_run=given.dry_run, resume=given.resume))
+
+
+def _sweep(given: argparse.Namespace) -> str:
+    config = SweepConfig.load(given.sweep)
+    if given.output is not None:
+        config = dataclasses.replace(config, output=given.output)
+    datasets.disable_progress_bars()
+    found = run_sweep(config, resume=given.resume, dry_run=given.dry_run, progress=_progress)
+    if found.failed:
+        sys.stdout.write(f"{found}\n")
+        reasons = "".join(f"\n{name}: {each.error}" for name, each in found.failed.items())
+        raise SweepError(f"{len(found.failed)} of the runs failed; --resume does them again.{reasons}")
+    return str(found)
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _card(given: argparse.Namespace) -> str:

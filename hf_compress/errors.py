@@ -32,6 +32,10 @@ class TrainingError(CompressionError):
     """A Trainer setup in which a callback would silently do nothing or do it wrongly."""
 
 
+class SweepError(CompressionError):
+    """Runs of a sweep that failed; the others are finished."""
+
+
 def choices(given: object, allowed: Iterable[object]) -> str:
     """Describe allowed names, or None, True and False among them, the closest match to ``given`` first if there is one.
 

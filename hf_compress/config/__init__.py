@@ -9,8 +9,10 @@ from hf_compress.config.pruning import PruningConfig
 from hf_compress.config.quantization import QuantizationConfig, QuantizationRule
 from hf_compress.config.recipe import Recipe, ShrinkConfig
 from hf_compress.config.rules import PruningRule
+from hf_compress.config.search import ParameterSpace, SearchConfig
 from hf_compress.config.stages import StageConfig
 from hf_compress.config.structures import STRUCTURES, TRAINABLE_STRUCTURES, WEIGHTS, WIDTHS
+from hf_compress.config.sweep import SweepConfig
 from hf_compress.config.tasks import TASKS
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "DistillationConfig",
     "FeatureConfig",
     "LayerFormats",
+    "ParameterSpace",
     "PruningConfig",
     "PruningRule",
     "QuantizationConfig",
@@ -33,6 +36,8 @@ __all__ = [
     "Ramp",
     "Recipe",
     "ShrinkConfig",
+    "SearchConfig",
     "StageConfig",
+    "SweepConfig",
     "TensorFormat",
 ]

@@ -1,4 +1,4 @@
-"""Settings on the command line that change a recipe file."""
+"""Settings that change a recipe: on the command line, and in the runs of a sweep."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +22,7 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | No
     Raises:
         ConfigError: If the file or a setting cannot be read, or the recipe that results is not valid.
     """
-    data = read_file(Path(path), Recipe.__name__)
+    data = plain_copy(read_file(Path(path), Recipe.__name__))
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not all(name.split(".")):
@@ -31,19 +31,51 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | No
             value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting!r}: the value is no YAML: {' '.join(str(error).split())}") from error
-        _change(data, name, value)
+        change_setting(data, name, value, f"--set {name}")
     if output is not None:
         data["output"] = output
     return Recipe.from_dict(data)
 
 
-def _change(data: dict[str, Any], name: str, value: Any) -> None:
+def plain_copy(value: Any) -> Any:
+    """Copy plain data so that no two parts of it are one object, as YAML's anchors make them."""
+    if isinstance(value, dict):
+        return {key: plain_copy(item) for key, item in value.items()}
+    return [plain_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def change_setting(data: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """Change one setting of a recipe's plain data.
+
+    Args:
+        data: A recipe as it is in a file.
+        name: Such as ``"stages.1.pruning.structures.ffn"``; places in lists are counted from 0.
+        value: The new value.
+        where: What asks for it, for messages.
+
+    Raises:
+        ConfigError: If there is no such place.
+    """
     *sections, last = name.split(".")
-    inside = data
-    for section in sections:
-        if inside.get(section) is None:
-            inside[section] = {}
-        inside = inside[section]
-        if not isinstance(inside, dict):
-            raise ConfigError(f"--set {name}: {section!r} is {inside!r}, which has no settings in it.")
-    inside[last] = value
+    inside: Any = data
+    for depth, section in enumerate(sections):
+        key = _key(inside, section, ".".join(sections[:depth]), where)
+        if isinstance(inside, dict) and inside.get(key) is None:
+            inside[key] = {}
+        inside = inside[key]
+        if not isinstance(inside, dict | list):
+            raise ConfigError(f"{where}: {section!r} is {inside!r}, which has no settings in it.")
+    inside[_key(inside, last, ".".join(sections), where)] = value
+
+
+def _key(inside: Any, section: str, name: str, where: str) -> Any:
+    """Return a part of a setting's name as the key of what it is looked up in."""
+    if isinstance(inside, dict):
+        return section
+    places = "none, since it is empty" if not inside else f"0 to {len(inside) - 1}"
+    if not section.isdecimal() or int(section) >= len(inside):
+        raise ConfigError(
+            f"{where}: {name!r} is a list, so got {section!r} as a place in it; allowed: {places}. Or give a new value "
+            f"for all of {name!r}."
+        )
+    return int(section)

@@ -50,17 +50,13 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     Raises:
         CompressionError: If the recipe cannot be carried out, or the Hub does not take the result, which is saved then.
     """
-    _check_complete(recipe)
-    output = check_output(recipe, resume)
-    stages = stages_of(recipe, output)
     if dry_run:
+        _check_complete(recipe)
         with tempfile.TemporaryDirectory() as scratch:  # a Trainer makes its folder at once
-            return _preview(recipe, output, Path(scratch))
+            return _preview(recipe, check_output(recipe, resume), Path(scratch))
+    output, stages = check_run(recipe, resume)
     if (output / RESULT_FILE).is_file():
         return RunResult.load(output)
-    for stage in stages:  # what is wrong with the last stage shows before the first one trains
-        make_callbacks(stage.recipe)
-        training_arguments(stage.recipe, stage.checkpoints)
     prepared = prepare(recipe, output / CHECKPOINTS)
     _check_storable(recipe, prepared)
     notes = prepared.notes()
@@ -84,6 +80,25 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     )
     result.save()
     return publish(recipe, result)
+
+
+def check_run(recipe: Recipe, resume: bool) -> tuple[Path, Sequence[Stage]]:
+    """Check what can be known of a run before anything is loaded; nothing is written.
+
+    Returns:
+        Its output folder and its stages: what is wrong with the last stage shows before the first one trains.
+
+    Raises:
+        ConfigError: If the recipe cannot be carried out, or may not write to its output folder.
+    """
+    _check_complete(recipe)
+    output = check_output(recipe, resume)
+    stages = stages_of(recipe, output)
+    if not (output / RESULT_FILE).is_file():
+        for stage in stages:
+            make_callbacks(stage.recipe)
+            training_arguments(stage.recipe, stage.checkpoints)
+    return output, stages
 
 
 def _check_complete(recipe: Recipe) -> None:

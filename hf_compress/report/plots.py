@@ -57,7 +57,7 @@ def plot_kept_units(kept: Mapping[str, Sequence[KeptUnits]], path: str | Path) -
     FigureCanvasAgg(figure)
     for position, (kind, units) in enumerate(panels.items()):
         _draw_panel(figure.add_subplot(len(panels), 1, position + 1), kind, units)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_sensitivity(increases: Mapping[str, Mapping[int, float]], path: str | Path) -> Path:
@@ -91,12 +91,21 @@ def plot_sensitivity(increases: Mapping[str, Mapping[int, float]], path: str | P
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure; the same data give the same bytes.
+
+    Args:
+        figure: What was drawn.
+        path: File to write; the suffix chooses the format.
+
+    Returns:
+        The path.
+    """
     path = Path(path)
-    # Without metadata the same data give the same bytes.
+    # Metadata would differ from run to run.
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
     return path
 

@@ -1,0 +1,187 @@
+"""Which runs a sweep is made of, and which of their stages are the same."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_compress.config import Recipe, SweepConfig
+from hf_compress.config.base import read_file
+from hf_compress.config.recipe import PlainRun
+from hf_compress.errors import ConfigError
+from hf_compress.recipe.overrides import change_setting, plain_copy
+from hf_compress.recipe.result import RECIPE_FILE
+from hf_compress.recipe.stages import Stage, stages_of
+
+SWEEP_FILE = "sweep.yaml"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training of a recipe."""
+
+    name: str
+    """Name of the settings."""
+
+    seed: int
+
+    settings: Mapping[str, Any]
+    """What they change in the sweep's recipe."""
+
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes."""
+        return Path(str(self.recipe.output))
+
+    @property
+    def key(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+
+def with_recipe(config: SweepConfig) -> SweepConfig:
+    """Return the sweep with its recipe's fields in place of the path of a file.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    given = config.recipe
+    data = read_file(Path(given), Recipe.__name__) if isinstance(given, str) else dict(given)
+    return replace(config, recipe=plain_copy(data))
+
+
+def plan_run(config: SweepConfig, output: Path, name: str, settings: Mapping[str, Any]) -> list[PlannedRun]:
+    """Return one run for each seed.
+
+    Args:
+        config: The sweep, see ``with_recipe``.
+        output: Its output folder.
+        name: Name of the settings.
+        settings: What to change in the recipe.
+
+    Raises:
+        ConfigError: If a setting does not exist, or the recipe that results is not valid.
+    """
+    return [_planned(config, output, name, settings, seed) for seed in config.seeds or (None,)]
+
+
+def _planned(config: SweepConfig, output: Path, name: str, settings: Mapping[str, Any], seed: int | None) -> PlannedRun:
+    data: dict[str, Any] = plain_copy(dict(config.recipe))  # type: ignore[arg-type]
+    data["output"] = None
+    try:
+        for setting, value in settings.items():
+            change_setting(data, setting, plain_copy(value), setting)
+        if seed is not None:
+            _set_seed(data, seed)
+        recipe = Recipe.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"SweepConfig, run {name!r}: {error}") from error
+    used = (recipe.training or {}).get("seed", TrainingArguments.seed)
+    return PlannedRun(name, used, settings, replace(recipe, output=str(output / f"{name}-seed{used}")))
+
+
+def _set_seed(data: dict[str, Any], seed: int) -> None:
+    change_setting(data, "training.seed", seed, "seeds")
+    stages = data.get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        training = stage.get("training") if isinstance(stage, dict) else None
+        if isinstance(training, dict) and "seed" in training:
+            training["seed"] = seed
+
+
+def share_stages(run: PlannedRun, others: Iterable[PlannedRun]) -> None:
+    """Give a run what another one has trained for it already: leading stages that only train, by the same settings.
+
+    Their folders are linked, or copied where the file system has no links. A run that is new gets its recipe file
+    first, so that its folder is known as its own.
+    """
+    theirs = {
+        settings: stage for other in others for settings, stage in _plain_stages(other).items() if stage.is_finished()
+    }
+    for settings, stage in _plain_stages(run).items():
+        found = theirs.get(settings)
+        if found is None or stage.is_finished():
+            continue
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not (run.folder / RECIPE_FILE).is_file():
+            run.recipe.save(run.folder / RECIPE_FILE)
+        partial = stage.folder.with_name(f"{stage.folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(found.folder, partial, copy_function=_link_or_copy)
+        os.replace(partial, stage.folder)
+
+
+def _plain_stages(run: PlannedRun) -> dict[str, Stage]:
+    """Return the leading stages that only train, by all that they depend on: their settings, and those before them."""
+    found: dict[str, Stage] = {}
+    before: list[Mapping[str, Any]] = []
+    for stage in _leading(stages_of(run.recipe, run.folder)):
+        settings = {**stage.recipe.to_dict(), "output": None}
+        if before:
+            settings["model"] = None  # that of the stage before, whose folder has another name in every run
+        before = [*before, settings]
+        found[json.dumps(before, sort_keys=True)] = stage
+    return found
+
+
+def _leading(stages: Sequence[Stage]) -> Sequence[Stage]:
+    number = next((n for n, stage in enumerate(stages) if not isinstance(stage.recipe, PlainRun)), len(stages))
+    return stages[:number]
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def check_sweep_output(config: SweepConfig, resume: bool) -> Path:
+    """Check that a sweep may write to its output folder; nothing is written.
+
+    With ``resume``, runs may have been added or taken away: each one's own folder tells which recipe it is of.
+
+    Raises:
+        ConfigError: If there is none, if there are files that are not from a sweep, or that a new one would overwrite,
+            or if it has searched in another way.
+    """
+    if config.output is None:
+        raise ConfigError("SweepConfig.output: missing; set output, or give --output.")
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"SweepConfig.output: {output} is a file; give the name of a new folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return output
+    if not (output / SWEEP_FILE).is_file():
+        raise ConfigError(
+            f"SweepConfig.output: {output} holds files, but not from a sweep (no {SWEEP_FILE}), so nothing is written "
+            "there. Choose another output."
+        )
+    if not resume:
+        raise ConfigError(
+            f"SweepConfig.output: {output} holds a sweep already. Go on with it with --resume (resume=True), or choose "
+            "another output."
+        )
+    _check_search(SweepConfig.load(output / SWEEP_FILE), config, output)
+    return output
+
+
+def _check_search(stored: SweepConfig, given: SweepConfig, output: Path) -> None:
+    """Earlier trials decide on later ones, so that all have to be of one search; it may become longer."""
+    if stored.search is None or given.search is None:
+        return
+    old, new = stored.search, given.search
+    same = replace(old, trials=new.trials) == new and new.trials >= old.trials
+    judged_by = ("recipe", "seeds", "metric", "direction", *(["x"] if new.against_x else []))
+    if not same or any(getattr(stored, name) != getattr(given, name) for name in judged_by):
+        raise ConfigError(
+            f"SweepConfig.search: {output} holds trials of another search; only trials may change, to a larger number. "
+            "Choose another output."
+        )
