@@ -99,8 +99,8 @@ def _set_seed(data: dict[str, Any], seed: int) -> None:
 def share_stages(run: PlannedRun, others: Iterable[PlannedRun]) -> None:
     """Give a run what another one has trained for it already: leading stages that only train, by the same settings.
 
-    Their folders are linked, or copied where the file system has no links. A run that is new gets its recipe file
-    first, so that its folder is known as its own.
+    Their folders are copied; weights are linked where the file system has links, since nothing changes them. A run that
+    is new gets its recipe file first, so that its folder is known as its own.
     """
     theirs = {
         settings: stage for other in others for settings, stage in _plain_stages(other).items() if stage.is_finished()
@@ -137,10 +137,13 @@ def _leading(stages: Sequence[Stage]) -> Sequence[Stage]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another file system, or one without links
+    shutil.copy2(source, target)
 
 
 def check_sweep_output(config: SweepConfig, resume: bool) -> Path:
