@@ -14,7 +14,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_compress import ShrinkError, shrink
+from hf_compress import (
+    DistillationCallback,
+    DistillationConfig,
+    QuantizationCallback,
+    QuantizationConfig,
+    ShrinkError,
+    shrink,
+)
 
 RATES = [1e-3, 1e-1]
 
@@ -132,7 +139,7 @@ def test_a_trial_that_is_given_up_is_no_error(search: Any, tiny_bert: Any, metho
 
 def test_optuna(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
     """The same with the real search, one trial of which is given up."""
-    optuna = pytest.importorskip("optuna")
+    import optuna  # here, since other tests put something else in its place
 
     class SecondIsBad(optuna.pruners.BasePruner):
         def prune(self, study: Any, trial: Any) -> bool:
@@ -165,3 +172,42 @@ def test_optuna(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> 
     small = shrink(models.last, callbacks[0].masks())
     assert small.num_parameters() < 0.9 * models.last.num_parameters()
     assert all(torch.isfinite(parameter).all() for parameter in small.parameters())
+
+
+KEEPS_STATE: dict[str, Callable[[], list[Any]]] = {
+    "movement": lambda: compression(["pruning"], criterion="movement", regrow=True),
+    "l0": lambda: compression(["pruning"], criterion="l0"),
+    "admm": lambda: compression(["pruning"], criterion="admm"),
+    "learned steps": lambda: [QuantizationCallback(QuantizationConfig(method="lsq"))],
+    "observed ranges": lambda: [QuantizationCallback(QuantizationConfig(scheme="int8_static", begin=2))],
+    "projections and a copy of the student": lambda: [
+        *compression(["pruning"]),
+        DistillationCallback(
+            DistillationConfig(alpha=0.5, features=[{"loss": "hidden_mse", "projection": "always"}]), teacher="self"
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("method", KEEPS_STATE)
+def test_nothing_of_a_trial_is_left_in_the_next(
+    method: str, tiny_bert: Any, classification_data: Any, make_trainer: Any
+) -> None:
+    """Scores, masks, steps, projections and teachers: the same settings twice have the same outcome twice."""
+    import optuna  # here, since other tests put something else in its place
+
+    values = []
+    trainer = make_trainer(
+        None,
+        classification_data(NUM_EXAMPLES),
+        KEEPS_STATE[method](),
+        trainer_options={"model_init": lambda: tiny_bert()},
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": (3e-2, 1e-3, 3e-2)[trial.number]},
+        compute_objective=lambda metrics: values.append(metrics["eval_loss"]) or values[-1],
+        n_trials=3,
+        backend="optuna",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    assert values[0] == values[2] != values[1]

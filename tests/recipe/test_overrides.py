@@ -39,7 +39,10 @@ def test_what_an_anchor_shares_changes_in_one_place_alone(recipe) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stages.3.repeat=2", "--set stages.3.repeat: 'stages' is a list, so got '3' as a place in it; allowed: 0 to 2"),
+        (
+            "stages.3.repeat=2",
+            "--set stages.3.repeat: 'stages' is a list, so got '3' as a place in it; allowed: 0 to 2",
+        ),
         ("stages.-1.repeat=2", "got '-1' as a place in it; allowed: 0 to 2"),
         ("stages.first.repeat=2", "got 'first' as a place in it; allowed: 0 to 2. Or give a new value for all of"),
         ("stages.3=null", "'stages' is a list, so got '3'"),
@@ -52,7 +55,7 @@ def test_places_that_do_not_exist_are_refused(recipe, setting, message) -> None:
 
 
 def test_an_empty_list_has_no_places() -> None:
-    with pytest.raises(ConfigError, match="run 'a': 'stages' is a list.*allowed: none, since it is empty"):
+    with pytest.raises(ConfigError, match=r"run 'a': 'stages' is a list.*allowed: none, since it is empty"):
         change_setting({"stages": []}, "stages.0.repeat", 2, "run 'a'")
 
 
