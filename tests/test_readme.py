@@ -222,7 +222,7 @@ def test_the_examples_of_distillation_run(tiny_bert, classification_data, make_t
 
 def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    _, example, _ = blocks("yaml")
+    _, example, *_ = blocks("yaml")
     recipe_files.save_model(Path("bert-reviews"), "text-classification", num_labels=2)
     recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
     Path("stages.yaml").write_text(example, encoding="utf-8")
@@ -242,7 +242,7 @@ def test_the_recipe_with_stages_runs(tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_recipe_that_prunes_before_it_trains_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    *_, example = blocks("yaml")
+    (example,) = (block for block in blocks("yaml") if "oneshot_batches" in block)
     recipe_files.save_model(Path("bert-base-uncased"), "text-classification", num_labels=5)
     recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
     Path("oneshot.yaml").write_text(example, encoding="utf-8")
@@ -268,6 +268,30 @@ def test_the_training_scripts_take_the_readmes_arguments(monkeypatch) -> None:
         task = hf_compress.Recipe.load(arguments[1]).task
         recipe, _ = shared.build_recipe(task, kind, module.columns, shared.parse(task, kind, arguments))
         assert recipe.output.startswith("runs/")
+
+
+def test_the_sweeps_are_accepted(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, *_ = blocks("yaml")
+    examples = [block for block in blocks("yaml") if block.startswith("recipe:")]
+    recipe_files.save_model(Path("bert-base-uncased"), "text-classification")
+    recipe_files.write_csv(Path("reviews.csv"), recipe_files.reviews(72))
+    Path("recipe.yaml").write_text(recipe, encoding="utf-8")
+    dry, *_ = (
+        line.split("#")[0].split()[1:] for line in README.splitlines() if line.startswith("hf-compress sweep sw")
+    )
+    shown = []
+    for example in examples:
+        Path("sweep.yaml").write_text(example, encoding="utf-8")
+        assert cli.main(dry) == 0
+        shown.append(capsys.readouterr().out)
+    assert [line for line in shown[0].splitlines() if line.startswith("===")] == [
+        "=== gentle ===",
+        "=== hard ===",
+        "=== magnitude ===",
+    ]
+    assert "search: 20 trials over pruning.structures.ffn, training.learning_rate, pruning.criterion" in shown[1]
+    assert not Path("runs").exists()
 
 
 def test_the_export_example_writes_models_that_load(tmp_path, monkeypatch) -> None:
@@ -335,7 +359,7 @@ def test_the_criteria_without_training_are_all_there() -> None:
 
 def test_every_command_exists() -> None:
     commands = {line.split()[1] for block in blocks("bash") for line in block.splitlines() if "hf-compress " in line}
-    assert commands == {"inspect", "profile", "compare", "run", "report", "export", "card", "push"}
+    assert commands == {"inspect", "profile", "compare", "run", "sweep", "report", "export", "card", "push"}
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])

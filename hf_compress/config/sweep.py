@@ -22,10 +22,6 @@ DIRECTIONS = ("maximize", "minimize")
 TRIAL = "trial-{}"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_ELSEWHERE = {
-    "output": "Every run has a folder of its own in the sweep's output.",
-    "training.seed": "Set seeds, or the recipe's training.seed.",
-}
 
 Values = Mapping[str, Any]
 
@@ -130,8 +126,10 @@ class SweepConfig(Config):
         for name in settings:
             if not isinstance(name, str) or not all(name.split(".")):
                 raise self._error(where, name, "settings such as training.learning_rate")
-            if name in _ELSEWHERE and (name != "training.seed" or self.seeds is not None):
-                raise self._error(where, name, "settings of the recipe alone", _ELSEWHERE[name])
+            if name == "output":
+                raise self._error(where, name, "the recipe's settings", "Every run has a folder in the sweep's output.")
+            if self.seeds is not None and f".{name}".endswith(".training.seed"):
+                raise self._error(where, name, "no seed beside seeds", "Leave one of them out.")
 
     def _check_names(self) -> None:
         names = [name for name, _ in self.settings()]
