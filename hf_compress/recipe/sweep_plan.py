@@ -81,6 +81,11 @@ def _planned(config: SweepConfig, output: Path, name: str, settings: Mapping[str
         if seed is not None:
             _set_seed(data, seed)
         recipe = Recipe.from_dict(data)
+        if recipe.hub_model_id is not None:
+            raise ConfigError(
+                f"Recipe.hub_model_id: got {recipe.hub_model_id!r}; allowed: None in a sweep, whose runs would replace "
+                "each other there. Push the one you choose: hf-compress push FOLDER OWNER/NAME."
+            )
     except ConfigError as error:
         raise ConfigError(f"SweepConfig, run {name!r}: {error}") from error
     used = (recipe.training or {}).get("seed", TrainingArguments.seed)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from hf_compress.errors import ConfigError
 from hf_compress.report.plots import TEXT_COLOR, save_figure
+from hf_compress.report.tradeoff import front
 
 POINT_COLOR = "#1f6f8b"
 BASELINE_COLOR = "#d1495b"
@@ -78,16 +79,8 @@ def pareto_front(pairs: Sequence[tuple[float, float]], *, more_x: bool, more_y: 
     Returns:
         Places in order of x; equal pairs are all there.
     """
-    signs = (1.0 if more_x else -1.0, 1.0 if more_y else -1.0)
-    gains = [(signs[0] * x, signs[1] * y) for x, y in pairs]
-    front: list[int] = []
-    best_y, at_x = float("-inf"), float("nan")
-    for place in sorted(range(len(gains)), key=lambda each: (-gains[each][0], -gains[each][1])):
-        x, y = gains[place]
-        if y > best_y or (y == best_y and x == at_x):
-            front.append(place)
-            best_y, at_x = y, x
-    return sorted(front, key=lambda each: (pairs[each][0], each))
+    found = front([(-x if more_x else x, y if more_y else -y) for x, y in pairs])
+    return sorted(found, key=lambda each: (pairs[each][0], each))
 
 
 def plot_pareto(chart: ParetoChart, path: str | Path) -> Path:
@@ -110,8 +103,8 @@ def plot_pareto(chart: ParetoChart, path: str | Path) -> Path:
     axes = figure.add_subplot()
     _draw_curves(axes, chart)
     scale = 100 if chart.in_percent else 1
-    front = pareto_front([(p.x, p.y) for p in chart.points], more_x=chart.more_x, more_y=chart.more_y)
-    chosen = [chart.points[place] for place in front]
+    places = pareto_front([(p.x, p.y) for p in chart.points], more_x=chart.more_x, more_y=chart.more_y)
+    chosen = [chart.points[place] for place in places]
     axes.plot([scale * p.x for p in chosen], [p.y for p in chosen], color=POINT_COLOR, linewidth=1.2, label="front")
     for is_baseline, color, marker, label in (
         (False, POINT_COLOR, "o", "runs"),

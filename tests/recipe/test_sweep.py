@@ -229,6 +229,10 @@ def test_an_error_that_is_not_ours_is_kept_with_its_origin(tmp_path, monkeypatch
         ({"runs": {"good": {}, "bad": {"pruning.structures.ffn": 2}}}, "run 'bad': PruningConfig"),
         ({"runs": {"good": {}, "bad": {"training.lr_scheduler_type": "x"}}}, "run 'bad': .*transformers refuses it"),
         ({"runs": {"good": {}, "bad": {"stages.0.repeat": 2}}}, "run 'bad': "),
+        (
+            {"runs": {"a": {"hub_model_id": "me/model"}}},
+            "run 'a': Recipe.hub_model_id: got 'me/model'; allowed: None in a",
+        ),
         ({"output": None}, "SweepConfig.output: missing"),
         ({"recipe": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
         (
