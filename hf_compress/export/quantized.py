@@ -1,6 +1,7 @@
 """Write a model with integer weights, or with weights on the integer grid, as a checkpoint for ``from_pretrained``."""
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ def export_quantized(
     """
     chosen = find_format(format)
     _check_installed(chosen, verify)
+    if not isinstance(directory, str | os.PathLike):
+        raise ExportError(f"export_quantized: directory={directory!r}; allowed: the name of a folder.")
+    if config is not None and not isinstance(config, QuantizationConfig):
+        raise ExportError(f"export_quantized: config is a {type(config).__name__}; pass a QuantizationConfig.")
     directory = Path(directory)
     check_target(directory)
     _check_model(model)
@@ -187,6 +192,15 @@ def _check_computed(config: QuantizationConfig) -> None:
             "export_quantized: config asks for inputs or outputs whose range has to be observed, and nothing was. "
             "Train with a QuantizationCallback or calibrate first, or set dynamic=True."
         )
+    idle = {name: getattr(config, name) for name in ("begin", "observe", "freeze") if getattr(config, name)}
+    idle |= {"options": dict(config.options)} if config.options else {}
+    if idle:
+        name, given = next(iter(idle.items()))
+        raise ExportError(
+            f"export_quantized: config has {name}={given!r}, which acts while a model trains or is calibrated. "
+            "Call calibrate(model, data, config), or train with a QuantizationCallback, and export without config; or "
+            "leave it out."
+        )
     if quantization_methods.get(config.method).learns:
         raise ExportError(
             f"export_quantized: config has method {config.method!r}, whose steps have to be trained, and none were. "
@@ -212,7 +226,12 @@ def _check_chosen(found: Quantized, chosen: Mapping[str, Any], exclude: Iterable
 
 
 def _check_layers(format: Format, layers: list[QuantizedLayer]) -> None:
-    """Check that a format can store all layers, and say which one could."""
+    """Check that a format can store all layers and something of them is rounded in it; say which one could."""
+    if not any(role in format.acting for layer in layers for role, _ in layer.quantizers()):
+        raise ExportError(
+            f"export_quantized: format {format.name!r} stores rounded {' and '.join(format.acting)}, but of this model "
+            "only others are quantized, so nothing would be. Save it with save_pretrained, or quantize weights too."
+        )
     for layer in layers:
         reason = format.refusal(layer)
         if reason is not None:

@@ -42,8 +42,11 @@ def staged(directory: Path) -> Iterator[Path]:
     They are moved file by file; what a folder cannot be loaded without goes first and comes last, so a process killed
     in between leaves no mix of two models that loads.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise ExportError(f"{directory}: cannot be written ({error}). Choose another folder.") from error
     try:
         yield staging
         directory.mkdir(exist_ok=True)

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from hf_compress.errors import ExportError
 from hf_compress.export.formats.base import Format, run_example
 from hf_compress.graph.capture import evaluating
-from hf_compress.instruments.attach import suspended
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.quantization.quantizers import RangeQuantizer
 
@@ -26,11 +25,11 @@ EXACT = {torch.float32: 1e-4}
 
 ROUNDED = 0.02
 """Where inputs are rounded, too: the last bit decides on which side of a tie a value lies, so some values differ by a
-whole step, and ranges that are computed at every call move. Such differences stay below what quantization itself
-changes, or below this, relative (rms)."""
+whole step, and ranges that are computed at every call move. Such differences stay below what rounding inputs and
+outputs changes, or below this, relative (rms)."""
 
 SHARE = 0.3
-"""Of what quantization changes, where all ranges are fixed. Inputs that are not rounded would differ by all of it."""
+"""Of what that changes, where all ranges are fixed. Inputs that are not rounded would differ by all of it."""
 
 REMEDY = "The target folder was not touched. To write it without this check, pass verify=False."
 
@@ -83,8 +82,8 @@ class Reference:
     outputs: dict[str, Tensor]
     """With quantizers, on the CPU."""
 
-    plain: dict[str, Tensor]
-    """Without quantizers."""
+    coarse: dict[str, Tensor]
+    """With the quantizers of weights alone: what is rounded of inputs and outputs is the difference."""
 
     rounds: str | None
     """Whether inputs or outputs are rounded, in ``"dynamic"`` or only in ``"static"`` ranges; None: neither."""
@@ -117,11 +116,12 @@ def make_reference(
         for role, quantizer in layer.quantizers():
             quantizer.enabled = quantizer.enabled and role in format.acting
     outputs = named_outputs(model, inputs)
-    with suspended(model):
-        plain = named_outputs(model, inputs)
     rounding = [
         each for layer in layers for role, each in layer.quantizers() if role in format.acting and role != "weights"
     ]
+    for each in rounding:
+        each.enabled = False
+    coarse = named_outputs(model, inputs)
     dynamic = any(isinstance(each, RangeQuantizer) for each in rounding)
     rounds = "dynamic" if dynamic else "static" if rounding else None
     facts = {
@@ -132,7 +132,7 @@ def make_reference(
         "outputs": list(outputs),
         "path": sys.path,  # it has to find what this process finds
     }
-    return Reference(dict(inputs), outputs, plain, rounds, facts)
+    return Reference(dict(inputs), outputs, coarse, rounds, facts)
 
 
 def named_outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -184,14 +184,14 @@ def _compare(name: str, expected: Tensor, actual: Tensor, reference: Reference, 
         )
     # A difference that is no number, such as that of two infinities, is compared by itself.
     same = torch.equal(torch.isfinite(expected), torch.isfinite(actual))
-    known = torch.isfinite(expected) & torch.isfinite(actual) & torch.isfinite(reference.plain[name])
-    target, found, plain = (each[known].double() for each in (expected, actual, reference.plain[name]))
+    known = torch.isfinite(expected) & torch.isfinite(actual) & torch.isfinite(reference.coarse[name])
+    target, found, coarse = (each[known].double() for each in (expected, actual, reference.coarse[name]))
     size = _rms(target)
     allowed = EXACT.get(expected.dtype, ROUNDED) * size
     if reference.rounds == "dynamic":  # what another kernel adds up otherwise moves ranges, and all that is rounded
-        allowed = max(ROUNDED * size, _rms(target - plain))
+        allowed = max(ROUNDED * size, _rms(target - coarse))
     elif reference.rounds == "static":  # only what lies between two integers may go the other way
-        allowed = max(allowed, SHARE * _rms(target - plain))
+        allowed = max(allowed, SHARE * _rms(target - coarse))
     error = _rms(found - target)
     if not same or error > allowed:
         raise ExportError(

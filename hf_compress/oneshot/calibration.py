@@ -286,11 +286,13 @@ def rows(x: Tensor, tokens: Tensor | None) -> Tensor:
     """Return [tokens, width], without padding.
 
     Args:
-        x: [batch, length, width], or anything else, which is taken as a whole.
+        x: [batch, length, width] or, of attention, [batch, heads, length, width]; anything else is taken as a whole.
         tokens: True = no padding, bool [batch, length]; None: there is none.
     """
     if tokens is not None and x.shape[:-1] == tokens.shape:
         return x.detach()[tokens.to(x.device)]
+    if tokens is not None and x.dim() == 4 and (x.shape[0], x.shape[2]) == tokens.shape:
+        return x.detach().transpose(1, 2)[tokens.to(x.device)].flatten(0, 1)
     return x.detach().reshape(-1, x.shape[-1])
 
 

@@ -84,14 +84,20 @@ class Sensitivity:
         Returns:
             For ``QuantizationConfig.rules``, a rule for each number of bits.
 
+        Layers without a quantized weight, such as attention, cost nothing and keep the most bits.
+
         Raises:
-            ConfigError: If fewer bits are asked for than were measured.
+            ConfigError: If fewer bits are asked for than were measured, or no layer has a quantized weight.
         """
         bits = sorted(self._bits())
         total = sum(self.weights.values())
+        if total == 0:
+            raise ConfigError(
+                "Sensitivity.rules: no layer has a quantized weight, which mean_bits counts. Measure with weights too."
+            )
         if isinstance(mean_bits, bool) or not isinstance(mean_bits, int | float) or not mean_bits >= bits[0]:
             raise ConfigError(f"Sensitivity.rules: mean_bits={mean_bits!r}; allowed: a number >= {bits[0]}.")
-        chosen = dict.fromkeys(self.increases, bits[0])
+        chosen = {name: bits[0] if self.weights[name] else bits[-1] for name in self.increases}
         left = mean_bits * total - bits[0] * total
         while (step := self._best_step(chosen, bits, left)) is not None:
             name, more = step

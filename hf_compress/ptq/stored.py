@@ -193,7 +193,9 @@ def _share_tied(quantized: Quantized) -> None:
 
 
 def _format(where: str, given: Mapping[str, Any]) -> TensorFormat:
-    quantization_methods.get(given["method"])
+    if not isinstance(given["method"], str) or given["method"] not in quantization_methods:
+        known = choices(str(given["method"]), quantization_methods)
+        raise ConfigError(f"apply_calibration_config: {where}: method: got {given['method']!r}; {known}.")
     try:
         return TensorFormat.from_dict({key: given[key] for key in FORMAT_KEYS})
     except ConfigError as error:
@@ -225,14 +227,26 @@ def _fix(where: str, quantizer: Quantizer, given: Mapping[str, Any], weight: Ten
         if not bool(((zero_point >= low) & (zero_point <= high) & (zero_point == zero_point.round())).all()):
             raise ConfigError(f"apply_calibration_config: {where}: zero_point: allowed: ints from {low} to {high}.")
         zero_point = zero_point.to(torch.int32)
+    ends = [None if given[end] is None else _numbers(where, end, given[end], count) for end in ("low", "high")]
     if isinstance(quantizer, RangeQuantizer):
         assert weight is not None
         found = quantizer.parameters(weight.detach())
         own = all(_equal(*pair) for pair in zip(found, (scale, zero_point), strict=True))
         quantizer.fix(scale, zero_point, own=own)
     elif isinstance(quantizer, ObservedQuantizer):
-        ends = [None if given[end] is None else _numbers(where, end, given[end], count) for end in ("low", "high")]
-        quantizer.fix(scale, zero_point, None if ends[0] is None or ends[1] is None else (ends[0], ends[1]))
+        limits = None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+        if limits is not None:
+            _check_agreement(where, quantizer, scale, limits)
+        quantizer.fix(scale, zero_point, limits)
+
+
+def _check_agreement(where: str, quantizer: ObservedQuantizer, scale: Tensor, limits: tuple[Tensor, Tensor]) -> None:
+    expected, _ = quantizer.grid.parameters(*limits)
+    if not torch.allclose(scale, expected, rtol=1e-3):
+        raise ConfigError(
+            f"apply_calibration_config: {where}: scale: got {scale.tolist()}, but a range from {limits[0].tolist()} to "
+            f"{limits[1].tolist()} in {quantizer.num_bits} bits gives {expected.tolist()}. Calibrate again."
+        )
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

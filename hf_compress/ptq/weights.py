@@ -240,6 +240,10 @@ def _by_gptq(work: Work, linear: Mapping[str, LinearLayer]) -> Iterator[tuple[Qu
     """
     weighted = {layer.name: layer for layer in work.quantized.layers if layer.weights is not None}
     chosen = {name: layer for name, layer in linear.items() if name in weighted}
+    if not chosen:
+        raise TargetError(
+            "calibrate: options.rounding: got 'gptq'; allowed: 'nearest', since no linear layer has a quantized weight."
+        )
     with fail_together(work.device()):
         stages = work.data().stages(chosen)
     for number, names in enumerate(stages, 1):

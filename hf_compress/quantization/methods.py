@@ -1,5 +1,6 @@
 """Quantization methods: which quantizer each tensor gets, given its format."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -383,4 +384,9 @@ def _check_observer(role: str, wanted: TensorFormat) -> None:
     try:
         observers.get(wanted.observer)(_grid(wanted), PER_TENSOR, **wanted.observer_options)
     except TypeError as error:
-        raise ConfigError(f"{role}.observer_options: {error}.") from error
+        parameters = inspect.signature(observers.get(wanted.observer)).parameters
+        allowed = [name for name in parameters if name not in ("grid", "granularity")]
+        raise ConfigError(
+            f"{role}.observer_options: got {dict(wanted.observer_options)}; allowed with {wanted.observer!r}: "
+            f"{', '.join(allowed) or 'none'}."
+        ) from error

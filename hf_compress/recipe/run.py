@@ -192,6 +192,8 @@ def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple
         with loading(str(last.folder)):
             model = prepared.task.auto_class.from_pretrained(last.folder)
         config = last.recipe.quantization
+        if config is not None:  # when what happened is over now
+            config = replace(config, begin=0, observe=None, freeze=None, options={})
         if last.steps.is_file():
             apply_calibration_config(model, last.steps)
             config = None

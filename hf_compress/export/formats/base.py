@@ -20,6 +20,7 @@ from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.fake import to_integers
 from hf_compress.quantization.granularity import Granularity
 from hf_compress.quantization.grid import Grid
+from hf_compress.quantization.quantizers import RangeQuantizer
 from hf_compress.shrinking.verify import FORWARD_ERRORS
 
 
@@ -130,6 +131,17 @@ def progress(layers: list[QuantizedLayer]) -> Any:
 def without_grid(layer: QuantizedLayer) -> str | None:
     """Return which tensor of a layer has values that are no integers times a step, or None."""
     return next((role for role, each in layer.quantizers() if each.grid is None), None)
+
+
+def range_of_its_own(layer: QuantizedLayer) -> str | None:
+    """Return why the ranges that are computed at every call are not those of a format, or None: minimum and maximum."""
+    for role, each in layer.quantizers():
+        if role != "weights" and isinstance(each, RangeQuantizer) and each.observer != "min_max":
+            return (
+                f"computes the range of its {role} at every call by observer {each.observer!r}, where the format takes "
+                "minimum and maximum"
+            )
+    return None
 
 
 def run_example(model: PreTrainedModel, inputs: Mapping[str, Any], remedy: str) -> dict[str, Tensor]:

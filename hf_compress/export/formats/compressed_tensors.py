@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.export.combined import guard_of, with_sizes
-from hf_compress.export.formats.base import Format, progress, stored_weight, without_grid
+from hf_compress.export.formats.base import Format, progress, range_of_its_own, stored_weight, without_grid
 from hf_compress.export.pretrained import reshape_parameter
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.quantize import QuantizedLayer
@@ -49,6 +49,9 @@ class CompressedTensors(Format):
         role = without_grid(layer)
         if role is not None:
             return f"has {role} that are no integers times a step"
+        other = range_of_its_own(layer)
+        if other is not None:
+            return other
         dtype = layer.module.weight.dtype
         for role, quantizer in layer.quantizers():
             scale = _scale(layer, quantizer)

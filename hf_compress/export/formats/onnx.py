@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ExportError
-from hf_compress.export.formats.base import Format, progress, run_example, without_grid
+from hf_compress.export.formats.base import Format, progress, range_of_its_own, run_example, without_grid
 from hf_compress.export.formats.onnx_layers import OPSET, replace_forward
 from hf_compress.graph.capture import evaluating
 from hf_compress.instruments.attach import find_leaf_kind, own_class
@@ -43,6 +43,9 @@ class Onnx(Format):
         role = without_grid(layer)
         if role is not None:
             return f"has {role} that are no integers times a step"
+        other = range_of_its_own(layer)
+        if other is not None:
+            return other
         if layer.module.weight.dtype != torch.float32:
             return f"has a weight in {layer.module.weight.dtype}, for which ONNX Runtime lacks kernels; use float()"
         return None

@@ -91,12 +91,13 @@ class _Activation:
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return step and zero point of a tensor, as ``Grid.parameters`` does."""
-        each = self._granularity.kind == "token"
+        if self._granularity.kind != "token":
+            x = x.reshape(1, -1)
         if self.grid.symmetric:
-            largest = x.abs().amax(-1, keepdim=True) if each else x.abs().amax()
+            largest = x.abs().amax(-1, keepdim=True)
             return (largest / ((self.grid.high - self.grid.low) / 2)).clamp_min(EPS), torch.zeros(())
-        low = (x.amin(-1, keepdim=True) if each else x.amin()).clamp_max(0)
-        high = (x.amax(-1, keepdim=True) if each else x.amax()).clamp_min(0)
+        low = x.amin(-1, keepdim=True).clamp_max(0)
+        high = x.amax(-1, keepdim=True).clamp_min(0)
         scale = ((high - low) / (self.grid.high - self.grid.low)).clamp_min(EPS)
         zero_point = (self.grid.low - torch.round(low / scale)).clamp(self.grid.low, self.grid.high)
         return scale, zero_point

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_compress.errors import ExportError
 from hf_compress.export.combined import with_sizes
-from hf_compress.export.formats.base import Format, progress
+from hf_compress.export.formats.base import Format, progress, range_of_its_own
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.quantize import QuantizedLayer
 from hf_compress.quantization.granularity import PER_TOKEN, per_channel
@@ -37,6 +37,9 @@ class TorchAo(Format):
         dynamic = isinstance(layer.inputs, RangeQuantizer) and layer.inputs.granularity == PER_TOKEN
         if layer.inputs is not None and not (dynamic and _is_int8(layer.inputs)):
             return "needs int8 symmetric dynamic inputs per token, or none"
+        other = range_of_its_own(layer)
+        if other is not None:
+            return other
         if layer.outputs is not None:
             return "has quantized outputs, which torchao's int8 kernel does not round"
         return None
