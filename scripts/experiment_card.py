@@ -125,9 +125,8 @@ def differences(data: dict[str, Any]) -> list[str]:
         if all(scores):
             gap = mean(scores[0]) - mean(scores[1])
             verdict = "better" if better * gap > 0 else "not better"
-            lines.append(
-                f"- {100 * sparsity:g} % of the units removed: {OURS} is {verdict} than {BASELINE} ({metric} {gap:+.2f})"
-            )
+            outcome = f"{OURS} is {verdict} than {BASELINE} ({metric} {gap:+.2f})"
+            lines.append(f"- {100 * sparsity:g} % of the units removed: {outcome}")
     return lines
 
 
@@ -174,7 +173,8 @@ def card(data: dict[str, Any]) -> str:
         f"---\n{metadata.to_yaml()}\n---",
         f"# {about['title']}",
         f"A stand-in for {about['stands_for']}, made of what can be had without the Hub. It is not "
-        f"{about['stands_for']}: its numbers say how the methods compare with each other here, and nothing about results published there.",
+        f"{about['stands_for']}: its numbers say how the methods compare with each other here, and nothing about "
+        "results published there.",
         f"- data: {about['data']}\n- model: {about['model']}\n- {examples['training']:,} training examples, metrics on "
         f"{examples['evaluation']:,} test examples",
         "## Results",

@@ -52,6 +52,7 @@ TEST_SHARE = 20
 """One pair in this many is a test pair."""
 
 VOCABULARY = 4000
+EMBEDDING_STD = 0.1
 
 
 def pairs_of(path: Path) -> Iterator[tuple[str, str]]:
@@ -156,13 +157,12 @@ def untrained(folder: Path, data: Dataset) -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=192, d_kv=24, num_heads=8, d_ff=512, num_layers=3, num_decoder_layers=3,
-        dropout_rate=0.0, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
+        dropout_rate=0.0, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
-    # T5's own values, embeddings of 1, suit its long pretraining: here the loss would hardly fall
-    torch.nn.init.normal_(model.shared.weight, std=0.1)
-    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    # T5's own embeddings, of standard deviation 1, suit its long pretraining: in a few minutes they would hardly move
+    torch.nn.init.normal_(model.shared.weight, std=EMBEDDING_STD)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -178,7 +178,7 @@ def model_folder() -> Path:
         source = data_folder()
         untrained(folder, load_from_disk(str(source))["train"])
         training = {
-            "max_steps": 700, "per_device_train_batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 70,
+            "max_steps": 700, "per_device_train_batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 70,
             "weight_decay": 0.01, "lr_scheduler_type": "cosine", "train_sampling_strategy": "group_by_length",
         }  # fmt: skip
         train_dense(folder, folder, "seq2seq-lm", {"path": str(source), **COLUMNS}, training)
