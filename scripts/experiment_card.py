@@ -200,7 +200,9 @@ def card(data: dict[str, Any]) -> str:
 
 def _recipe(data: dict[str, Any]) -> list[str]:
     about, scale = data["settings"]["experiment"], data["settings"]["steps_scale"]
-    seconds = sum(run["seconds"] for run in data["runs"])
+    seconds = [run["seconds"] for run in data["runs"]]
+    more = "more than " if None in seconds else ""
+    minutes = f"{more}{sum(each or 0 for each in seconds) / 60:.0f} minutes"
     scaled = f", steps times {scale:g}" if scale != 1 else ""
     return [
         f"`scripts/recipes/{about['recipe']}` with these settings in the place of its own{scaled}, and sparsities of "
@@ -208,7 +210,7 @@ def _recipe(data: dict[str, Any]) -> list[str]:
         _yaml({**about["settings"], **({"limits": about["limits"]} if about["limits"] else {})}),
         f"For `{BASELINE}`, moreover:",
         _yaml(about["baseline"]),
-        f"`python scripts/experiments.py --only {about['name']}`: {len(data['runs'])} runs, {seconds / 60:.0f} minutes "
+        f"`python scripts/experiments.py --only {about['name']}`: {len(data['runs'])} runs, {minutes} "
         "in all, evaluation and timing included.",
     ]
 

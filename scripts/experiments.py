@@ -25,6 +25,8 @@ import demo_data
 import transformers
 from experiment import METHODS, RECIPES, Experiment, experiments
 from experiment_card import RESULTS, write_report
+from stand_ins.packages import SOURCES
+from stand_ins.training import FACTS
 
 from hf_compress import CompressionError, ConfigError, run_recipe
 from hf_compress.config.base import read_file
@@ -32,8 +34,6 @@ from hf_compress.recipe.stages import SMALL
 from hf_compress.report.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"sources": ("data", "sources.json"), "dense_training": ("model", "training.yaml")}
-"""Name in the results -> which of the stand-in's folders, and the file in it."""
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,7 +93,7 @@ def begun(path: Path, settings: dict[str, Any], folders: tuple[Path, Path]) -> d
     """
     data = stored(path)
     if data is None:
-        facts = {name: folders[("data", "model").index(which)] / file for name, (which, file) in FACTS.items()}
+        facts = {"sources": folders[0] / SOURCES, "dense_training": folders[1] / FACTS}
         return {
             "settings": settings,
             **{name: read_file(file, name) for name, file in facts.items() if file.is_file()},
@@ -116,17 +116,17 @@ def save(path: Path, data: dict[str, Any]) -> None:
 
 
 def run_of(
-    experiment: Experiment, key: dict[str, Any], scale: float, folders: tuple[Path, Path], runs: Path
+    experiment: Experiment, key: dict[str, Any], scale: float, folders: tuple[Path, Path], output: Path
 ) -> dict[str, Any]:
-    """Do one run, or go on with it; return what came of it.
+    """Do one run, or take it from its folder if it is finished; return what came of it.
 
     Raises:
         CompressionError: If the recipe cannot be carried out.
     """
-    output = runs / experiment.name / "-".join(map(str, (*key.values(), scale)))
     recipe = experiment.recipe_of(**key, scale=scale, folders=folders, output=output)
+    is_new = not output.exists()
     start = time.perf_counter()
-    result = run_recipe(recipe, resume=output.exists())
+    result = run_recipe(recipe, resume=not is_new)
     seconds = round(time.perf_counter() - start, 1)
     card = Results.load(result.folders[SMALL] / Results.FILE_NAME)
     return {
@@ -135,7 +135,7 @@ def run_of(
         "kept": card.kept,
         "examples": {"training": card.training["training_examples"], "evaluation": card.num_evaluation_examples},
         "steps": card.training["optimizer_steps"],
-        "seconds": seconds,
+        "seconds": seconds if is_new else None,
     }
 
 
@@ -148,18 +148,21 @@ def run(experiment: Experiment, given: argparse.Namespace) -> None:
     """
     folder = given.cards / experiment.name
     folders = experiment.folders()
-    data = begun(folder / RESULTS, settings_of(experiment, folders, given.steps_scale), folders)
+    settings = settings_of(experiment, folders, given.steps_scale)
+    data = begun(folder / RESULTS, settings, folders)
+    models = given.runs / experiment.name / settings["dense_sha256"][:8]
     places = ("seed", "sparsity", "method")
     for place in itertools.product(given.seeds, given.sparsities, METHODS):
         key = dict(zip(places, place, strict=True))
         if any(key.items() <= each.items() for each in data["runs"]):
             continue
-        data["runs"].append(run_of(experiment, key, given.steps_scale, folders, given.runs))
+        output = models / "-".join(map(str, (*key.values(), given.steps_scale)))
+        data["runs"].append(run_of(experiment, key, given.steps_scale, folders, output))
         save(folder / RESULTS, data)
         write_report(folder, data)
         last = data["runs"][-1]
         score = last["comparison"]["metrics"][experiment.metric][SMALL]
-        print(f"{experiment.name}: {key}: {experiment.metric} {score:.2f}, {last['seconds']} s", flush=True)
+        print(f"{experiment.name}: {key}: {experiment.metric} {score:.2f}", flush=True)
 
 
 def report(experiment: Experiment, cards: Path) -> None:

@@ -178,7 +178,7 @@ def model_folder() -> Path:
         source = data_folder()
         untrained(folder, load_from_disk(str(source))["train"])
         training = {
-            "max_steps": 700, "per_device_train_batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 70,
+            "max_steps": 500, "per_device_train_batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50,
             "weight_decay": 0.01, "lr_scheduler_type": "cosine", "train_sampling_strategy": "group_by_length",
         }  # fmt: skip
         train_dense(folder, folder, "seq2seq-lm", {"path": str(source), **COLUMNS}, training)

@@ -126,6 +126,11 @@ def test_a_card_says_what_was_measured(scripts, tmp_path) -> None:
         assert f"]({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_time_of_runs_that_were_finished_before_is_unknown(scripts) -> None:
+    runs = [made_up("ours", 0.5, 0, 80.0), {**made_up("l2", 0.5, 0, 70.0), "seconds": None}]
+    assert "2 runs, more than 0 minutes" in scripts("experiment_card").card(results(runs))
+
+
 def test_lower_may_be_better(scripts, tmp_path) -> None:
     runs = [made_up("ours", 0.5, 0, 80.0), made_up("l2", 0.5, 0, 70.0)]
     found = scripts("experiment_card").differences(results(runs, higher_is_better=False))
@@ -192,6 +197,10 @@ def test_an_experiment_goes_on_where_it_was(tiny, monkeypatch, tmp_path, capsys)
     tiny("--sparsities", "0.5", "--seeds", "0", "1", "--steps-scale", "0.5")
     second = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert second["runs"][:2] == first["runs"] and [run["seed"] for run in second["runs"]] == [0, 0, 1, 1]
+    (folder / "results.json").unlink()
+    tiny("--sparsities", "0.5", "--seeds", "0", "1", "--steps-scale", "0.5")
+    third = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert third["runs"] == [{**run, "seconds": None} for run in second["runs"]], "nothing ran again"
     written = (folder / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").unlink()
     monkeypatch.setattr(tiny.script, "run_recipe", None)

@@ -125,7 +125,9 @@ def test_relations_of_nouns(stand_ins, debian_with) -> None:
 
 
 def idx(values: numpy.ndarray) -> bytes:
-    return gzip.compress(bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
+    return gzip.compress(
+        bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    )
 
 
 def test_images_with_their_classes(stand_ins, tmp_path) -> None:
@@ -242,7 +244,10 @@ def module_of(texts: list[str]) -> tuple[bytes, bytes]:
 
 def test_texts_of_a_sword_module(stand_ins) -> None:
     smollm2 = stand_ins("smollm2")
-    texts = ["<title>Heading</title>In the <w>beginning</w><note n='1'>or: at first</note> , God", "said \u201cno\u201d"]
+    texts = [
+        "<title>Heading</title>In the <w>beginning</w><note n='1'>or: at first</note> , God",
+        "said \u201cno\u201d",
+    ]
     found = list(smollm2.blocks(*module_of(texts)))
     assert found == texts
     assert smollm2.plain(found[0]) == "In the beginning, God"
