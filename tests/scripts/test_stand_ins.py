@@ -228,6 +228,7 @@ def test_an_untrained_translator(gettext_pairs, tmp_path) -> None:
     model = T5ForConditionalGeneration.from_pretrained(tmp_path)
     assert model.shared.weight.std().item() == pytest.approx(gettext_pairs.EMBEDDING_STD, rel=0.1)
     assert model.config.decoder_start_token_id == tokenizer.pad_token_id
+    assert not model.config.scale_decoder_outputs
 
 
 # --- SmolLM2's text
