@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 
 from hf_compress.config.recipe import DENSE
 from hf_compress.recipe.stages import SMALL
+from hf_compress.recipe.tasks.classification import ClassificationTask
 from hf_compress.report.plots import KeptUnits, plot_kept_units
 
 RESULTS, CARD, CURVES, KEPT = "results.json", "README.md", "curves.png", "kept_units.png"
+ACCURACY = ClassificationTask.accuracy
 COLORS = {OURS: "#1f6f8b", BASELINE: "#b5523b", DENSE: "#24292f"}
 
 Run = dict[str, Any]
@@ -71,7 +73,7 @@ def table(data: dict[str, Any]) -> str:
     """Return the table: a row for the dense model, and one for every method and sparsity."""
     runs, metric = data["runs"], data["settings"]["experiment"]["metric"]
     labels = list(runs[0]["comparison"]["latency_ms"])
-    head = ["", "units removed", "encoder sparsity (%)", metric, "parameters", "operations", "weights on disk"]
+    head = ["", "asked for", "encoder sparsity (%)", metric, "parameters", "operations", "weights on disk"]
     head += [f"{what}, {label}" for label in labels for what in ("latency", "speed-up")]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], _row(runs, DENSE, metric, labels)]
     for sparsity in sorted({run["sparsity"] for run in runs}):
@@ -126,7 +128,7 @@ def differences(data: dict[str, Any]) -> list[str]:
             gap = mean(scores[0]) - mean(scores[1])
             verdict = "better" if better * gap > 0 else "not better"
             outcome = f"{OURS} is {verdict} than {BASELINE} ({metric} {gap:+.2f})"
-            lines.append(f"- {100 * sparsity:g} % of the units removed: {outcome}")
+            lines.append(f"- at {100 * sparsity:g} %: {outcome}")
     return lines
 
 
@@ -180,22 +182,38 @@ def card(data: dict[str, Any]) -> str:
         "## Results",
         f"`{OURS}` is the recipe below, `{BASELINE}` the same number of steps ({', '.join(map(str, steps))}) with the "
         "norms of weights as criterion and without distillation; both begin with the same dense model. Means over "
-        "seeds, with standard deviations of several. Encoder sparsity is the share of the parameters of all stacks of "
-        "layers, decoders included, that is gone. Latencies are medians of each run, timed beside the dense model, on "
-        "a machine that other processes share; speed-ups are ratios within a run.",
+        "seeds, with standard deviations of several. What is asked for is the share of each structure's units that "
+        f"goes{_limits(about)}; encoder sparsity is the share of the parameters of all stacks of layers, decoders "
+        "included, that is gone. Latencies are medians of each run, timed beside the dense model, on a machine that "
+        "other processes share; speed-ups are ratios within a run.",
         table(data),
-        "\n".join(differences(data)),
+        "\n".join([*differences(data), *_standard_error(data)]),
         f"![{about['metric']} against encoder sparsity]({CURVES})",
     ]
     if any(shown["kept"].values()):
         parts += [
             "## What every layer kept",
-            f"`{shown['method']}`, {100 * shown['sparsity']:g} % of the units removed, seed {shown['seed']}:",
+            f"`{shown['method']}`, {100 * shown['sparsity']:g} % asked for, seed {shown['seed']}:",
             f"![Units kept per layer]({KEPT})",
         ]
     parts += ["## Recipe", *_recipe(data), "## Data and dense model", *_origins(data)]
     parts += ["## Measured with", _yaml(runs[-1]["comparison"]["environment"])]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _limits(about: dict[str, Any]) -> str:
+    found = ", ".join(f"{100 * share:g} % of {name}" for name, share in about["limits"].items())
+    return f", at most {found}, so that every layer keeps one" if found else ""
+
+
+def _standard_error(data: dict[str, Any]) -> list[str]:
+    """Say how far an accuracy may be off by the choice of the test examples; other metrics have no simple formula."""
+    metric, run = data["settings"]["experiment"]["metric"], data["runs"][0]
+    if metric != ACCURACY:
+        return []
+    share, examples = run["comparison"]["metrics"][metric][DENSE] / 100, run["examples"]["evaluation"]
+    error = 100 * (share * (1 - share) / examples) ** 0.5
+    return [f"- one standard error of the dense model's accuracy on {examples:,} examples is {error:.2f} points"]
 
 
 def _recipe(data: dict[str, Any]) -> list[str]:

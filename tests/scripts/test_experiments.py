@@ -119,9 +119,10 @@ def test_a_card_says_what_was_measured(scripts, tmp_path) -> None:
     assert rows[3] == ["ours (2 seeds)", "50 %", "50.0 \u00b1 0.0", "81.00 \u00b1 1.41", *left]
     assert rows[4] == ["l2 (1 seed)", "50 %", "50.0", "70.00", *left]
     assert rows[5][:4] == ["ours (1 seed)", "75 %", "75.0", "60.00"]
-    assert "- 50 % of the units removed: ours is better than l2 (accuracy (%) +11.00)" in text
+    assert "- at 50 %: ours is better than l2 (accuracy (%) +11.00)" in text
+    assert "accuracy on 100 examples is 3.00 points" in text and "at most" not in text
     assert "It is not something published" in text and "4 runs, 2 minutes" in text
-    assert "75 % of the units removed, seed 0" in text
+    assert "75 % asked for, seed 0" in text
     for picture in ("curves.png", "kept_units.png"):
         assert f"]({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -131,10 +132,13 @@ def test_the_time_of_runs_that_were_finished_before_is_unknown(scripts) -> None:
     assert "2 runs, more than 0 minutes" in scripts("experiment_card").card(results(runs))
 
 
-def test_lower_may_be_better(scripts, tmp_path) -> None:
+def test_lower_may_be_better_and_limits_are_said(scripts) -> None:
     runs = [made_up("ours", 0.5, 0, 80.0), made_up("l2", 0.5, 0, 70.0)]
+    data = results(runs)
+    data["settings"]["experiment"]["limits"] = {"heads": 0.8}
+    assert "goes, at most 80 % of heads, so that every layer keeps one;" in scripts("experiment_card").card(data)
     found = scripts("experiment_card").differences(results(runs, higher_is_better=False))
-    assert found == ["- 50 % of the units removed: ours is not better than l2 (accuracy (%) +10.00)"]
+    assert found == ["- at 50 %: ours is not better than l2 (accuracy (%) +10.00)"]
 
 
 def test_the_same_results_give_the_same_card(scripts, tmp_path) -> None:
