@@ -92,7 +92,7 @@ ensure_env() {
     fi
     wanted="$(fingerprint)"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-        if ! install_torch || ! with_dots "installing hf-compress and its requirements" pip_install -e ".[int8,compressed-tensors,onnx,bleu,search,dev]"; then
+        if ! install_torch || ! with_dots "installing hf-compress and its requirements" pip_install -e ".[int8,compressed-tensors,onnx,bleu,search,stand-ins,dev]"; then
             tail -n 20 "$LOG" >&2
             echo "error: the installation failed; all of pip's output is in $LOG" >&2
             return 1

