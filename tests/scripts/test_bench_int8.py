@@ -22,12 +22,13 @@ def bench(monkeypatch):
 
 def test_speedups_are_those_of_the_same_round(bench) -> None:
     times = {"fp32 eager": [8.0, 16.0], "int8 compiled": [1.0, 4.0], "ONNX Runtime int8": [2.0, 3.0]}
-    result = {"milliseconds": times, "skipped": {"OpenVINO": "not installed: nncf"}}
+    differs = dict(zip(times, (0.0, 0.0123, 0.02), strict=True))
+    result = {"milliseconds": times, "differs": differs, "skipped": {"OpenVINO": "not installed: nncf"}}
     first, second = bench.verdicts(result)
     assert first == "- int8 compiled: 6.00x, target 4x reached."
     assert second == "- int8 compiled: 1.38x as fast as ONNX Runtime int8, target 1x reached."
     lines = bench.table(result).splitlines()
-    assert "| int8 compiled | 2.50 | 6.00x | 4x |" in lines
+    assert "| int8 compiled | 2.50 | 6.00x | 4x | 1.2 % |" in lines
     assert lines[-1] == "OpenVINO: left out, not installed: nncf."
 
 
@@ -43,6 +44,7 @@ def test_a_tiny_model_runs_every_way(bench, tmp_path, monkeypatch) -> None:
     assert set(data["results"]["tiny"]) == {"1", "2"}
     for found in data["results"]["tiny"].values():
         assert {"fp32 eager", "bf16 eager", "int8 eager"} <= found["milliseconds"].keys()
+        assert found["differs"]["fp32 eager"] == 0 < found["differs"]["int8 eager"] < 0.05
         assert found["skipped"]["OpenVINO"] == "not installed: nothing_of_this_name"
         assert found["skipped"]["int8 compiled"] == "not in tests"
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# How fast an int8 model is")
