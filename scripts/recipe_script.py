@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -121,18 +122,11 @@ def build_recipe(task: str, kind: type, columns: Columns, given: Mapping[str, An
         "teacher": given["teacher_name_or_path"],
         "export": given["export"],
         "output": output,
-        "dataset": _data(stored.get("dataset") or {}, columns(_Arguments(given)), given),
+        "dataset": _data(stored.get("dataset") or {}, columns(SimpleNamespace(**given)), given),
     }
     stored |= {name: value for name, value in changes.items() if value is not None}
     stored["training"] = {**(stored.get("training") or {}), **training} or None
     return Recipe.from_dict(stored), resume
-
-
-class _Arguments:
-    """The task's own arguments as attributes."""
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.__dict__.update(given)
 
 
 def _data(stored: Mapping[str, Any], columns: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ _KNOWN = re.compile(
 """Files beside the weights that are harmless, and of use to others."""
 
 _OWN = re.compile(
-    r"\..*|.*\.partial|checkpoint-\d+|last-checkpoint|runs|logs|stage\.json|run\.json|log_history\.json|report\.html|trainer_state\.json"
-    r"|training_args\.bin|(optimizer|scheduler|scaler|rng_state|hf_compress_state).*|(all|eval|train)_results\.json"
+    r"\..*|.*\.partial|checkpoint-\d+|last-checkpoint|runs|logs|stage\.json|run\.json|log_history\.json|report\.html"
+    r"|trainer_state\.json|training_args\.bin|(optimizer|scheduler|scaler|rng_state|hf_compress_state).*|(all|eval|train)_results\.json"
 )
 """What runs leave behind for themselves."""
 

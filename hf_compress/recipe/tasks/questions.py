@@ -116,8 +116,8 @@ class QuestionAnswering(Task):
         splits = drop_incomplete(splits, [*data.text_columns, column])
         reader = _Reader(TextEncoder(processor, data, text_limit(processor, model_config)), column)
         return splits.with_parts(
-            splits.train.map(reader.train_rows, batched=True, remove_columns=splits.train.column_names),
-            splits.evaluation.map(reader.train_rows, batched=True, remove_columns=splits.evaluation.column_names),
+            splits.train.map(reader.rows, batched=True, remove_columns=splits.train.column_names),
+            splits.evaluation.map(reader.rows, batched=True, remove_columns=splits.evaluation.column_names),
             references=reader.questions(splits.evaluation),
         )
 
@@ -148,7 +148,7 @@ class _Reader:
     encoder: TextEncoder
     answer_column: str
 
-    def train_rows(self, batch: Any) -> dict[str, Any]:
+    def rows(self, batch: Any) -> dict[str, Any]:
         """Return parts with their labels; 0, the first token's place, where the answer is not in the part."""
         encoded = self._encode(batch)
         spans = [
