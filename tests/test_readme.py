@@ -37,7 +37,6 @@ from hf_compress.registry import (
     criteria,
     distillation_losses,
     observers,
-    op_rules,
     quantization_methods,
     schemes,
 )
@@ -77,7 +76,7 @@ def test_the_example_of_a_speedup_runs(tmp_path, monkeypatch) -> None:
 
 def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _, masks, vocabulary, rule, *_ = blocks("python")
+    _, masks, vocabulary, *_ = blocks("python")
     torch.manual_seed(0)
     names = {"model": tiny_models.bert()}
     exec(compile(masks, "README.md", "exec"), names)
@@ -87,9 +86,6 @@ def test_the_other_examples_run(tmp_path, monkeypatch) -> None:
     names = {"model": tiny_models.bert(), "tokenizer": tokenizer, "texts": ["w5 w6 w7", "w8 w5"]}
     exec(compile(vocabulary, "README.md", "exec"), names)
     assert len(AutoTokenizer.from_pretrained("small")) == len(names["small_tokenizer"]) < len(tokenizer)
-
-    exec(compile(rule, "README.md", "exec"), {})
-    op_rules._entries.pop("mylib::scale_rows")
 
 
 def test_the_examples_of_configs_are_accepted() -> None:

@@ -217,7 +217,9 @@ class AveragedMethod(Method):
         return self.tensors[name] if name in self.tensors else torch.zeros(evidence.num_units)
 
 
-def current(*names: str, structures: frozenset[str] = EVERYWHERE) -> Callable[[Callable[..., Tensor]], Any]:
+def criterion_of_weights(
+    *names: str, structures: frozenset[str] = EVERYWHERE
+) -> Callable[[Callable[..., Tensor]], Any]:
     """Register a function of the weights of units as a method.
 
     Args:
@@ -233,7 +235,7 @@ def current(*names: str, structures: frozenset[str] = EVERYWHERE) -> Callable[[C
     return add
 
 
-def averaged(*names: str, reads: Reading, structures: frozenset[str] = EVERYWHERE) -> Callable[[Any], Any]:
+def averaged_criterion(*names: str, reads: Reading, structures: frozenset[str] = EVERYWHERE) -> Callable[[Any], Any]:
     """Register a function of the evidence of one step as a method whose scores are its moving average.
 
     Args:

@@ -102,14 +102,14 @@ class _Ranges(Method):
     def weight(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer with the weight's own range."""
         observer = wanted.observer or "min_max"
-        return RangeQuantizer(_grid(wanted), _granularity(wanted), observer, wanted.observer_options)
+        return RangeQuantizer(grid_of(wanted), granularity_of(wanted), observer, wanted.observer_options)
 
     def activation(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer with the tensor's own range, or an observed one."""
         if wanted.dynamic:
             return self.weight(wanted)
         observer = observers.get(wanted.observer or self.default_observer)
-        return ObservedQuantizer(_grid(wanted), observer(_grid(wanted), PER_TENSOR, **wanted.observer_options))
+        return ObservedQuantizer(grid_of(wanted), observer(grid_of(wanted), PER_TENSOR, **wanted.observer_options))
 
 
 @quantization_methods.register("qat")
@@ -224,14 +224,14 @@ class Lsq(Method):
 
     def weight(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer with learned steps."""
-        return LearnedQuantizer(_grid(wanted), _granularity(wanted), is_weight=True)
+        return LearnedQuantizer(grid_of(wanted), granularity_of(wanted), is_weight=True)
 
     def activation(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer with one learned step, or with the tensor's own range."""
         if wanted.dynamic:
             observer = wanted.observer or "min_max"
-            return RangeQuantizer(_grid(wanted), _granularity(wanted), observer, wanted.observer_options)
-        return LearnedQuantizer(_grid(wanted), PER_TENSOR, is_weight=False)
+            return RangeQuantizer(grid_of(wanted), granularity_of(wanted), observer, wanted.observer_options)
+        return LearnedQuantizer(grid_of(wanted), PER_TENSOR, is_weight=False)
 
     def _check(self, role: str, wanted: TensorFormat) -> None:
         if wanted.observer is not None and not wanted.dynamic:
@@ -354,14 +354,14 @@ class Bnn(_OwnGrids):
 
     def weight(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer to signs."""
-        return SignQuantizer(_granularity(wanted), scaled=self.settings.scaled)
+        return SignQuantizer(granularity_of(wanted), scaled=self.settings.scaled)
 
     def activation(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer to signs."""
-        return SignQuantizer(_granularity(wanted), scaled=self.settings.scaled)
+        return SignQuantizer(granularity_of(wanted), scaled=self.settings.scaled)
 
 
-def _granularity(wanted: TensorFormat) -> Granularity:
+def granularity_of(wanted: TensorFormat) -> Granularity:
     """Return what shares a step, of a weight [outputs, inputs...] or of activations [..., channels]."""
     if wanted.granularity == "group":
         assert wanted.group_size is not None
@@ -369,7 +369,8 @@ def _granularity(wanted: TensorFormat) -> Granularity:
     return {"tensor": PER_TENSOR, "channel": per_channel(0), "token": PER_TOKEN}[wanted.granularity]
 
 
-def _grid(wanted: TensorFormat) -> Grid:
+def grid_of(wanted: TensorFormat) -> Grid:
+    """Return the integers of a format."""
     return Grid(num_bits=wanted.num_bits, symmetric=wanted.symmetric)
 
 
@@ -382,7 +383,7 @@ def _check_observer(role: str, wanted: TensorFormat) -> None:
     if wanted.observer is None:
         return
     try:
-        observers.get(wanted.observer)(_grid(wanted), PER_TENSOR, **wanted.observer_options)
+        observers.get(wanted.observer)(grid_of(wanted), PER_TENSOR, **wanted.observer_options)
     except TypeError as error:
         parameters = inspect.signature(observers.get(wanted.observer)).parameters
         allowed = [name for name in parameters if name not in ("grid", "granularity")]

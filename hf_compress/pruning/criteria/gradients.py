@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_compress.pruning.method import GATED, AveragedMethod, Evidence, MethodOptions, averaged
+from hf_compress.pruning.method import GATED, AveragedMethod, Evidence, MethodOptions, averaged_criterion
 from hf_compress.registry import criteria
 
 
-@averaged("taylor", reads="gate_gradients", structures=GATED)
+@averaged_criterion("taylor", reads="gate_gradients", structures=GATED)
 def taylor(evidence: Evidence) -> Tensor:
     """First-order change of the loss when a unit goes: ``|d loss / d gate|``, that is ``|sum of w * g|``.
 
@@ -23,7 +23,7 @@ def taylor(evidence: Evidence) -> Tensor:
     return evidence.gate_gradients().abs()
 
 
-@averaged("taylor2", reads="gate_gradients", structures=GATED)
+@averaged_criterion("taylor2", reads="gate_gradients", structures=GATED)
 def taylor2(evidence: Evidence) -> Tensor:
     """The square of the first-order change: ``(d loss / d gate)^2``.
 
@@ -32,7 +32,7 @@ def taylor2(evidence: Evidence) -> Tensor:
     return evidence.gate_gradients().square()
 
 
-@averaged("fisher", reads="gate_gradients", structures=GATED)
+@averaged_criterion("fisher", reads="gate_gradients", structures=GATED)
 def fisher(evidence: Evidence) -> Tensor:
     """Second-order change of the loss: ``(d loss / d gate)^2 / 2``, the diagonal of the empirical Fisher information.
 
@@ -46,7 +46,7 @@ def fisher(evidence: Evidence) -> Tensor:
     return evidence.gate_gradients().square() / 2
 
 
-@averaged("taylor_weights", reads="weight_gradients")
+@averaged_criterion("taylor_weights", reads="weight_gradients")
 def taylor_weights(evidence: Evidence) -> Tensor:
     """Squared first-order change of each single weight, summed over the unit: ``sum of (w * g)^2``.
 

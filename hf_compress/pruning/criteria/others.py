@@ -5,7 +5,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from hf_compress.pruning.method import LAYERS, Evidence, Method, averaged
+from hf_compress.pruning.method import LAYERS, Evidence, Method, averaged_criterion
 from hf_compress.registry import criteria
 
 
@@ -23,7 +23,7 @@ class Random(Method):
         return self.tensors[name]
 
 
-@averaged("block_influence", reads="changes", structures=LAYERS)
+@averaged_criterion("block_influence", reads="changes", structures=LAYERS)
 def block_influence(evidence: Evidence) -> Tensor:
     """How much a layer changes what passes through it: 1 - mean cosine(x_in, x_out) over tokens.
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from hf_compress.pruning.method import EVERYWHERE, CurrentMethod, Evidence, current
+from hf_compress.pruning.method import EVERYWHERE, CurrentMethod, Evidence, criterion_of_weights
 from hf_compress.registry import criteria
 
 
-@current("l1")
+@criterion_of_weights("l1")
 def l1(weights: Tensor) -> Tensor:
     """Sum of the magnitudes of all weights of a unit.
 
@@ -16,7 +16,7 @@ def l1(weights: Tensor) -> Tensor:
     return weights.abs().sum(dim=1)
 
 
-@current("l2")
+@criterion_of_weights("l2")
 def l2(weights: Tensor) -> Tensor:
     """Euclidean norm of all weights of a unit."""
     norm: Tensor = torch.linalg.vector_norm(weights, dim=1)
@@ -36,7 +36,7 @@ class Level(CurrentMethod):
         return magnitudes.mean(dim=1) if sizes is None else magnitudes.sum(dim=1) / sizes.to(magnitudes.device)
 
 
-@current("fpgm", structures=EVERYWHERE - {"weights"})
+@criterion_of_weights("fpgm", structures=EVERYWHERE - {"weights"})
 def fpgm(weights: Tensor) -> Tensor:
     """Sum of the distances from a unit's weights to those of all other units of the layer.
 
