@@ -16,10 +16,12 @@ operator            a function with ``op_rule``
 ==================  ==========================================================================================
 """
 
+from hf_compress import registry
 from hf_compress.config.base import Settings
 from hf_compress.config.formats import LayerFormats, TensorFormat
 from hf_compress.distillation.losses import feature_loss, logits_loss, mean_over_positions
 from hf_compress.graph.op_rules import OpCall, op_rule
+from hf_compress.pruning import method
 from hf_compress.pruning.method import (
     AveragedMethod,
     DeferringMethod,
@@ -28,13 +30,29 @@ from hf_compress.pruning.method import (
     averaged_criterion,
     criterion_of_weights,
 )
-from hf_compress.pruning.method import Method as CriterionMethod
+from hf_compress.quantization import methods
 from hf_compress.quantization.grid import Grid
-from hf_compress.quantization.methods import Method as QuantizationMethod
 from hf_compress.quantization.methods import Qat, granularity_of, grid_of
 from hf_compress.quantization.observers import Observer
 from hf_compress.quantization.quantizers import LearnedQuantizer, ObservedQuantizer, Quantizer, RangeQuantizer
-from hf_compress.registry import allocators, criteria, observers, quantization_methods
+
+CriterionMethod = method.Method
+"""One criterion at work: state, options, what it reads. See ``hf_compress.pruning.method.Method``."""
+
+QuantizationMethod = methods.Method
+"""Which quantizer each tensor gets. See ``hf_compress.quantization.methods.Method``."""
+
+allocators = registry.allocators
+"""Ways to spread a sparsity over layers, by name."""
+
+criteria = registry.criteria
+"""Pruning criteria, by name: subclasses of ``CriterionMethod``."""
+
+observers = registry.observers
+"""Ways to choose a quantization range from tensors, by name: subclasses of ``Observer``."""
+
+quantization_methods = registry.quantization_methods
+"""How steps and values are found, by name: subclasses of ``QuantizationMethod``."""
 
 __all__ = [
     "AveragedMethod",

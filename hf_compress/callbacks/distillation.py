@@ -88,6 +88,8 @@ class DistillationCallback(CompressionCallback):
         _check_effect(config, several)
         super().__init__(config)
         self.teacher = teacher
+        """As it was given."""
+
         self.listeners: list[LossListener] = []
         """Are told of the loss of the logits, and of its gradient."""
         self._sources = several

@@ -67,6 +67,8 @@ class PruningCallback(CompressionCallback):
         super().__init__(config)
         self.config: PruningConfig = config
         self.example_inputs = example_inputs
+        """Of the recorded forward pass; None: made from the model's config."""
+
         self._pruner: Pruner | None = None
         self._rewinder: Rewinder | None = None
         self._costs: Costs | None = None

@@ -39,6 +39,7 @@ class TensorFormat(Settings):
     """Arguments of the observer, e.g. ``{"percentile": 99.9}`` or ``{"momentum": 0.9}``."""
 
     GRANULARITIES: ClassVar[tuple[str, ...]] = ("tensor", "channel", "group", "token")
+    """What ``granularity`` may be."""
 
     def _validate(self) -> None:
         if not isinstance(self.num_bits, int) or isinstance(self.num_bits, bool) or not 1 <= self.num_bits <= 8:
@@ -80,10 +81,16 @@ class LayerFormats(Settings):
     """The formats of a layer's tensors; None stays in floating point."""
 
     weights: TensorFormat | None = None
+    """Of the weight."""
+
     inputs: TensorFormat | None = None
+    """Of what comes in."""
+
     outputs: TensorFormat | None = None
+    """Of what goes out."""
 
     ROLES: ClassVar[tuple[str, ...]] = ("weights", "inputs", "outputs")
+    """Names of the fields."""
 
     def _validate(self) -> None:
         for role in self.ROLES:

@@ -34,8 +34,13 @@ class QuantizationRule(Settings):
     rule decides."""
 
     weights: Change = None
+    """What differs from the scheme, see ``QuantizationConfig.weights``."""
+
     inputs: Change = None
+    """The same for inputs."""
+
     outputs: Change = None
+    """The same for outputs."""
 
     def _validate(self) -> None:
         self._check_patterns("match")
@@ -60,7 +65,10 @@ class QuantizationConfig(Config):
     """What differs from the scheme: fields of ``TensorFormat``, e.g. ``{"num_bits": 4}``; False: not quantized."""
 
     inputs: Change = None
+    """The same for inputs."""
+
     outputs: Change = None
+    """The same for outputs, which no scheme quantizes by itself."""
 
     method: str = "qat"
     """By registry name. ``"qat"``: straight-through fake quantization (Jacob et al. 2018, arXiv:1712.05877);

@@ -18,14 +18,31 @@ class PruningRule(Settings):
     (``re.search``) and whose kind is in ``structures``. The first such rule decides."""
 
     structures: Mapping[str, float] | Sequence[str] | None = None
+    """Structure -> sparsity, or the structures alone; see ``PruningConfig.structures``."""
+
     criterion: str | None = None
+    """See ``PruningConfig.criterion``."""
+
     options: Mapping[str, Any] | None = None
+    """Of the criterion, see ``PruningConfig.options``."""
+
     allocation: str | None = None
+    """Between the layers of this rule, see ``PruningConfig.allocation``."""
+
     begin: Moment | None = None
+    """See ``PruningConfig.begin``."""
+
     end: Moment | None = None
+    """See ``PruningConfig.end``."""
+
     min_units: int | None = None
+    """See ``PruningConfig.min_units``."""
+
     max_layer_sparsity: float | None = None
+    """See ``PruningConfig.max_layer_sparsity``."""
+
     multiple_of: int | None = None
+    """See ``PruningConfig.multiple_of``."""
 
     def _validate(self) -> None:
         self._check_patterns("match")

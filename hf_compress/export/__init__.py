@@ -1,0 +1,1 @@
+"""What is written for others: reloadable models, integer formats, cards, the Hub."""

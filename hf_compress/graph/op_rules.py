@@ -115,7 +115,11 @@ class OpCall:
     """Whether the model's output depends on the call. Dead calls still run, so they unify, but give no roles."""
 
     marks: list[Mark] = field(default_factory=list)
+    """Filled by ``mark``."""
+
     consumers: list[Consumer] = field(default_factory=list)
+    """Filled by ``contract``."""
+
     source: Source | None = None
     """Set by a rule whose result is (part of) a parameter."""
 

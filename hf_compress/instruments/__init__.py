@@ -1,0 +1,1 @@
+"""The only code that touches modules: gates, masks, fake quantizers and recorders, put on and taken off."""

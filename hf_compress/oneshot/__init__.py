@@ -1,0 +1,1 @@
+"""Pruning a trained model on a few batches, without training."""

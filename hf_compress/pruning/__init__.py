@@ -1,0 +1,1 @@
+"""Which units go: evidence to scores, scores and a budget to masks; tensors in, tensors out."""

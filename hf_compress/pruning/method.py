@@ -29,6 +29,7 @@ class Evidence(Protocol):
     """What there is to know about the units of one layer, averaged over the ranks."""
 
     num_units: int
+    """Of the layer."""
 
     unit_sizes: Tensor | None
     """The number of weights of each unit, [num_units]; None where all have alike."""

@@ -1,0 +1,1 @@
+"""Quantizing a trained model on a few batches, without training."""

@@ -1,0 +1,1 @@
+"""Numbers of few bits: grids, ranges, fake quantization; tensors in, tensors out."""

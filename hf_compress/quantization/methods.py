@@ -98,6 +98,7 @@ class _Ranges(Method):
     """Ranges are computed or observed."""
 
     default_observer: ClassVar[str]
+    """Of observed ranges, by registry name."""
 
     def weight(self, wanted: TensorFormat) -> Quantizer:
         """Return a quantizer with the weight's own range."""

@@ -44,7 +44,11 @@ class Observer(ABC):
                 "no range that lasts: compute it from each tensor with clipping.extremes."
             )
         self.grid = grid
+        """The format that the range is for."""
+
         self.granularity = granularity
+        """Which values share a range."""
+
         self.state: dict[str, Tensor] = {}
         """Empty until something was observed; then a tensor for each of ``names``, first dimension [blocks]."""
 

@@ -56,6 +56,7 @@ class Quantizer(ABC):
     """The integers that an export can store; None: it cannot."""
 
     granularity: Granularity = PER_TENSOR
+    """Which values share a step."""
 
     @property
     def num_bits(self) -> int:
@@ -221,6 +222,8 @@ class ObservedQuantizer(Quantizer):
     def __init__(self, grid: Grid, observer: Observer) -> None:
         self.grid: Grid = grid
         self.observer = observer
+        """Chooses the range."""
+
         self._known: tuple[Tensor, Tensor | None] | None = None
         self.limits: Range | None = None
         """Low and high ends of the range, [1] each, once it is known."""

@@ -39,6 +39,7 @@ class SweepResult:
     """Where everything is, and how good and small the models are; prints as a summary."""
 
     config: SweepConfig
+    """The sweep as it was asked for."""
 
     output: Path
     """The sweep's output folder."""

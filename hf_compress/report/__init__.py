@@ -1,0 +1,1 @@
+"""What is measured and shown: profiles, comparisons, tables, pictures, pages."""

@@ -1,0 +1,1 @@
+"""How much each layer loses, searched with the user's own measure."""

@@ -1,0 +1,1 @@
+"""From masks to a smaller model: plan, slice, compare with the masked one, describe for reloading."""

@@ -1,1 +1,1 @@
-"""What teachers say, written to disk once and read back in every epoch."""
+"""Teachers, and what they say: computed step by step, or written to disk once and read back in every epoch."""

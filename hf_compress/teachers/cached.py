@@ -31,8 +31,14 @@ class TeacherCache:
 
     def __init__(self, directory: Path, manifest: Manifest, shards: list[dict[str, Tensor]], resident: bool) -> None:
         self.directory = directory
+        """Where the outputs are."""
+
         self.manifest = manifest
+        """What they are of: teacher, data and preprocessing."""
+
         self.resident = resident
+        """Whether they are held in memory, and not read row by row."""
+
         self._shards = shards
         self._ends = list(accumulate(len(shard["keys"]) for shard in shards))
         self._starts = [(shard["lengths"].cumsum(0) - shard["lengths"]).tolist() for shard in shards]

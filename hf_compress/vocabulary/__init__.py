@@ -1,0 +1,1 @@
+"""Token embeddings, output layers and tokenizers made smaller together."""
