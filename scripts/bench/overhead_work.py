@@ -60,8 +60,18 @@ class Shape:
         return [{"input_ids": row, "labels": row[0] % 2} for row in ids]
 
 
+def bert_shape(layers: int, width: int) -> Shape:
+    """Return one of the sizes of Turc et al. 2019 (arXiv:1908.08962), heads of 64 channels."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64}
+    return Shape({**sizes, "intermediate_size": 4 * width}, 8, 128)
+
+
 SHAPES = {
-    "BERT-base": Shape({}, 8, 128),
+    "BERT-tiny": bert_shape(2, 128),
+    "BERT-mini": bert_shape(4, 256),
+    "BERT-small": bert_shape(4, 512),
+    "BERT-medium": bert_shape(8, 512),
+    "BERT-base": bert_shape(12, 768),
     "small": Shape(
         {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}, 16, 64
     ),
