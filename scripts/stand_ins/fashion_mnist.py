@@ -90,7 +90,7 @@ def model_folder() -> Path:
     def make(folder: Path) -> None:
         untrained(folder)
         training = {
-            "max_steps": 800, "per_device_train_batch_size": 128, "learning_rate": 2e-3, "warmup_steps": 80,
+            "max_steps": 2400, "per_device_train_batch_size": 128, "learning_rate": 2e-3, "warmup_steps": 120,
             "weight_decay": 0.01, "lr_scheduler_type": "cosine",
         }  # fmt: skip
         train_dense(folder, folder, "image-classification", {"path": str(data_folder())}, training)

@@ -157,7 +157,7 @@ def untrained(folder: Path, data: Dataset) -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=192, d_kv=24, num_heads=8, d_ff=512, num_layers=3, num_decoder_layers=3,
-        dropout_rate=0.0, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
+        dropout_rate=0.1, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
@@ -179,7 +179,7 @@ def model_folder() -> Path:
         source = data_folder()
         untrained(folder, load_from_disk(str(source))["train"])
         training = {
-            "max_steps": 500, "per_device_train_batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 50,
+            "max_steps": 3000, "per_device_train_batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 150,
             "weight_decay": 0.01, "lr_scheduler_type": "cosine", "train_sampling_strategy": "group_by_length",
         }  # fmt: skip
         train_dense(folder, folder, "seq2seq-lm", {"path": str(source), **COLUMNS}, training)

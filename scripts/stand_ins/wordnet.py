@@ -87,7 +87,7 @@ def model_folder() -> Path:
     def make(folder: Path) -> None:
         data = {"path": str(data_folder()), **COLUMNS}
         training = {
-            "max_steps": 240, "per_device_train_batch_size": 16, "learning_rate": 2e-4, "warmup_steps": 12,
+            "max_steps": 1200, "per_device_train_batch_size": 16, "learning_rate": 1e-4, "warmup_steps": 60,
             "weight_decay": 0.01, "train_sampling_strategy": "group_by_length",
         }  # fmt: skip
         train_dense(demo_data.model_folder(), folder, "text-classification", data, training)
