@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hf_compress import make_example_inputs
 from hf_compress.config import QuantizationConfig
-from hf_compress.instruments.fake_quantize import quantizable_layers
+from hf_compress.instruments.adapters import named_plain_modules
+from hf_compress.instruments.fake_quantize import is_fake_quantized, quantizable_layers
 from hf_compress.instruments.quantize import Quantized, make_quantizers
 from hf_compress.instruments.targets import oriented_weight
 from hf_compress.quantization.granularity import PER_TENSOR
@@ -85,3 +86,8 @@ def quantized(model: Any, case: str, **changes: Any) -> Quantized:
             each.initialize(each.collector)
         each.collector = None
     return found
+
+
+def fake_quantized_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that have a fake quantizer, in the order of the model."""
+    return [name for name, module in named_plain_modules(model) if is_fake_quantized(module)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.export.pretrained import CompressedConfig
-from hf_compress.shrinking.sizes import parameter_shapes, refresh_sizes
+from hf_compress.shrinking.sizes import refresh_sizes, tensor_shapes
 
 HEADS = (3, 2)
 WIDTHS = (10, 30)
@@ -56,15 +56,15 @@ def cut_by_hand(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def describe(model: PreTrainedModel, original: dict[str, list[int]], facts: dict[str, dict[str, int]]) -> None:
+def describe(model: PreTrainedModel, original: dict[str, torch.Size], facts: dict[str, dict[str, int]]) -> None:
     """Write the sizes into the config, as ``shrink`` does."""
-    changed = {name: shape for name, shape in parameter_shapes(model).items() if shape != original[name]}
+    changed = {name: list(shape) for name, shape in tensor_shapes(model).items() if shape != original[name]}
     model.config.quantization_config = CompressedConfig(shapes=changed, units=facts).to_dict()
 
 
 def uneven_bert(**changes: object) -> PreTrainedModel:
     model = tiny_models.bert(**changes)
-    original = parameter_shapes(model)
+    original = tensor_shapes(model)
     facts = {"bert.encoder.layer.0.attention.heads": {"kept": HEADS[0], "of": 4}}
     describe(cut_by_hand(model), original, facts)
     return model
@@ -74,7 +74,7 @@ def uneven_llama() -> PreTrainedModel:
     """A sequence classifier without any bias, whose feed-forward widths differ."""
     config = transformers.LlamaConfig(**tiny_models.DECODER, pad_token_id=0, num_labels=3)
     model = tiny_models.randomize(transformers.LlamaForSequenceClassification(config))
-    original = parameter_shapes(model)
+    original = tensor_shapes(model)
     for layer, width in zip(model.model.layers, WIDTHS, strict=True):
         for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
             _keep_rows(part, width)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import ConfigError, TargetError, choices
-from hf_compress.instruments.adapters import base_layer, check_lora, named_plain_modules
+from hf_compress.instruments.adapters import base_layer, check_lora
 from hf_compress.instruments.attach import attachment_of, detach_if_empty, leaf_kind, refuse_patched
 from hf_compress.instruments.targets import LEAVES, MISSING, check_embedding, owned_parameter, sites, target_of
 
@@ -84,11 +84,6 @@ def remove_fake_quantizers(model: nn.Module) -> None:
         if attachment is not None:
             attachment.clear_quantizers()
             detach_if_empty(module)
-
-
-def fake_quantized_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules that have a fake quantizer, in the order of the model."""
-    return [name for name, module in named_plain_modules(model) if is_fake_quantized(module)]
 
 
 def is_fake_quantized(module: nn.Module) -> bool:

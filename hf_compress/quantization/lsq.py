@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.errors import ConfigError
-from hf_compress.quantization.clipping import Range, extremes, mse_range
+from hf_compress.quantization.clipping import Range, mse_range
 from hf_compress.quantization.grid import EPS, Grid
-from hf_compress.quantization.histogram import Histogram, histogram_of
-
-NUM_BINS = 4096
-"""More values than this are counted first where a step is searched for: at 8 bits, 8 bins or more to a step."""
+from hf_compress.quantization.histogram import Histogram
 
 
 @torch.no_grad()
@@ -39,36 +36,6 @@ def initial_step(blocks: Tensor, grid: Grid, keep: Tensor | None = None) -> Tens
 
 
 @torch.no_grad()
-def initial_step_and_offset(
-    blocks: Tensor, grid: Grid, keep: Tensor | None = None, *, num_rounds: int = 20
-) -> tuple[Tensor, Tensor]:
-    """Return the first step and offset of LSQ+: those with which rounding changes the values little.
-
-    For given integers the best step and offset are a regression line, and for these the best integers the nearest
-    ones: both are found in turns, from the range of the values and from the one of ``clipping.mse_range``. No turn
-    makes the squared error larger; the better end wins. Many values are first counted in ``NUM_BINS`` bins.
-
-    Source: the objective of Bhalgat et al. 2020, arXiv:2004.09576, section 3 (initialization by least squares), which
-    minimizes it by gradient descent.
-
-    Args:
-        blocks: Activations of the first batch, [blocks, values].
-        grid: The format; its ends count, the offset takes the place of its zero point.
-        keep: Bool, same shape: False = leave out.
-        num_rounds: Turns.
-
-    Returns:
-        Step, at least ``EPS``, and offset, float32 [blocks] each.
-    """
-    values = blocks.detach().to(torch.float32)
-    weights = torch.ones_like(values) if keep is None else keep.to(torch.float32)
-    limits = extremes(values, keep)
-    if values.shape[1] > NUM_BINS:
-        return counted_step_and_offset(histogram_of(values, keep, NUM_BINS), limits, grid, num_rounds=num_rounds)
-    return _least_squares(values, weights, limits, grid, num_rounds)
-
-
-@torch.no_grad()
 def counted_step(histogram: Histogram, grid: Grid) -> Tensor:
     """Return what ``initial_step`` does, of values that were counted in bins."""
     counts = histogram.counts.to(torch.float32)
@@ -80,13 +47,23 @@ def counted_step(histogram: Histogram, grid: Grid) -> Tensor:
 def counted_step_and_offset(
     histogram: Histogram, limits: Range, grid: Grid, *, num_rounds: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``initial_step_and_offset`` does, of values that were counted in bins.
+    """Return the first step and offset of LSQ+: those with which rounding changes the values little.
+
+    For given integers the best step and offset are a regression line, and for these the best integers the nearest
+    ones: both are found in turns, from the range of the values and from the one of ``clipping.mse_range``. No turn
+    makes the squared error larger; the better end wins.
+
+    Source: the objective of Bhalgat et al. 2020, arXiv:2004.09576, section 3 (initialization by least squares), which
+    minimizes it by gradient descent.
 
     Args:
-        histogram: The counts.
+        histogram: Activations of the first batch, counted in bins.
         limits: Least and largest value of each block.
-        grid: The format.
+        grid: The format; its ends count, the offset takes the place of its zero point.
         num_rounds: Turns.
+
+    Returns:
+        Step, at least ``EPS``, and offset, float32 [blocks] each.
     """
     return _least_squares(histogram.centers(), histogram.counts.to(torch.float32), limits, grid, num_rounds)
 

@@ -49,11 +49,6 @@ def refresh_sizes(model: nn.Module) -> None:
             module.in_channels = inner * module.groups
 
 
-def parameter_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Return every parameter's shape by name, tied parameters under each of their names."""
-    return {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
 def tensor_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Return the shape of every parameter and buffer by name, tied parameters under each of their names."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -23,7 +23,7 @@ from hf_compress.errors import ExportError
 from hf_compress.export.pretrained import CompressedConfig, is_uneven, resize_parameters
 from hf_compress.graph.model import dimension_groups
 from hf_compress.shrinking.shrink import shrink
-from hf_compress.shrinking.sizes import parameter_shapes
+from hf_compress.shrinking.sizes import tensor_shapes
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_reloaded_logits_are_bit_identical(saved) -> None:
     model, folder = saved
     reloaded, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    assert parameter_shapes(reloaded) == parameter_shapes(model)
+    assert tensor_shapes(reloaded) == tensor_shapes(model)
     assert torch.equal(logits(reloaded), logits(model))
 
 
@@ -143,7 +143,7 @@ def test_uneven_feed_forward_layers_of_any_architecture(name, tmp_path) -> None:
     small.save_pretrained(tmp_path / "small")
     reloaded, info = type(small).from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(info.values())
-    assert parameter_shapes(reloaded) == parameter_shapes(small)
+    assert tensor_shapes(reloaded) == tensor_shapes(small)
     states = small.state_dict(), reloaded.state_dict()
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
     reloaded.save_pretrained(tmp_path / "again")

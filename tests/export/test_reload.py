@@ -13,7 +13,7 @@ from zoo import ZOO
 from zoo.base import ENCODER, VISION, randomize
 
 from hf_compress import dimension_groups, make_example_inputs, shrink
-from hf_compress.shrinking.sizes import parameter_shapes
+from hf_compress.shrinking.sizes import tensor_shapes
 
 BERT = [
     "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "ForPreTraining",
@@ -60,7 +60,7 @@ def test_heads(family, head, sizes, kinds, tmp_path) -> None:
     base.save_pretrained(tmp_path / "base")
     again, info = type(model).from_pretrained(tmp_path / "base", output_loading_info=True)
     assert info["missing_keys"] or head in ("LMHeadModel",)  # its head is tied to the embeddings
-    assert parameter_shapes(again) == parameter_shapes(model)
+    assert tensor_shapes(again) == tensor_shapes(model)
     inputs = make_example_inputs(again)
     assert all(torch.isfinite(t).all() for t in again(**inputs).to_tuple() if isinstance(t, torch.Tensor))
 

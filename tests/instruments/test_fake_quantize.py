@@ -5,14 +5,13 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from quantized_models import install_quantizers, on_int8_grid
+from quantized_models import fake_quantized_modules, install_quantizers, on_int8_grid
 from torch import nn
 from uneven_models import example_ids, logits
 
 from hf_compress.errors import ConfigError, TargetError
 from hf_compress.instruments.attach import attach, attachment_of
 from hf_compress.instruments.fake_quantize import (
-    fake_quantized_modules,
     quantizable_layers,
     remove_fake_quantizers,
 )

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
-from quantized_models import install_quantizers
+from quantized_models import fake_quantized_modules, install_quantizers
 from torch import Tensor
 
 from hf_compress import (
@@ -26,7 +26,7 @@ from hf_compress import (
     export_quantized,
     shrink,
 )
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
+from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.gate import Gate
 from hf_compress.shrinking.verify import relative_error
 

@@ -3,14 +3,14 @@ import math
 import pytest
 import tiny_models
 import torch
-from quantized_models import on_int8_grid
+from quantized_models import fake_quantized_modules, on_int8_grid
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_compress.callbacks.quantization import QuantizationCallback
 from hf_compress.config import QuantizationConfig
 from hf_compress.errors import ConfigError, TargetError, TrainingError
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
+from hf_compress.instruments.fake_quantize import quantizable_layers
 
 
 class Recorder(TrainerCallback):

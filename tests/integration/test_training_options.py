@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_models import fake_quantized_modules
 from training_runs import (
     DELICATE,
     METHODS,
@@ -30,7 +31,7 @@ from hf_compress import (
     enable_quantizers,
     shrink,
 )
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
+from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.pruner_state import scores_of
 
 CASES = [

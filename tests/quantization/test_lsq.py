@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from hf_compress.errors import ConfigError
+from hf_compress.quantization.clipping import extremes
 from hf_compress.quantization.fake import to_integers, to_values
 from hf_compress.quantization.granularity import PER_TENSOR, per_channel, per_group
 from hf_compress.quantization.grid import EPS, Grid
-from hf_compress.quantization.lsq import gradient_scale, initial_step, initial_step_and_offset, learned_step
+from hf_compress.quantization.histogram import histogram_of
+from hf_compress.quantization.lsq import counted_step_and_offset, gradient_scale, initial_step, learned_step
 
 GRIDS = [Grid(num_bits=2), Grid(num_bits=4), Grid(num_bits=3, signed=False), Grid(restricted=True)]
 
@@ -97,11 +99,15 @@ def test_the_first_step_and_the_gradient_scale_are_the_papers() -> None:
         gradient_scale(0, grid)
 
 
+def step_and_offset(x: torch.Tensor, grid: Grid, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    return counted_step_and_offset(histogram_of(x, keep, 4096), extremes(x, keep), grid)
+
+
 @pytest.mark.parametrize("num_bits", [2, 4])
 def test_the_first_offset_suits_skewed_values(num_bits: int) -> None:
     grid = Grid(num_bits=num_bits)
     x = torch.nn.functional.silu(values(2, 400) * 2)  # one long side
-    step, offset = initial_step_and_offset(x, grid)
+    step, offset = step_and_offset(x, grid)
     fitted = learned_step(x, grid, step[:, None], offset[:, None])
     ends = itertools.product(np.linspace(-0.4, 0.4, 17), np.linspace(1.0, x.max().item(), 25))
     lines = [(low, (high - low) / (2**num_bits - 1)) for low, high in ends]
@@ -115,16 +121,14 @@ def test_the_first_offset_suits_skewed_values(num_bits: int) -> None:
         plain = ((x - low) / scale).round() * scale + low
         assert ((fitted - x) ** 2).mean() < ((plain - x) ** 2).mean()
     keep = torch.arange(400).expand(2, 400) < 300
-    kept = initial_step_and_offset(x[:, :300], grid)
-    assert all(
-        torch.allclose(a, b, rtol=1e-4) for a, b in zip(initial_step_and_offset(x, grid, keep), kept, strict=True)
-    )
+    kept = step_and_offset(x[:, :300], grid)
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(step_and_offset(x, grid, keep), kept, strict=True))
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_the_first_offset_of_many_values_is_as_good(num_bits: int) -> None:
     grid, x = Grid(num_bits=num_bits), torch.nn.functional.silu(values(1, 30_000) * 2)
-    step, offset = initial_step_and_offset(x, grid)
+    step, offset = step_and_offset(x, grid)
     error = ((learned_step(x, grid, step[:, None], offset[:, None]) - x) ** 2).mean()
     ends = itertools.product(np.linspace(-0.3, -0.1, 9), x.max().item() * np.linspace(0.3, 1.0, 15))
     errors = []

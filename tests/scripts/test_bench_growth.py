@@ -25,7 +25,7 @@ def work(monkeypatch):
 
 def grown(power: float, values: list[float]) -> list[tuple[float, dict[str, float]]]:
     keys = ("graph", "shrink", "plan", "forward pass")
-    return [(x, {**{key: 0.1 + x**power for key in keys}, "memory": 2**20, "parameters": x}) for x in values]
+    return [(x, {**dict.fromkeys(keys, 0.1 + x**power), "memory": 2**20, "parameters": x}) for x in values]
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 
 from hf_compress import ShrinkError, ShrinkPlan, TargetError, dimension_groups, plan_shrink, shrink
-from hf_compress.shrinking.sizes import parameter_shapes
+from hf_compress.shrinking.sizes import tensor_shapes
 
 FFN0, FFN1 = "bert.encoder.layer.0.ffn", "bert.encoder.layer.1.ffn"
 HEADS0 = "bert.encoder.layer.0.attention.heads"
@@ -124,10 +124,10 @@ def test_parameter_mask_over_part_of_a_head_keeps_the_head() -> None:
 )
 def test_bad_masks_are_refused(masks, error, message) -> None:
     model = tiny_models.bert()
-    before = parameter_shapes(model)
+    before = tensor_shapes(model)
     with pytest.raises(error, match=message):
         plan_shrink(model, masks)
-    assert parameter_shapes(model) == before
+    assert tensor_shapes(model) == before
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from quantized_models import fake_quantized_modules
 from transformers import PreTrainedModel
 
 from hf_compress import QuantizationConfig, dimension_groups, enable_quantizers, export_quantized, shrink
 from hf_compress.errors import ShrinkError
-from hf_compress.instruments.fake_quantize import fake_quantized_modules, quantizable_layers
+from hf_compress.instruments.fake_quantize import quantizable_layers
 from hf_compress.instruments.quantize import Quantized, attached_quantizers, make_quantizers
 from hf_compress.quantization.quantizers import LearnedQuantizer, ObservedQuantizer
 

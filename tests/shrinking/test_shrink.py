@@ -9,7 +9,7 @@ from torch import nn
 from hf_compress import ShrinkError, dimension_groups, make_example_inputs, plan_shrink, shrink
 from hf_compress.graph.model import ModelGraph
 from hf_compress.shrinking.apply import silence, slice_in_place
-from hf_compress.shrinking.sizes import parameter_shapes
+from hf_compress.shrinking.sizes import tensor_shapes
 
 FFN = [f"bert.encoder.layer.{i}.ffn" for i in range(2)]
 HEADS = [f"bert.encoder.layer.{i}.attention.heads" for i in range(2)]
@@ -154,10 +154,10 @@ def test_one_attribute_for_two_sizes_is_an_error() -> None:
     """Queries and values of BERT share attention_head_size."""
     model = tiny_models.bert()
     group = next(g for g in dimension_groups(model) if g.kind == "head_dim" and g.frozen is None)
-    before = parameter_shapes(model)
+    before = tensor_shapes(model)
     with pytest.raises(ShrinkError, match=r"attention_head_size would have to be 2 .* and 8 for a tensor shape"):
         shrink(model, {group.name: keep(8, 0, 3)})
-    assert parameter_shapes(model) == before
+    assert tensor_shapes(model) == before
 
 
 def test_verification_names_the_first_module_that_differs(monkeypatch) -> None:
@@ -165,10 +165,10 @@ def test_verification_names_the_first_module_that_differs(monkeypatch) -> None:
     monkeypatch.setattr(ModelGraph, "attributes_after", lambda self, kept: {})
     model = tiny_models.deberta_v2()
     masks = {g.name: keep(4, 0, 3) for g in dimension_groups(model) if g.kind == "heads"}
-    before = parameter_shapes(model)
+    before = tensor_shapes(model)
     with pytest.raises(ShrinkError, match=r"first module that differs: 'deberta\.encoder\.layer\.0"):
         shrink(model, masks)
-    assert parameter_shapes(model) == before
+    assert tensor_shapes(model) == before
 
 
 def test_verification_catches_a_model_that_does_not_run(monkeypatch) -> None:
@@ -187,10 +187,10 @@ def test_anything_but_a_model_or_trainer_is_refused() -> None:
 def test_a_plan_for_another_model_is_refused_before_anything_is_cut() -> None:
     plan = plan_shrink(tiny_models.bert(), uneven_masks())
     other = tiny_models.bert(intermediate_size=8)
-    before = parameter_shapes(other)
+    before = tensor_shapes(other)
     with pytest.raises(ShrinkError, match="do not fit its shape"):
         slice_in_place(other, plan)
-    assert parameter_shapes(other) == before
+    assert tensor_shapes(other) == before
 
 
 def test_silencing_is_exact() -> None:
