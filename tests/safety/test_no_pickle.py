@@ -102,33 +102,39 @@ def imports(node: ast.AST) -> Iterator[str]:
         names = [f"{node.module}.{alias.name}" for alias in node.names]
     for name in names:
         module, _, last = name.rpartition(".")
-        if name.split(".")[0] in MODULES:
+        if name.split(".")[0] in MODULES or (module == "yaml" and last in LOADERS):
             yield f"import {name}"
-        elif module == "yaml" and last in LOADERS:
-            yield f"import {name}"
+
+
+def references(node: ast.AST, known: dict[str, str]) -> Iterator[str]:
+    """Yield names that are unsafe to call: what is only mentioned may be called later."""
+    if isinstance(node, ast.Attribute) and resolved(node, known).partition(".")[0] == "yaml" and node.attr in LOADERS:
+        yield f"yaml.{node.attr}"
+    if isinstance(node, ast.Name | ast.Attribute) and resolved(node, known) in CALLS:
+        yield resolved(node, known)
+
+
+def constant(node: ast.AST | None) -> object:
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def calls(node: ast.AST, known: dict[str, str], loaders: set[str]) -> Iterator[str]:
-    if isinstance(node, ast.Attribute) and resolved(node, known).partition(".")[0] == "yaml" and node.attr in LOADERS:
-        yield f"yaml.{node.attr}"
-    if isinstance(node, ast.Name | ast.Attribute) and resolved(node, known) in CALLS:  # a reference may be called later
-        yield resolved(node, known)
     if not isinstance(node, ast.Call):
         return
     name = resolved(node.func, known)
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+    method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
     if name in BUILTINS:
         yield name
-    if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
-        if not (isinstance(chosen := keywords.get("filter"), ast.Constant) and chosen.value == "data"):
-            yield node.func.attr
-    if name == "importlib.import_module" and any(isinstance(a, ast.Constant) and a.value in MODULES for a in node.args):
+    if method in METHODS and constant(keywords.get("filter")) != "data":
+        yield method
+    if name == "importlib.import_module" and any(constant(each) in MODULES for each in node.args):
         yield name
     if name == "yaml.load" and resolved(keywords.get("Loader", ast.Constant(None)), known) not in loaders:
-        yield "yaml.load"
+        yield name
     for flag, bad in FLAGS.items():
         given = keywords.get(flag)
-        if given is not None and not (isinstance(given, ast.Constant) and given.value is not bad):
+        if given is not None and constant(given) in (None, bad):
             yield f"{flag}={bad}"
 
 
@@ -150,7 +156,7 @@ def dangers(source: str) -> list[str]:
         known = aliases(part)
         loaders = safe_loaders(part, known)
         for node in ast.walk(part):
-            found += [*imports(node), *calls(node, known, loaders)]
+            found += [*imports(node), *references(node, known), *calls(node, known, loaders)]
     return list(dict.fromkeys(found))
 
 
