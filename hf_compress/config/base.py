@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
 from hf_compress.errors import ConfigError, choices
+from hf_compress.reading import dump_yaml, parse_json, parse_yaml, read_text
 from hf_compress.schedule import gap, parse_epochs
 
 SCHEMA_VERSION = 1
@@ -81,7 +80,7 @@ class Settings:
         for pattern in value:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise self._error(name, pattern, "regular expressions", f"This one is none: {error}.") from error
         object.__setattr__(self, name, tuple(value))
 
@@ -129,7 +128,7 @@ class Config(Settings):
 
     def to_yaml(self) -> str:
         """Return the config as YAML text."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+        return dump_yaml(self.to_dict())
 
     def save(self, path: str | Path) -> None:
         """Write the config to a ``.json``, ``.yaml`` or ``.yml`` file.
@@ -163,27 +162,6 @@ def is_moment(value: object) -> bool:
     return value >= 0 and not (isinstance(value, float) and value > 1)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 3e-5 as a number, as YAML 1.2 and everybody who writes a learning rate do; YAML 1.1 sees a text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes texts that ``_Loader`` would read as numbers."""
-
-
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def parse_yaml(text: str) -> Any:
-    """Return what YAML text says.
-
-    Raises:
-        yaml.YAMLError: If it cannot be parsed.
-    """
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data, never objects
-
-
 def read_file(path: Path, kind: str) -> dict[str, Any]:
     """Return the mapping in a ``.json``, ``.yaml`` or ``.yml`` file.
 
@@ -196,9 +174,9 @@ def read_file(path: Path, kind: str) -> dict[str, Any]:
     """
     suffix = _suffix(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if suffix == "json" else parse_yaml(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        text = read_text(path)
+        data = parse_json(text) if suffix == "json" else parse_yaml(text)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of {kind} fields, got {type(data).__name__}.")

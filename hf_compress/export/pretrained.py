@@ -25,6 +25,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_compress.errors import ExportError, choices
 from hf_compress.export.attributes import change_modules, checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
+from hf_compress.export.checked import (
+    check_steps,
+    checked_guard,
+    checked_inner,
+    checked_names,
+    checked_shapes,
+    checked_units,
+)
 from hf_compress.export.heads import has_another_head, is_narrow, sizes_of_new_parameters
 from hf_compress.export.stored import follow_resizing, stored_shapes
 from hf_compress.shrinking.describe import FORMAT_VERSION
@@ -67,22 +75,23 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if version != FORMAT_VERSION or unknown:
-            what = f"version {version!r}" if version != FORMAT_VERSION else f"unknown keys {sorted(unknown)}"
+        if type(version) is not int or version != FORMAT_VERSION or unknown:
+            what = f"unknown keys {sorted(unknown)}" if unknown else f"version {version!r}"
+            what = what[:200]
             raise ExportError(
                 f"config.json, quantization_config: {what}; this hf-compress reads version {FORMAT_VERSION}. Upgrade "
                 "hf-compress (pip install -U hf-compress), or load with the version that wrote the model."
             )
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum has no entry for it
         self.version = version
-        self.units = dict(units or {})
-        self.shapes = _checked_shapes(shapes)
+        self.units = checked_units(units)
+        self.shapes = checked_shapes(shapes)
         self.attributes = checked_attributes(attributes)
         self.buffers = checked_buffers(buffers)
-        self.flexible = [str(name) for name in flexible]
+        self.flexible = checked_names(flexible)
         self.emptied = checked_emptied(emptied)
-        self.inner = dict(inner) if inner is not None else None
-        self.guard = guard
+        self.inner = checked_inner(inner)
+        self.guard = checked_guard(guard)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the stored form."""
@@ -165,6 +174,7 @@ class _Guarded(_Resizing):
             reshape_parameter(model, self.outer.guard, lambda stored: stored.unsqueeze(0))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        check_steps(model)
         if self.outer.guard is not None:
             reshape_parameter(model, self.outer.guard, lambda stored: stored.squeeze(0))
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -352,19 +362,6 @@ def _written_for(model: PreTrainedModel) -> list[str]:
 def _belongs_to(conversion: Any, quantizer: HfQuantizer) -> bool:
     operations = getattr(conversion, "operations", ())
     return any(getattr(operation, "hf_quantizer", None) is quantizer for operation in operations)
-
-
-def _checked_shapes(shapes: Any) -> dict[str, list[int]]:
-    valid = isinstance(shapes, Mapping) and all(
-        isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
-        for shape in shapes.values()
-    )
-    if not valid or not shapes:
-        raise ExportError(
-            "config.json, quantization_config.shapes: expected a non-empty mapping of parameter names to lists of "
-            f"sizes, got {str(shapes)[:80]}. The file is damaged or was edited."
-        )
-    return {name: list(shape) for name, shape in shapes.items()}
 
 
 def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> None:

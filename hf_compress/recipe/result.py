@@ -9,6 +9,7 @@ from typing import Any, Self
 from hf_compress.callbacks.preview import Preview
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
+from hf_compress.reading import inside, read_json
 from hf_compress.report.compare import Comparison
 
 RECIPE_FILE = "recipe.yaml"
@@ -61,10 +62,10 @@ class RunResult:
         """
         path = output / RESULT_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             return cls(
                 output=output,
-                folders={name: output / folder for name, folder in data["folders"].items()},
+                folders={name: inside(output, folder) for name, folder in data["folders"].items()},
                 metrics=data["metrics"],
                 comparison=Comparison.from_dict(data["comparison"]),
                 notes=tuple(data["notes"]),

@@ -17,6 +17,7 @@ from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.instruments.quantize import attached_quantizers
 from hf_compress.ptq.stored import calibration_config
+from hf_compress.reading import read_json
 from hf_compress.recipe.result import CHECKPOINTS
 from hf_compress.shrinking.depth import renamed
 
@@ -108,7 +109,7 @@ class Facts:
             ConfigError: If it is missing or damaged.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             return cls(**{**data, "tracked": tuple(TrackedGroup(**each) for each in data["tracked"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(

@@ -1,6 +1,5 @@
 """What a compression run, or a single compressed model, left in a folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
+from hf_compress.reading import inside, read_json
 from hf_compress.report.compare import Comparison
 from hf_compress.report.logs import StageLog, read_history
 from hf_compress.report.results import Results
@@ -101,8 +101,8 @@ def _finished(directory: Path) -> tuple[Comparison | None, dict[str, Path], tupl
     if not path.is_file():
         return None, {}, ()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        folders = {name: directory / folder for name, folder in data["folders"].items()}
+        data = read_json(path)
+        folders = {name: inside(directory, folder) for name, folder in data["folders"].items()}
         comparison, notes = _checked(Comparison.from_dict(data["comparison"])), _sentences(data["notes"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error

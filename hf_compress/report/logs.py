@@ -1,6 +1,5 @@
 """What a Trainer logged, stage by stage, as curves over the optimizer steps of the whole run."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
+from hf_compress.reading import read_json
 
 HISTORY_FILE = "log_history.json"
 FACTS_FILE = "stage.json"
@@ -128,7 +128,7 @@ def _checked(entries: Any) -> list[dict[str, Any]]:
 
 def _read(path: Path, convert: Callable[[Any], T]) -> T:
     try:
-        return convert(json.loads(path.read_text(encoding="utf-8")))
+        return convert(read_json(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: is damaged ({type(error).__name__}: {error}); allowed: what training writes there. Restore the "
