@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from hf_compress.errors import ConfigError, choices
+from hf_compress.errors import ConfigError, choices, shown
 from hf_compress.reading import dump_yaml, parse_json, parse_yaml, read_text
 from hf_compress.schedule import gap, parse_epochs
 
@@ -29,7 +29,7 @@ class Settings:
         """Check every field; overridden by each config."""
 
     def _error(self, name: str, given: object, allowed: str, remedy: str = "") -> ConfigError:
-        text = f"{type(self).__name__}.{name}: got {given!r}; allowed: {allowed}."
+        text = f"{type(self).__name__}.{name}: got {shown(given)}; allowed: {allowed}."
         return ConfigError(f"{text} {remedy}".rstrip())
 
     def _check_number(
@@ -44,7 +44,7 @@ class Settings:
     def _check_choice(self, name: str, allowed: Any) -> None:
         value = getattr(self, name)
         if value not in tuple(allowed):
-            raise ConfigError(f"{type(self).__name__}.{name}: unknown value {value!r}; {choices(value, allowed)}.")
+            raise ConfigError(f"{type(self).__name__}.{name}: unknown value {shown(value)}; {choices(value, allowed)}.")
 
     def _check_bool(self, name: str) -> None:
         value = getattr(self, name)
@@ -74,7 +74,7 @@ class Settings:
     def _check_patterns(self, name: str) -> None:
         """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
         value = getattr(self, name)
-        is_list = isinstance(value, Iterable) and not isinstance(value, str)
+        is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
         if not is_list or not all(isinstance(pattern, str) for pattern in value):
             raise self._error(name, value, "a tuple or list of regular expressions")
         for pattern in value:
@@ -97,15 +97,15 @@ class Settings:
                 does not allow.
         """
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{cls.__name__}: got {data!r}; allowed: a mapping of its fields.")
+            raise ConfigError(f"{cls.__name__}: got {shown(data)}; allowed: a mapping of its fields.")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
-                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {choices(key, known)}.")
+                raise ConfigError(f"{cls.__name__}: unknown key {shown(key)}; {choices(key, known)}.")
         missing = [name for name in _needed(cls) if name not in data]
         if missing:
             raise ConfigError(
-                f"{cls.__name__}: got only {list(data)}; missing: {', '.join(map(repr, missing))}. Add them."
+                f"{cls.__name__}: got only {shown(list(data))}; missing: {', '.join(map(repr, missing))}. Add them."
             )
         return cls(**data)
 
@@ -118,7 +118,7 @@ class Config(Settings):
     """Version of the stored form; a file written by a newer version is refused."""
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
+        if type(self.schema_version) is not int or self.schema_version != SCHEMA_VERSION:
             raise self._error("schema_version", self.schema_version, f"{SCHEMA_VERSION}", "Upgrade hf-compress.")
         super().__post_init__()
 
@@ -146,7 +146,12 @@ class Config(Settings):
         Raises:
             ConfigError: If the path is none, or if the file cannot be parsed or holds anything but a valid config.
         """
-        return cls.from_dict(read_file(_path(path, cls.__name__), cls.__name__))
+        path = _path(path, cls.__name__)
+        data = read_file(path, cls.__name__)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def is_moment(value: object) -> bool:

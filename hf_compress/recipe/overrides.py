@@ -33,7 +33,10 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | No
         change_setting(data, name, value, f"--set {name}")
     if output is not None:
         data["output"] = output
-    return Recipe.from_dict(data)
+    try:
+        return Recipe.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def plain_copy(value: Any) -> Any:
