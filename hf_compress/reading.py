@@ -28,6 +28,12 @@ MAX_NODES = 1 << 18
 """Of YAML whose aliases are written out: each may double what is before it."""
 
 
+MAX_NAME = 255
+"""Of one file, in characters."""
+
+MAX_COUNT = 1 << 62
+"""Of what is counted: units, bytes, operations, steps."""
+
 _PLAIN = (str, int, float, type(None))
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -125,7 +131,7 @@ def inside(folder: Path, name: Any) -> Path:
     Raises:
         ValueError: If that is no path, or one of something outside of the folder, links included.
     """
-    if not isinstance(name, str) or not name or not name.isprintable():
+    if not is_line(name) or max(map(len, name.split("/"))) > MAX_NAME:
         raise ValueError(f"got {name!r:.80}; allowed: the name of something in the folder")
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(folder, path):
@@ -159,8 +165,23 @@ def write_new(path: Path, text: str) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is an int >= 0; True and False are none."""
-    return type(value) is int and value >= 0
+    """Return whether a value is an int that can be a size or a number of steps; True and False are none."""
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that can be computed with, also one that is not finite."""
+    return type(value) is float or (type(value) is int and abs(value) <= MAX_COUNT)
+
+
+def is_line(value: Any) -> bool:
+    """Return whether a value is a text of one line, without anything that would control a terminal."""
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def are_texts(values: Any) -> bool:
+    """Return whether a value is a list of texts."""
+    return isinstance(values, list | tuple) and all(isinstance(each, str) for each in values)
 
 
 def are_positions(values: Any, size: int | None = None) -> bool:
