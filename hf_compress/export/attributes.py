@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from hf_compress.errors import ExportError
+from hf_compress.errors import ExportError, shown
 from hf_compress.export.names import candidates, resolve
 from hf_compress.graph.blocks import empty_block
 from hf_compress.graph.integers import Attribute, write
@@ -72,7 +73,13 @@ def change_modules(model: Any, emptied: Mapping[str, tuple[str | None, int | Non
     modules = dict(model.named_modules())
     for name, how in emptied.items():
         for found in resolve([name], modules, model.base_model_prefix):
-            empty_block(model.get_submodule(found), *how)
+            inside = (f"{found}.{how[0]}" if how[0] is not None else found) in modules
+            if isinstance(modules[found], PreTrainedModel) or not inside:
+                raise ExportError(
+                    f"config.json, quantization_config.emptied: {shown(name)} is no part of a {type(model).__name__} "
+                    f"that computes attention, with {shown(how[0])} in it. The file is damaged or was edited."
+                )
+            empty_block(modules[found], *how)
     for name in resolve(flexible, modules, model.base_model_prefix):
         loosen(model.get_submodule(name))
 
@@ -118,7 +125,7 @@ def set_attributes(model: Any, attributes: Stored) -> Stored:
             continue
         if name is None:
             raise ExportError(
-                f"{WHERE}: the {type(model).__name__} has no integer {'.'.join([stored, *map(str, path)])}. The "
+                f"{WHERE}: the {type(model).__name__} has no integer {shown('.'.join([stored, *map(str, path)]))}. The "
                 "checkpoint is of another architecture, or of a version of transformers that names things differently."
             )
         write(model, Attribute(name, path), value)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_compress.errors import ExportError
+from hf_compress.errors import ExportError, shown
 from hf_compress.export.names import candidates
 from hf_compress.reading import are_positions
 
@@ -52,7 +52,7 @@ def slice_buffers(model: PreTrainedModel, buffers: Mapping[str, Mapping[int, lis
         name = next((n for n in candidates(stored, model.base_model_prefix) if n in known), None)
         if name is None:
             raise ExportError(
-                f"{WHERE}: the {type(model).__name__} has no buffer {stored!r}. The checkpoint is of another "
+                f"{WHERE}: the {type(model).__name__} has no buffer {shown(stored)}. The checkpoint is of another "
                 "architecture, or of a version of transformers that names buffers differently."
             )
         buffer = known[name]

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_compress.errors import ExportError, choices
+from hf_compress.errors import ExportError, choices, shown
 from hf_compress.export.attributes import change_modules, checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
 from hf_compress.export.checked import (
@@ -76,8 +76,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         if type(version) is not int or version != FORMAT_VERSION or unknown:
-            what = f"unknown keys {sorted(unknown)}" if unknown else f"version {version!r}"
-            what = what[:200]
+            what = f"unknown keys {shown(sorted(unknown))}" if unknown else f"version {shown(version)}"
             raise ExportError(
                 f"config.json, quantization_config: {what}; this hf-compress reads version {FORMAT_VERSION}. Upgrade "
                 "hf-compress (pip install -U hf-compress), or load with the version that wrote the model."
@@ -112,7 +111,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method = (self.inner or {}).get("quant_method")
         if not isinstance(method, str) or method not in _COMBINED:
             known = choices(method, _COMBINED)
-            raise ExportError(f"config.json, quantization_config.inner: unknown format {method!r}; {known}.")
+            raise ExportError(f"config.json, quantization_config.inner: unknown format {shown(method)}; {known}.")
         return str(getattr(method, "value", method))
 
     def inner_config(self) -> Any:
@@ -128,6 +127,11 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ExportError(
                 f"the model's weights are in {method} format, which needs the {method} package: {error}. Install it "
                 f"with: pip install 'hf-compress[{_EXTRAS[method]}]'"
+            ) from error
+        except Exception as error:  # whatever the library of the format raises about it
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ExportError(
+                f"config.json, quantization_config.inner: is no {method} format: {shown(text)}."
             ) from error
 
 
@@ -303,7 +307,7 @@ def resize_parameters(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -
         old = tensors[name]
         if len(shape) != old.dim() or any(new > size for new, size in zip(shape, old.shape, strict=True)):
             raise ExportError(
-                f"config.json, quantization_config.shapes: {name!r} has shape {shape}, but the architecture gives "
+                f"config.json, quantization_config.shapes: {shown(name)} has shape {shape}, but the architecture gives "
                 f"{list(old.shape)}, which can only become smaller. Were other fields of config.json changed?"
             )
         new = resized.setdefault(id(old), _empty(old, shape))
@@ -348,7 +352,7 @@ def _resolve_names(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> d
     absent = len(lost) <= len(found) and not any(name.rpartition(".")[0] in modules for name in lost)
     if lost and not (found and (in_head or absent) and type(model).__name__ not in _written_for(model)):
         raise ExportError(
-            f"config.json, quantization_config.shapes: the {type(model).__name__} has no parameter {lost[0]!r} "
+            f"config.json, quantization_config.shapes: the {type(model).__name__} has no parameter {shown(lost[0])} "
             f"({len(lost)} of {len(shapes)} names are unknown). The checkpoint is of another architecture, or of a "
             "version of transformers that names parameters differently."
         )
