@@ -133,7 +133,7 @@ def inside(folder: Path, name: Any) -> Path:
     """
     if not is_line(name) or max(map(len, name.split("/"))) > MAX_NAME:
         raise ValueError(f"got {name!r:.80}; allowed: the name of something in the folder")
-    path = folder / name
+    path: Path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(folder, path):
         raise ValueError(f"{name!r:.80} is outside of the folder")
     return path
