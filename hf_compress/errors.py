@@ -36,6 +36,16 @@ class SweepError(CompressionError):
     """Runs of a sweep that failed; the others are finished."""
 
 
+MAX_SHOWN = 300
+"""Characters of a value in a message; files of others may hold megabytes."""
+
+
+def shown(given: object) -> str:
+    """Return a value as Python writes it, cut to a readable length."""
+    text = repr(given)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def choices(given: object, allowed: Iterable[object]) -> str:
     """Describe allowed names, or None, True and False among them, the closest match to ``given`` first if there is one.
 
@@ -44,5 +54,7 @@ def choices(given: object, allowed: Iterable[object]) -> str:
     """
     names = sorted(allowed, key=str)
     listed = "allowed: " + (", ".join(repr(name) for name in names) or "none")
-    close = get_close_matches(str(given), [name for name in names if isinstance(name, str)], n=1, cutoff=0.5)
+    close = get_close_matches(
+        str(given)[:MAX_SHOWN], [name for name in names if isinstance(name, str)], n=1, cutoff=0.5
+    )
     return f"closest match: {close[0]!r}; {listed}" if close else listed

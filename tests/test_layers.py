@@ -15,7 +15,7 @@ MAX_PUBLIC_METHODS = 8
 
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"registry", "loading"},
+    {"registry", "loading", "reading"},
     {"schedule"},
     {"config"},
     {"graph", "pruning", "quantization", "distillation"},

@@ -41,7 +41,7 @@ from hf_compress.callbacks.session import Session, claim, take_off_leftovers
 from hf_compress.callbacks.setup import check_setup
 from hf_compress.callbacks.state import Section, check_config, check_resumable, read_state, write_state
 from hf_compress.config import Config
-from hf_compress.errors import TrainingError
+from hf_compress.errors import CompressionError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,16 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             )
         stored = sections[self.section]
         check_config(folder, self.section, stored.config, self.config.to_dict())
-        self._restore(stored.tensors, stored.facts)
+        try:
+            self._restore(stored.tensors, stored.facts)
+        # What a state of other kind, shape or type leads to, wherever that shows.
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if isinstance(error, CompressionError):
+                raise
+            raise TrainingError(
+                f"{folder}: its state for {self.section} is not one that this callback has written ({error!r:.200}). "
+                "Resume from another checkpoint, or start a new run from the checkpoint's weights."
+            ) from error
 
 
 def _model(trainer: Trainer) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_compress.config import SCHEMA_VERSION
 from hf_compress.errors import TrainingError
+from hf_compress.reading import read_json
 
 TENSOR_FILE = "hf_compress_state.safetensors"
 JSON_FILE = "hf_compress_state.json"
@@ -249,7 +250,7 @@ def _read_state(folder: Path, global_step: int | None) -> dict[str, Section]:
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
     try:
-        document = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+        document = read_json(folder / JSON_FILE)
         payload = (folder / TENSOR_FILE).read_bytes()
     except FileNotFoundError as error:
         raise TrainingError(

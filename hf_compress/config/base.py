@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
-from hf_compress.errors import ConfigError, choices
+from hf_compress.errors import ConfigError, choices, shown
+from hf_compress.reading import dump_yaml, parse_json, parse_yaml, read_text
 from hf_compress.schedule import gap, parse_epochs
 
 SCHEMA_VERSION = 1
@@ -30,7 +29,7 @@ class Settings:
         """Check every field; overridden by each config."""
 
     def _error(self, name: str, given: object, allowed: str, remedy: str = "") -> ConfigError:
-        text = f"{type(self).__name__}.{name}: got {given!r}; allowed: {allowed}."
+        text = f"{type(self).__name__}.{name}: got {shown(given)}; allowed: {allowed}."
         return ConfigError(f"{text} {remedy}".rstrip())
 
     def _check_number(
@@ -45,7 +44,7 @@ class Settings:
     def _check_choice(self, name: str, allowed: Any) -> None:
         value = getattr(self, name)
         if value not in tuple(allowed):
-            raise ConfigError(f"{type(self).__name__}.{name}: unknown value {value!r}; {choices(value, allowed)}.")
+            raise ConfigError(f"{type(self).__name__}.{name}: unknown value {shown(value)}; {choices(value, allowed)}.")
 
     def _check_bool(self, name: str) -> None:
         value = getattr(self, name)
@@ -75,13 +74,13 @@ class Settings:
     def _check_patterns(self, name: str) -> None:
         """Patterns are a list of regular expressions; a lone string would be taken apart into characters."""
         value = getattr(self, name)
-        is_list = isinstance(value, Iterable) and not isinstance(value, str)
+        is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
         if not is_list or not all(isinstance(pattern, str) for pattern in value):
             raise self._error(name, value, "a tuple or list of regular expressions")
         for pattern in value:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise self._error(name, pattern, "regular expressions", f"This one is none: {error}.") from error
         object.__setattr__(self, name, tuple(value))
 
@@ -98,15 +97,15 @@ class Settings:
                 does not allow.
         """
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{cls.__name__}: got {data!r}; allowed: a mapping of its fields.")
+            raise ConfigError(f"{cls.__name__}: got {shown(data)}; allowed: a mapping of its fields.")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
-                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {choices(key, known)}.")
+                raise ConfigError(f"{cls.__name__}: unknown key {shown(key)}; {choices(key, known)}.")
         missing = [name for name in _needed(cls) if name not in data]
         if missing:
             raise ConfigError(
-                f"{cls.__name__}: got only {list(data)}; missing: {', '.join(map(repr, missing))}. Add them."
+                f"{cls.__name__}: got only {shown(list(data))}; missing: {', '.join(map(repr, missing))}. Add them."
             )
         return cls(**data)
 
@@ -119,7 +118,7 @@ class Config(Settings):
     """Version of the stored form; a file written by a newer version is refused."""
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
+        if type(self.schema_version) is not int or self.schema_version != SCHEMA_VERSION:
             raise self._error("schema_version", self.schema_version, f"{SCHEMA_VERSION}", "Upgrade hf-compress.")
         super().__post_init__()
 
@@ -129,7 +128,7 @@ class Config(Settings):
 
     def to_yaml(self) -> str:
         """Return the config as YAML text."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+        return dump_yaml(self.to_dict())
 
     def save(self, path: str | Path) -> None:
         """Write the config to a ``.json``, ``.yaml`` or ``.yml`` file.
@@ -147,7 +146,12 @@ class Config(Settings):
         Raises:
             ConfigError: If the path is none, or if the file cannot be parsed or holds anything but a valid config.
         """
-        return cls.from_dict(read_file(_path(path, cls.__name__), cls.__name__))
+        path = _path(path, cls.__name__)
+        data = read_file(path, cls.__name__)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def is_moment(value: object) -> bool:
@@ -163,27 +167,6 @@ def is_moment(value: object) -> bool:
     return value >= 0 and not (isinstance(value, float) and value > 1)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 3e-5 as a number, as YAML 1.2 and everybody who writes a learning rate do; YAML 1.1 sees a text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes texts that ``_Loader`` would read as numbers."""
-
-
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def parse_yaml(text: str) -> Any:
-    """Return what YAML text says.
-
-    Raises:
-        yaml.YAMLError: If it cannot be parsed.
-    """
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data, never objects
-
-
 def read_file(path: Path, kind: str) -> dict[str, Any]:
     """Return the mapping in a ``.json``, ``.yaml`` or ``.yml`` file.
 
@@ -196,9 +179,9 @@ def read_file(path: Path, kind: str) -> dict[str, Any]:
     """
     suffix = _suffix(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if suffix == "json" else parse_yaml(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        text = read_text(path)
+        data = parse_json(text) if suffix == "json" else parse_yaml(text)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of {kind} fields, got {type(data).__name__}.")

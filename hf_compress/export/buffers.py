@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_compress.errors import ExportError
+from hf_compress.errors import ExportError, shown
 from hf_compress.export.names import candidates
+from hf_compress.reading import are_positions
 
 WHERE = "config.json, quantization_config.buffers"
 
@@ -26,10 +27,12 @@ def checked_buffers(data: Any) -> Kept:
     except (AttributeError, TypeError, ValueError) as error:
         raise ExportError(f"{WHERE}: expected name -> dimension -> positions, got {str(data)[:80]}.") from error
     for name, dims in result.items():
-        for kept in dims.values():
-            valid = isinstance(kept, list) and kept and all(type(i) is int and i >= 0 for i in kept)
-            if not valid or kept != sorted(set(kept)):
-                raise ExportError(f"{WHERE}: {name!r} needs ascending positions, got {str(kept)[:80]}.")
+        for dim, kept in dims.items():
+            if dim < 0 or not kept or not are_positions(kept):
+                raise ExportError(
+                    f"{WHERE}: {name!r} needs dimensions from 0 on and ascending positions along them, got {dim}: "
+                    f"{str(kept)[:80]}. The file is damaged or was edited."
+                )
     return result
 
 
@@ -49,7 +52,7 @@ def slice_buffers(model: PreTrainedModel, buffers: Mapping[str, Mapping[int, lis
         name = next((n for n in candidates(stored, model.base_model_prefix) if n in known), None)
         if name is None:
             raise ExportError(
-                f"{WHERE}: the {type(model).__name__} has no buffer {stored!r}. The checkpoint is of another "
+                f"{WHERE}: the {type(model).__name__} has no buffer {shown(stored)}. The checkpoint is of another "
                 "architecture, or of a version of transformers that names buffers differently."
             )
         buffer = known[name]

@@ -53,6 +53,8 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
         results = Results.load(stored)
     else:
         results.save(stored)
+    for name in (CARD, PICTURE, RECIPE):
+        _check_no_link(directory / name)
     has_picture = any(results.kept_units().values())
     if has_picture:
         plot_kept_units(results.kept_units(), directory / PICTURE)
@@ -62,6 +64,12 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
     path = directory / CARD
     card.save(path)
     return path
+
+
+def _check_no_link(path: Path) -> None:
+    """A folder from elsewhere may have links: to write through one would change a file that is not in it."""
+    if path.is_symlink():
+        raise ExportError(f"{path}: is a link, so nothing is written there. Delete it, or copy the folder's files.")
 
 
 def naming_repository(card: str, repo_id: str, revision: str | None = None) -> str:

@@ -1,6 +1,5 @@
 """What of a model folder may be published, and whether others could load it."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_compress.errors import ExportError
 from hf_compress.export.saving import WEIGHT_FILE
+from hf_compress.reading import is_inside, read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -136,7 +136,7 @@ def _stored_names(path: Path) -> set[str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"{path}: cannot be read ({error}). It is needed to load the model; save it again with save_pretrained."
@@ -146,7 +146,7 @@ def _read_json(path: Path) -> Any:
 def _check_inside(directory: Path, name: str) -> None:
     """A folder from elsewhere may link to a file that nobody means to publish."""
     path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
+    if not is_inside(directory, path):
         raise ExportError(
             f"{path}: is a link to {path.resolve()}, outside of the folder, so it is not published. Put a copy in its "
             "place."

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from transformers.utils.hub import cached_file
 
 from hf_compress.export.card import CARD
+from hf_compress.reading import read_text
 
 FIELDS = ("license", "license_name", "license_link")
 
@@ -32,7 +33,7 @@ def license_of(model: str) -> dict[str, Any]:
         )
         if path is None:
             return {}
-        card = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        card = ModelCard(read_text(Path(path)), ignore_metadata_errors=True)
     except (OSError, ValueError, TypeError, yaml.YAMLError):  # a base model's card is no reason to fail
         return {}
     found = {name: card.data.get(name) for name in FIELDS}

@@ -22,9 +22,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_compress.errors import ExportError, choices
+from hf_compress.errors import ExportError, choices, shown
 from hf_compress.export.attributes import change_modules, checked_attributes, checked_emptied, set_attributes
 from hf_compress.export.buffers import checked_buffers, slice_buffers
+from hf_compress.export.checked import (
+    check_steps,
+    checked_guard,
+    checked_inner,
+    checked_names,
+    checked_shapes,
+    checked_units,
+)
 from hf_compress.export.heads import has_another_head, is_narrow, sizes_of_new_parameters
 from hf_compress.export.stored import follow_resizing, stored_shapes
 from hf_compress.shrinking.describe import FORMAT_VERSION
@@ -67,22 +75,22 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if version != FORMAT_VERSION or unknown:
-            what = f"version {version!r}" if version != FORMAT_VERSION else f"unknown keys {sorted(unknown)}"
+        if type(version) is not int or version != FORMAT_VERSION or unknown:
+            what = f"unknown keys {shown(sorted(unknown))}" if unknown else f"version {shown(version)}"
             raise ExportError(
                 f"config.json, quantization_config: {what}; this hf-compress reads version {FORMAT_VERSION}. Upgrade "
                 "hf-compress (pip install -U hf-compress), or load with the version that wrote the model."
             )
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum has no entry for it
         self.version = version
-        self.units = dict(units or {})
-        self.shapes = _checked_shapes(shapes)
+        self.units = checked_units(units)
+        self.shapes = checked_shapes(shapes)
         self.attributes = checked_attributes(attributes)
         self.buffers = checked_buffers(buffers)
-        self.flexible = [str(name) for name in flexible]
+        self.flexible = checked_names(flexible)
         self.emptied = checked_emptied(emptied)
-        self.inner = dict(inner) if inner is not None else None
-        self.guard = guard
+        self.inner = checked_inner(inner)
+        self.guard = checked_guard(guard)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the stored form."""
@@ -103,7 +111,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method = (self.inner or {}).get("quant_method")
         if not isinstance(method, str) or method not in _COMBINED:
             known = choices(method, _COMBINED)
-            raise ExportError(f"config.json, quantization_config.inner: unknown format {method!r}; {known}.")
+            raise ExportError(f"config.json, quantization_config.inner: unknown format {shown(method)}; {known}.")
         return str(getattr(method, "value", method))
 
     def inner_config(self) -> Any:
@@ -119,6 +127,11 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ExportError(
                 f"the model's weights are in {method} format, which needs the {method} package: {error}. Install it "
                 f"with: pip install 'hf-compress[{_EXTRAS[method]}]'"
+            ) from error
+        except Exception as error:  # whatever the library of the format raises about it
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ExportError(
+                f"config.json, quantization_config.inner: is no {method} format: {shown(text)}."
             ) from error
 
 
@@ -165,6 +178,7 @@ class _Guarded(_Resizing):
             reshape_parameter(model, self.outer.guard, lambda stored: stored.unsqueeze(0))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        check_steps(model)
         if self.outer.guard is not None:
             reshape_parameter(model, self.outer.guard, lambda stored: stored.squeeze(0))
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -293,7 +307,7 @@ def resize_parameters(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -
         old = tensors[name]
         if len(shape) != old.dim() or any(new > size for new, size in zip(shape, old.shape, strict=True)):
             raise ExportError(
-                f"config.json, quantization_config.shapes: {name!r} has shape {shape}, but the architecture gives "
+                f"config.json, quantization_config.shapes: {shown(name)} has shape {shape}, but the architecture gives "
                 f"{list(old.shape)}, which can only become smaller. Were other fields of config.json changed?"
             )
         new = resized.setdefault(id(old), _empty(old, shape))
@@ -338,7 +352,7 @@ def _resolve_names(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> d
     absent = len(lost) <= len(found) and not any(name.rpartition(".")[0] in modules for name in lost)
     if lost and not (found and (in_head or absent) and type(model).__name__ not in _written_for(model)):
         raise ExportError(
-            f"config.json, quantization_config.shapes: the {type(model).__name__} has no parameter {lost[0]!r} "
+            f"config.json, quantization_config.shapes: the {type(model).__name__} has no parameter {shown(lost[0])} "
             f"({len(lost)} of {len(shapes)} names are unknown). The checkpoint is of another architecture, or of a "
             "version of transformers that names parameters differently."
         )
@@ -352,19 +366,6 @@ def _written_for(model: PreTrainedModel) -> list[str]:
 def _belongs_to(conversion: Any, quantizer: HfQuantizer) -> bool:
     operations = getattr(conversion, "operations", ())
     return any(getattr(operation, "hf_quantizer", None) is quantizer for operation in operations)
-
-
-def _checked_shapes(shapes: Any) -> dict[str, list[int]]:
-    valid = isinstance(shapes, Mapping) and all(
-        isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
-        for shape in shapes.values()
-    )
-    if not valid or not shapes:
-        raise ExportError(
-            "config.json, quantization_config.shapes: expected a non-empty mapping of parameter names to lists of "
-            f"sizes, got {str(shapes)[:80]}. The file is damaged or was edited."
-        )
-    return {name: list(shape) for name, shape in shapes.items()}
 
 
 def _check_loaded(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> None:

@@ -31,7 +31,8 @@ def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
     # Constructors of models fail in whatever way their code does.
     except Exception as error:
         raise ConfigError(
-            f"{model_class.__name__} cannot be built from a {type(config).__name__} ({type(error).__name__}: {error}). "
+            f"{config.name_or_path}: {model_class.__name__} cannot be built from a {type(config).__name__} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). "
             "Choose the class with --auto-class."
         ) from error
     if stored_method(model) == METHOD:

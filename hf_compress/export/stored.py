@@ -3,20 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from hf_compress.errors import ExportError
 from hf_compress.export.names import candidates
 
 
 def stored_shapes(files: Sequence[Any] | None) -> dict[str, list[int]] | None:
-    """Return the shape of every stored tensor by name, or None if the files have no headers to read."""
+    """Return the shape of every stored tensor by name, or None if the files have no headers to read.
+
+    Raises:
+        ExportError: If a file is damaged.
+    """
     shapes: dict[str, list[int]] = {}
     for file in files or ():
         if not str(file).endswith(".safetensors"):
             return None
-        with safe_open(file, framework="pt") as content:
-            shapes.update((name, list(content.get_slice(name).get_shape())) for name in content.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as content:
+                shapes.update((name, list(content.get_slice(name).get_shape())) for name in content.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{file}: cannot be read ({error}). Copy or download it again.") from error
     return shapes
 
 

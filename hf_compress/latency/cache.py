@@ -16,6 +16,7 @@ from hf_compress.graph.model import ModelGraph
 from hf_compress.latency.key import Key, latency_key
 from hf_compress.latency.measure import DEFAULT_ROUNDS, STRUCTURES, Timer, measure_latency, time_in_turns
 from hf_compress.latency.table import LatencyTable
+from hf_compress.reading import read_text
 
 
 def default_directory() -> Path:
@@ -78,8 +79,8 @@ def _file_name(key: Key, structures: Sequence[str], multiple_of: int) -> str:
 
 def _read(path: Path, key: Key) -> LatencyTable:
     try:
-        table = LatencyTable.from_json(path.read_text(encoding="utf-8"))
+        table = LatencyTable.from_json(read_text(path))
         table.check(key)
-    except ConfigError as error:
+    except (OSError, ValueError) as error:  # a ConfigError is a ValueError
         raise ConfigError(f"{path}: {error} Delete this file to measure anew.") from error
     return table

@@ -1,7 +1,9 @@
 """``LatencyTable``: how long a model takes, by the numbers of units it keeps; pure data."""
 
 import dataclasses
+import itertools
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any, Self
 
 from hf_compress.errors import ConfigError
 from hf_compress.latency.key import Key, check_key
+from hf_compress.reading import are_positions, parse_json
 
 Point = tuple[float, float]
 
@@ -118,20 +121,42 @@ class LatencyTable:
             ConfigError: If the text is no table.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            curves = tuple(
-                Curve(
-                    members=tuple(tuple(map(str, member)) for member in each["members"]),
-                    kept=tuple(map(int, each["kept"])),
-                    seconds=tuple(map(float, each["seconds"])),
-                )
-                for each in data["curves"]
-            )
-            key = {str(name): str(value) for name, value in data["key"].items()}
-            totals = tuple((float(parts), float(seconds)) for parts, seconds in data["totals"])
+            data = parse_json(text)
+            curves = tuple(_curve(each) for each in data["curves"])
+            key = {name: _text(value) for name, value in data["key"].items()}
+            totals = tuple((parts, seconds) for parts, seconds in data["totals"])
+            _require(bool(totals) and _times([data["base"]]), "base and totals")
+            _require(all(_times(side) and _never_falls(side) for side in zip(*totals, strict=True)), "totals")
             return cls(key=key, base=float(data["base"]), curves=curves, totals=totals)
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"LatencyTable.from_json: not a table written by to_json(): {error!r}") from error
+
+
+def _curve(data: Mapping[str, Any]) -> Curve:
+    members = tuple(tuple(map(_text, member)) for member in data["members"])
+    kept, seconds = tuple(data["kept"]), tuple(data["seconds"])
+    _require(bool(kept) and are_positions(kept) and len(kept) == len(seconds), f"kept of {members}")
+    _require(all(members) and _times(seconds) and _never_falls(seconds), f"seconds of {members}")
+    return Curve(members=members, kept=kept, seconds=seconds)
+
+
+def _text(value: Any) -> str:
+    _require(isinstance(value, str), f"{value!r:.80} is no text")
+    return str(value)
+
+
+def _times(values: Sequence[Any]) -> bool:
+    real = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
+    return real and all(math.isfinite(each) and each >= 0 for each in values)
+
+
+def _never_falls(values: Sequence[float]) -> bool:
+    return all(low <= high for low, high in itertools.pairwise(values))
+
+
+def _require(condition: bool, where: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}: numbers are finite and not negative, and never fall from one to the next")
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -1,7 +1,6 @@
 """What quantizers know, as plain data: to look at, to store, and to put on a model again."""
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from hf_compress.oneshot.prune import check_prunable
 from hf_compress.ptq.calibrate import CalibrationResult
 from hf_compress.quantization.methods import Ptq, PtqOptions
 from hf_compress.quantization.quantizers import ObservedQuantizer, Quantizer, RangeQuantizer
+from hf_compress.reading import read_json
 from hf_compress.registry import quantization_methods
 
 VERSION = 1
@@ -136,8 +136,8 @@ def _digest(name: str, module: nn.Module) -> str:
 def _read(given: Any) -> dict[str, Mapping[str, Any]]:
     if isinstance(given, str | Path):
         try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            given = read_json(Path(given))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"apply_calibration_config: {given} cannot be read as JSON: {error}") from error
     _check_keys("the description", given, {"version", "layers"}, {"version", "layers"})
     if given["version"] != VERSION:

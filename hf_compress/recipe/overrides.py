@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_compress.config import Recipe
-from hf_compress.config.base import parse_yaml, read_file
+from hf_compress.config.base import read_file
 from hf_compress.errors import ConfigError
+from hf_compress.reading import parse_yaml
 
 
 def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | None = None) -> Recipe:
@@ -29,12 +28,15 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | No
             raise ConfigError(f"--set {setting!r}: allowed: NAME=VALUE, such as training.learning_rate=3e-5.")
         try:
             value = parse_yaml(text)
-        except yaml.YAMLError as error:
+        except ValueError as error:
             raise ConfigError(f"--set {setting!r}: the value is no YAML: {' '.join(str(error).split())}") from error
         change_setting(data, name, value, f"--set {name}")
     if output is not None:
         data["output"] = output
-    return Recipe.from_dict(data)
+    try:
+        return Recipe.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def plain_copy(value: Any) -> Any:

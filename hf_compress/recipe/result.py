@@ -9,7 +9,8 @@ from typing import Any, Self
 from hf_compress.callbacks.preview import Preview
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
-from hf_compress.report.compare import Comparison
+from hf_compress.reading import are_texts, inside, read_json
+from hf_compress.report.compare import Comparison, comparison_of_runs
 
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "run.json"
@@ -61,12 +62,14 @@ class RunResult:
         """
         path = output / RESULT_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
+            if not are_texts(data["notes"]) or not isinstance(data["metrics"], Mapping):
+                raise TypeError("notes are no list of texts, or metrics no mapping")
             return cls(
                 output=output,
-                folders={name: output / folder for name, folder in data["folders"].items()},
+                folders={name: inside(output, folder) for name, folder in data["folders"].items()},
                 metrics=data["metrics"],
-                comparison=Comparison.from_dict(data["comparison"]),
+                comparison=comparison_of_runs(data["comparison"]),
                 notes=tuple(data["notes"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

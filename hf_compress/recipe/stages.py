@@ -17,6 +17,7 @@ from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.instruments.quantize import attached_quantizers
 from hf_compress.ptq.stored import calibration_config
+from hf_compress.reading import is_count, is_number, read_json
 from hf_compress.recipe.result import CHECKPOINTS
 from hf_compress.shrinking.depth import renamed
 
@@ -108,8 +109,13 @@ class Facts:
             ConfigError: If it is missing or damaged.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**data, "tracked": tuple(TrackedGroup(**each) for each in data["tracked"])})
+            data = read_json(path)
+            found = cls(**{**data, "tracked": tuple(TrackedGroup(**each) for each in data["tracked"])})
+            if not is_count(found.optimizer_steps) or not all(map(is_number, dict(found.metrics).values())):
+                raise TypeError("optimizer_steps and metrics are no numbers")
+            if not all(is_count(each.total) and is_count(each.kept) for each in found.tracked):
+                raise TypeError("units of tracked groups are no whole numbers")
+            return found
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: is damaged ({error!r}). Delete its folder and resume to make it again."

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_compress.config import ParameterSpace, SearchConfig
 from hf_compress.errors import ConfigError
+from hf_compress.reading import read_json
 
 TRIALS_FILE = "trials.json"
 
@@ -81,8 +82,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [dict(each) for each in found]
+        return [dict(each) for each in read_json(path)]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: is damaged ({error!r}). Choose another output to search again.") from error
 

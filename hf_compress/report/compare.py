@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from hf_compress.errors import ConfigError
+from hf_compress.errors import ConfigError, shown
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.latency.timing import DEFAULT_ROUNDS, Progress, median, speedup, time_models, unwrap
+from hf_compress.reading import are_texts, is_line, is_number
 from hf_compress.report.environment import environment
 from hf_compress.report.profile import ModelProfile, profile
 
@@ -101,12 +102,54 @@ class Comparison:
         Raises:
             ConfigError: If keys are missing or unknown.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"Comparison.from_dict: got {shown(data)}; allowed: a mapping.")
         known = {field.name for field in dataclasses.fields(cls)}
         if set(data) != known:
             wrong = sorted(set(data) ^ known)
             raise ConfigError(f"Comparison.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}.")
+        for name, (fits, allowed) in _FIELDS.items():
+            if not fits(data[name]):
+                raise ConfigError(f"Comparison.from_dict: {name}: got {shown(data[name])}; allowed: {allowed}.")
         profiles = {name: ModelProfile.from_dict(item) for name, item in data["profiles"].items()}
         return cls(**{**data, "profiles": profiles, "notes": tuple(data["notes"])})
+
+
+def comparison_of_runs(data: Any) -> Comparison:
+    """Return what a run has stored: a dense model and a compressed one at least, with something to divide by.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    table = Comparison.from_dict(data)
+    if len(table.profiles) < 2 or not all(min(each.parameters, each.flops) > 0 for each in table.profiles.values()):
+        raise ConfigError("the comparison lacks a dense and a compressed model with parameters and operations.")
+    return table
+
+
+def _are_models(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(is_line, value))
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(row, Mapping) and all(map(is_number, row.values())) for row in value.values()
+    )
+
+
+def _are_facts(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(each, str) for each in value.values())
+
+
+_ROWS = "a mapping of labels to a number for each model"
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "profiles": (_are_models, "a profile for each model, by names that are texts of one line"),
+    "latency_ms": (_are_rows, _ROWS),
+    "speedup": (_are_rows, _ROWS),
+    "metrics": (_are_rows, _ROWS),
+    "notes": (are_texts, "a list of texts"),
+    "environment": (_are_facts, "a mapping of texts to texts"),
+}
 
 
 def _count(value: int) -> str:

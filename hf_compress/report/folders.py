@@ -1,6 +1,5 @@
 """What a compression run, or a single compressed model, left in a folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
-from hf_compress.report.compare import Comparison
+from hf_compress.reading import are_texts, inside, read_json
+from hf_compress.report.compare import Comparison, comparison_of_runs
 from hf_compress.report.logs import StageLog, read_history
 from hf_compress.report.results import Results
 
@@ -101,9 +101,11 @@ def _finished(directory: Path) -> tuple[Comparison | None, dict[str, Path], tupl
     if not path.is_file():
         return None, {}, ()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        folders = {name: directory / folder for name, folder in data["folders"].items()}
-        comparison, notes = _checked(Comparison.from_dict(data["comparison"])), _sentences(data["notes"])
+        data = read_json(path)
+        folders = {name: inside(directory, folder) for name, folder in data["folders"].items()}
+        comparison, notes = comparison_of_runs(data["comparison"]), tuple(data["notes"])
+        if not are_texts(data["notes"]) or not isinstance(data["metrics"], Mapping):
+            raise TypeError("notes are no list of texts, or metrics no mapping")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     return comparison, folders, notes
@@ -112,32 +114,9 @@ def _finished(directory: Path) -> tuple[Comparison | None, dict[str, Path], tupl
 def _results(path: Path) -> Results:
     try:
         results = Results.load(path)
-        _checked(results.table())
-        _sentences(results.checks)
-        numbers = [
-            number for units in results.kept_units().values() for unit in units for number in (unit.kept, unit.total)
-        ]
-        if not all(isinstance(number, int) for number in [*numbers, results.num_evaluation_examples]):
-            raise TypeError("numbers of units and examples are no whole numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     return results
-
-
-def _checked(table: Comparison) -> Comparison:
-    """Check what a comparison takes as given: it was written by a run, but may have been edited since."""
-    if len(table.profiles) < 2 or not all(min(each.parameters, each.flops) > 0 for each in table.profiles.values()):
-        raise ValueError("the comparison lacks a dense and a compressed model with parameters and operations")
-    table.rows()  # writes every number
-    _sentences(table.notes)
-    dict(table.environment).items()
-    return table
-
-
-def _sentences(given: Any) -> tuple[str, ...]:
-    if isinstance(given, str) or not all(isinstance(each, str) for each in given):
-        raise TypeError(f"got {given!r}, not a list of texts")
-    return tuple(given)
 
 
 def _damaged(path: Path, error: Exception) -> ConfigError:

@@ -1,11 +1,11 @@
 """``write_report``: one page about a run, a model or several runs, in one file that needs nothing else."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_compress.errors import ConfigError
+from hf_compress.reading import write_new
 from hf_compress.report.folders import RECIPE_FILE, RESULT_FILE, is_run, read_run, runs_below
 from hf_compress.report.markup import Markup, tag, text
 from hf_compress.report.overview import overview_sections, overview_summary
@@ -47,12 +47,9 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     directory = Path(directory)
     path = directory / REPORT_FILE if path is None else Path(path)
     page = _page(directory)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(_html(page), encoding="utf-8")
-        os.replace(partial, path)
+        write_new(path, _html(page))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(
             f"{path}: cannot be written ({error}). Give another file, in a folder that exists."
         ) from error

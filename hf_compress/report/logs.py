@@ -1,6 +1,5 @@
 """What a Trainer logged, stage by stage, as curves over the optimizer steps of the whole run."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
+from hf_compress.reading import is_count, is_number, read_json
 
 HISTORY_FILE = "log_history.json"
 FACTS_FILE = "stage.json"
@@ -66,7 +66,7 @@ def read_history(name: str, folder: Path, checkpoints: Path | None, recipe: Reci
     steps = max(entry["step"] for entry in entries)
     facts = folder / FACTS_FILE
     if facts.is_file():
-        steps = max(steps, _read(facts, lambda data: int(data["optimizer_steps"])))
+        steps = max(steps, _read(facts, _steps))
     return StageLog(name=name, entries=entries, steps=steps, targets={} if recipe is None else targets_of(recipe))
 
 
@@ -121,14 +121,20 @@ def _checked(entries: Any) -> list[dict[str, Any]]:
     if not isinstance(entries, list):
         raise TypeError(f"got {type(entries).__name__}, not a list of entries")
     for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        if not isinstance(entry, dict) or not is_count(entry.get("step")):
             raise TypeError("an entry has no step")
     return entries
 
 
+def _steps(data: Any) -> int:
+    if not is_count(data["optimizer_steps"]):
+        raise TypeError("optimizer_steps is no whole number")
+    return int(data["optimizer_steps"])
+
+
 def _read(path: Path, convert: Callable[[Any], T]) -> T:
     try:
-        return convert(json.loads(path.read_text(encoding="utf-8")))
+        return convert(read_json(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: is damaged ({type(error).__name__}: {error}); allowed: what training writes there. Restore the "
@@ -137,4 +143,4 @@ def _read(path: Path, convert: Callable[[Any], T]) -> T:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number(value)

@@ -1,6 +1,7 @@
 """``profile``: what a model weighs and costs, counted rather than guessed."""
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_compress.errors import ConfigError
+from hf_compress.errors import ConfigError, shown
 from hf_compress.graph.capture import evaluating
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.latency.timing import median, run_once, time_interleaved, unwrap
+from hf_compress.reading import is_count, is_line, is_number
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx")
 
@@ -77,9 +79,14 @@ class ModelProfile:
             ConfigError: If keys are missing or unknown.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if set(data) != known:
+        if not isinstance(data, Mapping) or set(data) != known:
+            if not isinstance(data, Mapping):
+                raise ConfigError(f"ModelProfile.from_dict: got {shown(data)}; allowed: a mapping.")
             wrong = sorted(set(data) ^ known)
             raise ConfigError(f"ModelProfile.from_dict: keys {wrong} are unknown or missing; allowed: {sorted(known)}.")
+        for name, value in data.items():
+            if not _FIELDS.get(name, _is_count_or_none)(value):
+                raise ConfigError(f"ModelProfile.from_dict: {name}: got {shown(value)}; allowed: {_ALLOWED}.")
         return cls(**{**data, "inputs": {name: tuple(shape) for name, shape in data["inputs"].items()}})
 
     def __str__(self) -> str:
@@ -100,6 +107,31 @@ class ModelProfile:
             rows["weight files"] = f"{self.measured_bytes:,} bytes"
         width = max(map(len, rows))
         return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
+
+
+def _is_count_or_none(value: Any) -> bool:
+    return value is None or is_count(value)
+
+
+def _is_time_or_none(value: Any) -> bool:
+    return value is None or (is_number(value) and math.isfinite(value) and value >= 0)
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(shape, list | tuple) and all(map(is_count, shape)) for shape in value.values()
+    )
+
+
+_ALLOWED = "what to_dict() returns: whole numbers that are not negative, shapes of inputs, a class's name"
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "model_class": is_line,
+    "latency_ms": _is_time_or_none,
+    "inputs": _are_shapes,
+    **dict.fromkeys(("parameters", "embedding_parameters", "flops", "bytes_on_disk", "peak_memory"), is_count),
+    "num_threads": is_count,
+}
+"""What each stored value has to be, where it is no number that may be missing."""
 
 
 def profile(

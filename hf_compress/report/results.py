@@ -1,5 +1,6 @@
 """``results.json``: everything a model card says, as data that a run writes once."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -8,8 +9,11 @@ from torch import Tensor
 
 from hf_compress.config import Config, Recipe
 from hf_compress.graph.groups import DimensionGroup
-from hf_compress.report.compare import Comparison
+from hf_compress.reading import are_texts, is_count, is_line
+from hf_compress.report.compare import Comparison, comparison_of_runs
 from hf_compress.report.plots import KeptUnits
+
+_PACKAGE = re.compile(r"[A-Za-z0-9][\w.-]*(\[[\w,-]+\])?")
 
 RELATIONS = ("finetune", "quantized")
 """What a compressed model can be to its base model; the Hub also knows adapters and merges."""
@@ -85,18 +89,39 @@ class Results(Config):
     """What the run verified, one sentence each."""
 
     def _validate(self) -> None:
+        for name in ("name", "model", "base_model", "task", "dataset", "evaluation_split"):
+            self._check_line(name)
+        for name in ("dataset_id", "license", "license_name", "license_link", "language"):
+            if getattr(self, name) is not None:
+                self._check_line(name)
+        self._check_code()
+        self._check_bool("base_model_on_hub")
+        if not is_count(self.num_evaluation_examples):
+            raise self._error("num_evaluation_examples", self.num_evaluation_examples, "an int >= 0")
+        if not isinstance(self.training, Mapping):
+            raise self._error("training", self.training, "a mapping of facts")
+        if not are_texts(self.checks):
+            raise self._error("checks", self.checks, "a list of sentences")
         object.__setattr__(self, "checks", tuple(self.checks))
         self._check_choice("base_model_relation", RELATIONS)
-        names = list(self.table().profiles)
+        names = list(comparison_of_runs(self.comparison).profiles)
         if self.model not in names:
             raise self._error("model", self.model, f"a model of the comparison: {names}")
         if self.recipe is not None:
             Recipe.from_dict(self.recipe)
-        try:
-            self.kept_units()
-        except TypeError as error:
-            wanted = 'kind -> list of {"name", "kept", "total"}'
-            raise self._error("kept", self.kept, wanted) from error
+        if not isinstance(self.kept, Mapping) or not all(map(_are_kept, self.kept.values())):
+            raise self._error("kept", self.kept, 'kind -> list of {"name", "kept", "total"}')
+
+    def _check_line(self, name: str) -> None:
+        if not is_line(getattr(self, name)):
+            raise self._error(name, getattr(self, name), "a text of one line")
+
+    def _check_code(self) -> None:
+        """Check what a card puts into code that readers copy."""
+        if not isinstance(self.auto_class, str) or not self.auto_class.isidentifier():
+            raise self._error("auto_class", self.auto_class, "the name of a class")
+        if not isinstance(self.requires, str) or not _PACKAGE.fullmatch(self.requires):
+            raise self._error("requires", self.requires, 'the name of a package, such as "hf-compress[int8]"')
 
     def table(self) -> Comparison:
         """Return the comparison as an object."""
@@ -105,6 +130,19 @@ class Results(Config):
     def kept_units(self) -> dict[str, list[KeptUnits]]:
         """Return what every layer kept, by kind of dimension group."""
         return {kind: [KeptUnits(**unit) for unit in units] for kind, units in self.kept.items()}
+
+
+def _are_kept(units: Any) -> bool:
+    return isinstance(units, list | tuple) and all(
+        isinstance(unit, Mapping)
+        and set(unit) == {"name", "kept", "total"}
+        and is_line(unit["name"])
+        and is_count(unit["kept"])
+        and is_count(unit["total"])
+        and unit["kept"] <= unit["total"]
+        and unit["total"] > 0
+        for unit in units
+    )
 
 
 def kept_units(groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from hf_compress.errors import ShrinkError
 from hf_compress.graph.accept import check_model
 from hf_compress.graph.groups import DimensionGroup, ParameterSlice, within
 from hf_compress.graph.model import ModelGraph
+from hf_compress.reading import are_positions, is_count, parse_json
 from hf_compress.shrinking.depth import inherited_integers, renamed
 from hf_compress.shrinking.masks import unit_masks
 from hf_compress.shrinking.sizes import METHOD, stored_sizes
@@ -109,33 +110,64 @@ class ShrinkPlan:
             ShrinkError: If the text is no plan.
         """
         try:
-            data = json.loads(text)
-            groups = {
-                name: GroupPlan(**{**group, "kept": tuple(group["kept"]), "silenced": tuple(group["silenced"])})
-                for name, group in data["groups"].items()
-            }
-            keep, zero = (
-                {name: {int(dim): list(where) for dim, where in dims.items()} for name, dims in data[key].items()}
-                for key in ("keep", "zero")
-            )
-            before, after = data["num_parameters"]
-            attributes = tuple(
-                AttributeValue(str(a["module"]), tuple(a["path"]), int(a["value"])) for a in data["attributes"]
-            )
-            layers = {name: tuple(int(i) for i in kept) for name, kept in data["layers"].items()}
-            emptied = {name: (output, length) for name, (output, length) in data["emptied"].items()}
-            return cls(
-                layers=layers,
-                emptied=emptied,
-                model_class=data["model_class"],
-                groups=groups,
-                keep=keep,
-                zero=zero,
-                num_parameters=(before, after),
-                attributes=attributes,
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls(**_fields(parse_json(text)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShrinkError(f"ShrinkPlan.from_json: not a plan written by to_json(): {error!r}") from error
+
+
+def _fields(data: Any) -> dict[str, Any]:
+    """Return the fields of a plan that was read.
+
+    Raises:
+        ValueError: If a value cannot be one of a plan; of another type, some raise a KeyError, TypeError or
+            AttributeError.
+    """
+    before, after = data["num_parameters"]
+    model_class = data["model_class"]
+    _require(type(model_class) is str and is_count(before) and is_count(after) and after <= before, "num_parameters")
+    layers = {name: tuple(kept) for name, kept in data["layers"].items()}
+    _require(all(map(are_positions, layers.values())), "layers")
+    return {
+        "model_class": model_class,
+        "groups": {name: _group(name, group) for name, group in data["groups"].items()},
+        "keep": _positions("keep", data["keep"]),
+        "zero": _positions("zero", data["zero"]),
+        "num_parameters": (before, after),
+        "emptied": {name: _emptied(*how) for name, how in data["emptied"].items()},
+        "layers": layers,
+        "attributes": tuple(_attribute(**each) for each in data["attributes"]),
+    }
+
+
+def _group(name: str, data: Mapping[str, Any]) -> GroupPlan:
+    group = GroupPlan(**{**data, "kept": tuple(data["kept"]), "silenced": tuple(data["silenced"])})
+    good = type(group.kind) is str and is_count(group.num_units) and is_count(group.parameters_per_unit)
+    parts = all(are_positions(part, group.num_units) for part in (group.kept, group.silenced))
+    _require(good and parts, f"groups: {name!r}")
+    return group
+
+
+def _positions(where: str, data: Mapping[str, Any]) -> Positions:
+    found = {name: {int(dim): where for dim, where in dims.items()} for name, dims in data.items()}
+    for name, dims in found.items():
+        _require(all(dim >= 0 and are_positions(kept) for dim, kept in dims.items()), f"{where}: {name!r}")
+    return found
+
+
+def _emptied(output: Any, length: Any) -> tuple[str | None, int | None]:
+    _require(isinstance(output, str | None) and (length is None or is_count(length)), "emptied")
+    return output, length
+
+
+def _attribute(module: Any, path: Any, value: Any) -> AttributeValue:
+    good = isinstance(path, list) and bool(path) and all(type(part) in (str, int) for part in path)
+    _require(type(module) is str and type(value) is int and good, "attributes")
+    return AttributeValue(module, tuple(path), value)
+
+
+def _require(condition: bool, where: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}: numbers are whole and not negative, positions ascend, none is there twice")
 
 
 def plan_shrink(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.errors import TrainingError
+from hf_compress.reading import read_json
 from hf_compress.teachers.inputs import InputSpec
 
 MANIFEST = "teacher_outputs.json"
@@ -125,9 +126,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
             "this directory, which goes on where it was interrupted."
         )
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, MAX_BYTES)
         _require(isinstance(document, dict), "no object")
         version = document.get("schema_version")
         _require(version == SCHEMA_VERSION, f"schema_version is {version!r}, allowed: {SCHEMA_VERSION}")

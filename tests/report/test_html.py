@@ -171,7 +171,13 @@ def test_hostile_names_stay_text(tmp_path, page) -> None:
     run = report_folders.write_run(tmp_path / "run", table, {"model": HOSTILE, "dataset": dataset})
     unit = {"name": HOSTILE, "kept": 1, "total": 2}
     report_folders.results(
-        "compressed", table, kept={HOSTILE: [unit]}, requires=HOSTILE, checks=(HOSTILE,), auto_class=HOSTILE
+        "compressed",
+        table,
+        kept={HOSTILE: [unit]},
+        checks=(HOSTILE,),
+        task=HOSTILE,
+        dataset=HOSTILE,
+        base_model=HOSTILE,
     ).save(run / "compressed" / "results.json")
     log = [{"step": 1, f"{HOSTILE}_loss": 0.5}, {"step": 2, HOSTILE: 1.0}]
     report_folders.write_json(run / "compressed" / "log_history.json", log)
