@@ -13,12 +13,12 @@ import pytest
 import tiny_models
 import torch
 from hostile import ESCAPE, JSON, SAFETENSORS, changed, contained, refused
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from uneven_models import uneven_bert
 
-from hf_compress import cli
+from hf_compress import cli, export_quantized
 from hf_compress.errors import CompressionError, ExportError
 from hf_compress.export.contents import contents_of
 
@@ -185,11 +185,13 @@ def test_weight_files_of_uneven_models(attack, uneven) -> None:
 
 def replace(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     tensors = load_file(folder / "model.safetensors")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
     if tensor is None:
         del tensors[name]
     else:
         tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
 
 
 @pytest.mark.parametrize(
@@ -275,3 +277,14 @@ def test_compare_names_the_model_that_is_damaged(templates, uneven, capsys) -> N
     with contained(uneven):
         assert cli.main(["compare", str(templates / "plain"), str(uneven)]) == cli.EXIT_ERROR
     assert str(uneven) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("form", ["torchao", "compressed-tensors"])
+def test_steps_that_are_none(form, step, tmp_path) -> None:
+    pytest.importorskip(form.replace("-", "_"))
+    folder = export_quantized(uneven_bert(), tmp_path / "model", format=form, verify=False)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("scale") and "layer.0" in name)
+    replace(folder, name, torch.full_like(tensors[name], step))
+    refused(folder, lambda: LOAD(folder), "model.safetensors", ExportError)
