@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,17 @@ import torch
 from hub_server import hub_server
 from transformers import AutoModelForSequenceClassification
 
+import hf_compress_cli.parser as parsing
 from hf_compress import cli, shrink
 from hf_compress.config import Recipe
 from hf_compress.export.card import write_card
-from hf_compress.report.compare import Comparison, compare
+from hf_compress.export.formats.table import FORMATS
+from hf_compress.latency.timing import DEFAULT_ROUNDS
+from hf_compress.report.compare import DEFAULT_LENGTH, Comparison, compare
+from hf_compress.report.html import REPORT_FILE
 from hf_compress.report.results import Results
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +157,47 @@ def test_the_help_of_push_says_what_every_option_does(capsys) -> None:
         "one commit",
     ):
         assert part in text
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process that can import the package."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_help_comes_without_loading_the_package() -> None:
+    program = """
+import sys
+from contextlib import suppress
+from hf_compress_cli import main
+for command in sys.argv[1:]:
+    with suppress(SystemExit):
+        main([command, "--help"])
+with suppress(SystemExit):
+    main(["--help"])
+print(sorted({"hf_compress", "torch", "transformers", "datasets"} & set(sys.modules)))
+"""
+    done = python("-c", program, *cli.COMMANDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: hf-compress") == len(cli.COMMANDS) + 1
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_installed_command_prints_what_it_has_to_say_alone(tmp_path) -> None:
+    done = python("-m", "hf_compress_cli", "card", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}: holds no results.json")
+
+
+def test_the_parser_knows_the_packages_constants_and_commands() -> None:
+    assert tuple(FORMATS) == parsing.FORMATS
+    assert (parsing.DEFAULT_LENGTH, parsing.DEFAULT_ROUNDS) == (DEFAULT_LENGTH, DEFAULT_ROUNDS)
+    assert parsing.REPORT_FILE == REPORT_FILE
+    commands = next(action.choices for action in parsing.make_parser()._actions if action.dest == "command")
+    assert set(commands) == set(cli.COMMANDS)
 
 
 def test_card_is_written_again(capsys, tmp_path) -> None:

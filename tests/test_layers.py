@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
 
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 FILES = sorted(PACKAGE.rglob("*.py"))
+COMMAND = sorted((PACKAGE.parent / "hf_compress_cli").glob("*.py"))
 
 
 def part_of(path: Path) -> str:
@@ -90,6 +91,15 @@ def test_file(path: Path) -> None:
     assert large_classes(source) == []
     if path != PACKAGE / "__init__.py":
         assert violations(part_of(path), source) == []
+
+
+@pytest.mark.parametrize("path", COMMAND, ids=lambda path: path.name)
+def test_file_of_the_installed_command(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.isascii()
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    assert long_functions(source) == []
+    assert set(imported_parts(ast.parse(source))) <= ({"cli"} if path.stem == "__init__" else set())
 
 
 def test_every_part_has_a_layer() -> None:
