@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from hf_compress.config import QuantizationConfig, SweepConfig
-from hf_compress.errors import CompressionError, ConfigError, SweepError
+from hf_compress.errors import CompressionError, ConfigError, ExportError, SweepError
 from hf_compress.export.card import write_card
 from hf_compress.export.contents import contents_of
 from hf_compress.export.hub import push_to_hub
 from hf_compress.export.pretrained import stored_method
 from hf_compress.export.quantized import export_quantized
+from hf_compress.export.saving import MAIN_FILES
 from hf_compress.export.skeleton import build_skeleton
 from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import dimension_groups
@@ -59,9 +60,17 @@ def execute(given: argparse.Namespace) -> int:
     try:
         sys.stdout.write(f"{COMMANDS[given.command](given)}\n")
     except CompressionError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_ERROR
+        return _fail(str(error))
+    except OSError as error:  # of a file or folder that was named
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}. Name another file or folder, or mend its permissions.")
     return 0
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return EXIT_ERROR
 
 
 def _inspect(given: argparse.Namespace) -> str:
@@ -187,6 +196,11 @@ def _push(given: argparse.Namespace) -> str:
 
 
 def _export(given: argparse.Namespace) -> str:
+    held = [name for name in MAIN_FILES if (Path(given.directory) / name).is_file()]
+    if held:
+        raise ExportError(
+            f"{given.directory}: holds a model ({held[0]}), which would be replaced. Choose another folder."
+        )
     model = load_model(given.model, given.auto_class)
     config = None if given.config is None else QuantizationConfig.load(given.config)
     directory = export_quantized(

@@ -67,7 +67,7 @@ def _add_report(commands: Any) -> None:
 def _add_export(commands: Any, loading: argparse.ArgumentParser) -> None:
     export = commands.add_parser("export", parents=[loading], help="save a model with integer weights")
     export.add_argument("model", help=MODEL_HELP)
-    export.add_argument("directory", help="folder to write")
+    export.add_argument("directory", help="folder to write; one that holds a model is not overwritten")
     export.add_argument("--format", default=FORMATS[0], help=f"{', '.join(FORMATS)} (default: {FORMATS[0]})")
     export.add_argument("--exclude", action="append", help="regular expression of Linear layers to leave as they are")
     export.add_argument("--config", help=".yaml or .json file of a QuantizationConfig: which numbers")

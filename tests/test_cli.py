@@ -122,6 +122,16 @@ def test_export_writes_a_model_that_loads(folder, capsys, tmp_path) -> None:
     assert not list((tmp_path / "dense").glob("tokenizer*"))
 
 
+def test_export_replaces_no_model(folder, capsys, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    held = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    for source in (str(tmp_path / "mine"), folder):
+        code, _, err = run(capsys, "export", source, str(tmp_path / "mine"), "--format", "dense", "--no-verify")
+        assert code == 2
+        assert "holds a model (config.json)" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == held
+
+
 def test_push_uploads_a_folder(capsys, tmp_path, monkeypatch) -> None:
     tiny_models.bert().save_pretrained(tmp_path / "small")
     with hub_server() as hub:

@@ -37,13 +37,17 @@ class _Column:
         return None if value == UNLABELED else self.names[value]
 
 
-def number_labels(splits: Splits, column: str, orders: Iterable[Sequence[str]] = ()) -> tuple[Splits, tuple[str, ...]]:
+def number_labels(
+    splits: Splits, column: str, orders: Iterable[Sequence[str]] = (), *, per_word: bool = True
+) -> tuple[Splits, tuple[str, ...]]:
     """Replace a column of labels by ``LABELS``, numbers from 0 on; rows without a label are left out.
 
     Args:
         splits: Data that have the column.
         column: Holds classes, numbers or texts, or lists of them, one for each word.
         orders: The first of these that consists of the data's labels gives the order: that of a model that knows them.
+
+        per_word: Whether lists are such; otherwise an example has one class.
 
     Returns:
         The data, and the names of the labels.
@@ -52,6 +56,11 @@ def number_labels(splits: Splits, column: str, orders: Iterable[Sequence[str]] =
         ConfigError: If labels are no classes, or there are none.
     """
     how = _describe(splits.train.features[column], column)
+    if how.is_list and not per_word:
+        raise ConfigError(
+            f"dataset: column {column!r} holds lists of labels; one class for each example is needed. Name another "
+            "label_column; models with several labels for an example are trained with a Trainer and the callbacks."
+        )
     read = {which: [_read(how, value) for value in part[column]] for which, part in splits.named().items()}
     names = how.names
     if names is None:

@@ -25,7 +25,7 @@ from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import merged, with_adapters
 from hf_compress.recipe.measure import measure
 from hf_compress.recipe.publish import check_upload, publish
-from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
+from hf_compress.recipe.result import CHECKPOINTS, RESULT_FILE, RunResult, check_output, make_output
 from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, dense_model, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
 from hf_compress.recipe.trial import preview_stages
@@ -62,8 +62,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     _check_storable(recipe, prepared)
     notes = prepared.notes()
     if prepared.args.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(output / RECIPE_FILE)
+        make_output(recipe, output)
     metrics: Mapping[str, float] = {}
     for before, stage in zip((None, *stages), stages, strict=False):
         if not stage.is_finished():

@@ -92,11 +92,22 @@ class Results(Config):
             raise self._error("model", self.model, f"a model of the comparison: {names}")
         if self.recipe is not None:
             Recipe.from_dict(self.recipe)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Files are edited by hand, too."""
         try:
-            self.kept_units()
-        except TypeError as error:
-            wanted = 'kind -> list of {"name", "kept", "total"}'
-            raise self._error("kept", self.kept, wanted) from error
+            units = [unit for several in self.kept_units().values() for unit in several]
+            right = all(isinstance(unit.name, str) and _are_counts(unit.kept, unit.total) for unit in units)
+        except (TypeError, AttributeError):
+            right = False
+        if not right:
+            raise self._error(
+                "kept", self.kept, 'kind -> list of {"name", "kept", "total"}, the last two whole numbers'
+            )
+        metrics = self.table().metrics
+        if not isinstance(metrics, Mapping) or not all(_are_scores(values) for values in metrics.values()):
+            raise self._error("comparison.metrics", metrics, "metric -> model -> number")
 
     def table(self) -> Comparison:
         """Return the comparison as an object."""
@@ -105,6 +116,16 @@ class Results(Config):
     def kept_units(self) -> dict[str, list[KeptUnits]]:
         """Return what every layer kept, by kind of dimension group."""
         return {kind: [KeptUnits(**unit) for unit in units] for kind, units in self.kept.items()}
+
+
+def _are_counts(*values: object) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
+def _are_scores(values: object) -> bool:
+    return isinstance(values, Mapping) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values.values()
+    )
 
 
 def kept_units(groups: Iterable[DimensionGroup], masks: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:

@@ -291,3 +291,12 @@ def test_dying_while_moving_leaves_nothing_that_loads(victim, tmp_path, monkeypa
     assert not (out / "config.json").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForSequenceClassification.from_pretrained(out)
+
+
+def test_the_folder_of_the_model_itself_is_refused(tmp_path) -> None:
+    tiny_models.bert().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ExportError, match=r"was loaded from.*Choose another folder"):
+        export_quantized(model, tmp_path, "dense", verify=False)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
