@@ -251,6 +251,18 @@ def test_errors_are_one_message_and_exit_code_2(arguments, message, folder, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_errors_of_the_system_name_the_file(capsys, monkeypatch) -> None:
+    def full(_: object) -> str:
+        raise PermissionError(13, "Permission denied", "/here")
+
+    monkeypatch.setitem(cli.COMMANDS, "card", full)
+    code, _, err = run(capsys, "card", "x")
+    assert (code, err) == (
+        2,
+        "error: /here: Permission denied. Name another file or folder, or mend its permissions.\n",
+    )
+
+
 def test_misspelled_commands_and_counts_end_with_usage(folder, capsys) -> None:
     for arguments in (("inspekt", folder), ("profile", folder, "--batch-size", "0"), ()):
         with pytest.raises(SystemExit) as stop:

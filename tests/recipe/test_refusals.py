@@ -74,7 +74,6 @@ def test_one_message_and_exit_code_2(settings, message, tmp_path, monkeypatch, c
     [
         ([{"review": "a b", "stars": ""}] * 4, "column 'stars' has no values in the training data"),
         ([{"review": "", "stars": "up"}] * 4, "column 'review' has no values in the training data"),
-        ([{"review": "a", "stars": [1, 0, 1]}] * 4, "column 'stars' holds lists of labels; one class for each example"),
         ([{"review": "a", "stars": 0.5}] * 4, "column 'stars' holds float64 values; class labels are needed"),
         ([{"review": 3, "stars": "up"}] * 4, "column 'review' of the training data holds"),
         ([{"review": "a", "stars": "up"}], "1 examples are too few to hold some out"),
@@ -85,6 +84,14 @@ def test_useless_data_are_one_message(rows, message, tmp_path, capsys) -> None:
     recipe_files.write_csv(tmp_path / "reviews.csv", rows)
     assert hf_compress(tmp_path, recipe, "--dry-run") == 2
     assert message in capsys.readouterr().err
+
+
+def test_several_labels_for_an_example_are_refused(tmp_path, capsys) -> None:
+    recipe = recipe_files.classification(tmp_path)
+    rows = [{"review": "a", "stars": [1, 0, 1]}] * 4
+    recipe["dataset"]["path"] = recipe_files.write_json(tmp_path / "reviews.jsonl", rows)
+    assert hf_compress(tmp_path, recipe, "--dry-run") == 2
+    assert "column 'stars' holds lists of labels; one class for each example" in capsys.readouterr().err
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys) -> None:
