@@ -34,7 +34,7 @@ class RecipeArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name of the data set, or a folder"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     data_file: str | None = field(
-        default=None, metadata={"help": "instead of --dataset_name: a .csv, .tsv, .json, .jsonl or .parquet file"}
+        default=None, metadata={"help": "instead of --dataset_name: a .csv, .tsv, .json, .jsonl, .parquet or .txt file"}
     )
     train_split: str | None = field(default=None, metadata={"help": "split to train on (default: train)"})
     eval_split: str | None = field(default=None, metadata={"help": "split to evaluate on (default: test, validation)"})
