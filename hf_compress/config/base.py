@@ -198,6 +198,8 @@ def read_file(path: Path, kind: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if suffix == "json" else parse_yaml(text)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file; give the path of a {kind} file.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
     if not isinstance(data, dict):
