@@ -72,6 +72,7 @@ def measured(run: RunFolder, first: int = 1, group: int | None = None) -> list[M
             reference=table.profiles[dense],
             comparison=table,
             group=group if group is not None else int(name != dense),
+            seed="" if run.recipe is None else seeds_of(run.recipe).get("seed", ""),
         )
         for number, (name, profile) in enumerate(table.profiles.items(), first)
     ]
