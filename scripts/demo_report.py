@@ -96,6 +96,7 @@ def write_results(
             base_model=base,
             base_model_on_hub=not local,
             auto_class="AutoModelForSequenceClassification",
+            processor_class="AutoTokenizer",
             requires="hf-compress[int8]" if name == INT8 else "hf-compress",
             task="text-classification",
             dataset=demo_data.DATASET_NAME if own_data else str(settings.dataset),

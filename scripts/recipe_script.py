@@ -34,7 +34,7 @@ class RecipeArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name of the data set, or a folder"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     data_file: str | None = field(
-        default=None, metadata={"help": "instead of --dataset_name: a .csv, .tsv, .json, .jsonl or .parquet file"}
+        default=None, metadata={"help": "instead of --dataset_name: a .csv, .tsv, .json, .jsonl, .parquet or .txt file"}
     )
     train_split: str | None = field(default=None, metadata={"help": "split to train on (default: train)"})
     eval_split: str | None = field(default=None, metadata={"help": "split to evaluate on (default: test, validation)"})
@@ -125,8 +125,27 @@ def build_recipe(task: str, kind: type, columns: Columns, given: Mapping[str, An
         "dataset": _data(stored.get("dataset") or {}, columns(SimpleNamespace(**given)), given),
     }
     stored |= {name: value for name, value in changes.items() if value is not None}
+    stored |= _upload(stored, training)
     stored["training"] = {**(stored.get("training") or {}), **training} or None
     return Recipe.from_dict(stored), resume
+
+
+def _upload(stored: Mapping[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """Take what Transformers' arguments say of the Hub out of them; return the recipe's fields for it.
+
+    The Trainer would upload weights of the dense model's size; the recipe uploads what it has made of them.
+    """
+    push, name, private = (training.pop(key, None) for key in ("push_to_hub", "hub_model_id", "hub_private_repo"))
+    if push is False:
+        if name is not None or private:
+            raise ConfigError("--push_to_hub: got false beside a repository; leave one of them out.")
+        return {"hub_model_id": None, "hub_private": False}
+    name = name or stored.get("hub_model_id")
+    if push and name is None and stored.get("output"):
+        name = Path(stored["output"]).resolve().name  # as the Trainer does
+    if private is not None and name is None:
+        raise ConfigError("--hub_private_repo: has no effect without an upload; give --push_to_hub or --hub_model_id.")
+    return {"hub_model_id": name, "hub_private": bool(stored.get("hub_private") if private is None else private)}
 
 
 def _data(stored: Mapping[str, Any], columns: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from hub_server import hub_server
 from transformers import AutoModelForSequenceClassification
 
 from hf_compress import cli, shrink
+from hf_compress.commands import make_parser
 from hf_compress.config import Recipe
 from hf_compress.export.card import write_card
 from hf_compress.report.compare import Comparison, compare
 from hf_compress.report.results import Results
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,16 @@ def test_export_writes_a_model_that_loads(folder, capsys, tmp_path) -> None:
     assert not list((tmp_path / "dense").glob("tokenizer*"))
 
 
+def test_export_replaces_no_model(folder, capsys, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    held = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    for source in (str(tmp_path / "mine"), folder):
+        code, _, err = run(capsys, "export", source, str(tmp_path / "mine"), "--format", "dense", "--no-verify")
+        assert code == 2
+        assert "holds a model (config.json)" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == held
+
+
 def test_push_uploads_a_folder(capsys, tmp_path, monkeypatch) -> None:
     tiny_models.bert().save_pretrained(tmp_path / "small")
     with hub_server() as hub:
@@ -148,6 +161,11 @@ def test_the_help_of_push_says_what_every_option_does(capsys) -> None:
         "one commit",
     ):
         assert part in text
+
+
+def test_every_command_of_the_parser_is_carried_out() -> None:
+    commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
+    assert set(commands) == set(cli.COMMANDS)
 
 
 def test_card_is_written_again(capsys, tmp_path) -> None:
@@ -189,6 +207,18 @@ def test_errors_are_one_message_and_exit_code_2(arguments, message, folder, caps
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_system_name_the_file(capsys, monkeypatch) -> None:
+    def full(_: object) -> str:
+        raise PermissionError(13, "Permission denied", "/here")
+
+    monkeypatch.setitem(cli.COMMANDS, "card", full)
+    code, _, err = run(capsys, "card", "x")
+    assert (code, err) == (
+        2,
+        "error: /here: Permission denied. Name another file or folder, or mend its permissions.\n",
+    )
 
 
 def test_misspelled_commands_and_counts_end_with_usage(folder, capsys) -> None:

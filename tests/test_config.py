@@ -321,3 +321,8 @@ def test_rules_round_trip_and_change_only_what_they_say() -> None:
     assert (one.criterion, one.structures, one.multiple_of, one.score_decay) == ("l2", {"heads": 0.25}, 1, 0.95)
     assert (two.criterion, two.end, two.multiple_of) == ("taylor", "1 epoch", 8)
     assert rest.rules == () and rest.structures == config.structures
+
+
+def test_a_missing_file_is_called_missing(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: there is no such file; give the path of a Recipe file"):
+        Recipe.load(tmp_path / "none.yaml")

@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"ptq"},
     {"export", "search", "metrics"},
     {"recipe"},
+    {"commands"},
     {"cli", "extend"},
 ]
 """Lowest first. A part may import from lower layers and from itself, not from its siblings."""

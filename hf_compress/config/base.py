@@ -181,6 +181,8 @@ def read_file(path: Path, kind: str) -> dict[str, Any]:
     try:
         text = read_text(path)
         data = parse_json(text) if suffix == "json" else parse_yaml(text)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file; give the path of a {kind} file.") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as {suffix}: {error}") from error
     if not isinstance(data, dict):

@@ -20,12 +20,21 @@ METHODS: dict[str, type[Config]] = {
 }
 """Sections that say what is done to the model; one is needed at least."""
 
+_UPLOAD = "Set the recipe's hub_model_id, and hub_private: the compressed model is uploaded when the run is over. "
+_UPLOAD += "A Trainer would upload weights of the dense model's size."
 _NOT_HERE = {
     "output_dir": "Set the recipe's output; checkpoints go to a folder in it.",
     "resume_from_checkpoint": "Run with --resume, or run_recipe(..., resume=True).",
     "do_train": "A recipe always trains, evaluates and saves.",
     "do_eval": "Set eval_strategy to evaluate while training; a recipe always evaluates at the end.",
     "do_predict": "A recipe predicts nothing; load the saved model.",
+    "push_to_hub": _UPLOAD,
+    "hub_model_id": _UPLOAD,
+    "hub_private_repo": _UPLOAD,
+    "hub_strategy": _UPLOAD,
+    "hub_always_push": _UPLOAD,
+    "hub_revision": f"{_UPLOAD} For a branch, call hf-compress push --revision.",
+    "hub_token": "Recipes are uploaded with their models. Log in with `hf auth login`, or set HF_TOKEN.",
 }
 """Fields of TrainingArguments that a recipe has another way for -> that way."""
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,7 +14,7 @@ from hf_compress.errors import ExportError
 from hf_compress.report.compare import Comparison
 from hf_compress.report.plots import plot_kept_units
 from hf_compress.report.results import Results
-from hf_compress.report.wording import UNNAMED, loading_code, measured_on
+from hf_compress.report.wording import UNNAMED, literal, loading_code, measured_on, needs
 
 PICTURE = "kept_units.png"
 CARD = "README.md"
@@ -123,7 +124,7 @@ def _metric_type(metric: str) -> str:
 def _body(results: Results, has_picture: bool) -> str:
     table = results.table()
     parts = [
-        f"# {results.name}",
+        f"# {literal(results.name)}",
         _summary(results, table),
         "## Results",
         measured_on(results),
@@ -152,15 +153,18 @@ def _summary(results: Results, table: Comparison) -> str:
         for label, ratios in table.speedup.items()
         if results.model in ratios
     )
-    base = f"[{results.base_model}](https://huggingface.co/{results.base_model})"
+    base = literal(results.base_model)
+    if results.base_model_on_hub:
+        base = f"[{base}](https://huggingface.co/{quote(results.base_model)})"
     return (
-        f"{base if results.base_model_on_hub else results.base_model}, fine-tuned on {results.dataset} and compressed "
+        f"{base}, fine-tuned on {literal(results.dataset)} and compressed "
         f"with hf-compress: {share}{', ' if faster else ''}{faster}, against the dense model in the same run."
     )
 
 
 def _load_snippet(results: Results) -> str:
-    return f"```bash\npip install '{results.requires}'\n```\n\n```python\n{loading_code(results.auto_class)}\n```"
+    code = loading_code(results.auto_class, processor_class=results.processor_class)
+    return f"{literal(needs(results.requires))}\n\n```python\n{code}\n```"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ def push_to_hub(
         )
     card = _checked_card(directory) if CARD in contents.files else None
     api = HfApi(token=token)
+    sent = False
     try:
         if card is not None:
             _ask_about(card)
@@ -75,6 +76,7 @@ def push_to_hub(
             _make_branch(api, name, revision, create_pr)
         operations = _operations(directory, contents, card, name, revision)
         operations += _deletions(api, contents, name, revision, private)
+        sent = True
         return api.create_commit(
             name,
             operations,
@@ -86,9 +88,12 @@ def push_to_hub(
         raise ExportError(f"{directory}: {error}") from error.__cause__
     except Exception as error:  # of the Hub, of two HTTP libraries and of the network: no common class, one remedy
         command = push_command(directory, repo_id, private=private, revision=revision, create_pr=create_pr)
+        outcome = "was not uploaded"
+        if sent and not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled):
+            outcome = "the answer got lost, so it is not known whether it was uploaded"
         raise ExportError(
-            f"{directory}: was not uploaded to {repo_id}: {_reason(error)} {_advice(error)}The folder is unchanged, "
-            f"and uploads are all or nothing. Try again: {command}"
+            f"{directory}: {outcome} to {repo_id}: {_reason(error)} {_advice(error)}The folder is unchanged, and "
+            f"uploads are all or nothing; what is there already is not sent again. Try again: {command}"
         ) from error
 
 
@@ -189,7 +194,10 @@ def _deletions(
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError | AttributeError | TypeError):  # of an answer that the client did not expect
+        text = f"an answer of the Hub has another form than expected ({type(error).__name__}: {text})"
+    text = text or type(error).__name__
     return text if text.endswith(".") else f"{text}."
 
 

@@ -46,7 +46,8 @@ def export_quantized(
 
     Args:
         model: A floating-point model, with quantizers or without.
-        directory: Where to save. A folder that holds a model is overwritten, its other files stay.
+        directory: Where to save. A folder that holds another model is overwritten, its other files stay; that which the
+            model was loaded from is refused.
         format: ``"torchao"``: int8 weights and, when loaded, integer arithmetic; loads with ``from_pretrained`` where
             torchao is installed. ``"compressed-tensors"``: 2 to 8 bits, inputs of any kind, for vLLM; loads with
             ``from_pretrained`` where compressed-tensors is installed, and computes in floating point there. (For both,
@@ -77,6 +78,7 @@ def export_quantized(
         raise ExportError(f"export_quantized: config is a {type(config).__name__}; pass a QuantizationConfig.")
     directory = Path(directory)
     check_target(directory)
+    _check_not_its_own(model, directory)
     _check_model(model)
     _check_finite(model)
     duplicate = copy.deepcopy(model)
@@ -131,6 +133,16 @@ def _check_installed(format: Format, verify: bool) -> None:
         except ExportError as error:
             hint = "" if format.needed_to_write else " Writing alone does not need it: pass verify=False."
             raise ExportError(f"{error}{hint}") from error
+
+
+def _check_not_its_own(model: PreTrainedModel, directory: Path) -> None:
+    """The model would be gone, and what its folder says about it, such as its card, would be about another one."""
+    source = getattr(model, "name_or_path", None)
+    if source and directory.is_dir() and Path(source).is_dir() and Path(source).samefile(directory):
+        raise ExportError(
+            f"{directory}: is the folder that the {type(model).__name__} was loaded from, which integers would "
+            "replace. Choose another folder."
+        )
 
 
 def _check_model(model: PreTrainedModel) -> None:

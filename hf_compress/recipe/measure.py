@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.config.recipe import DENSE
 from hf_compress.export.card import write_card
@@ -86,6 +86,7 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts, inh
     assert recipe.model is not None and recipe.dataset is not None
     own_model, own_data = Path(recipe.model).exists(), Path(recipe.dataset.path).exists()
     short = Path(recipe.model).name
+    is_text = isinstance(prepared.processor, PreTrainedTokenizerBase)
     return Results(
         name=f"{short} {name}",
         model=name,
@@ -93,6 +94,7 @@ def _results(prepared: Prepared, name: str, table: Comparison, facts: Facts, inh
         base_model_on_hub=not own_model,
         base_model_relation="quantized" if _is_exported(recipe.export, name) else "finetune",
         auto_class=prepared.task.auto_class.__name__,
+        processor_class="AutoTokenizer" if is_text else "AutoImageProcessor",
         requires=_requirement(recipe.export, name),
         task=prepared.task.hub_name,
         dataset=Path(recipe.dataset.path).name if own_data else recipe.dataset.path,

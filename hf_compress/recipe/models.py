@@ -73,9 +73,11 @@ def load_student(name: str, task: "Task", processor: Any, labels: Sequence[str])
 
 def _fit_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.weight.shape[0]:
+    needed = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    if needed > embeddings.weight.shape[0]:
         raise ConfigError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds only {embeddings.weight.shape[0]}."
+            f"{name}: the tokenizer has {needed} tokens, the model embeds only {embeddings.weight.shape[0]}. Use the "
+            "model's own tokenizer, or call model.resize_token_embeddings and save the model again."
         )
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -88,6 +88,21 @@ class RunResult:
         return "\n".join(lines)
 
 
+def make_output(recipe: Recipe, output: Path) -> None:
+    """Make the output folder, and write the recipe into it.
+
+    Raises:
+        ConfigError: If that is not possible.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.save(output / RECIPE_FILE)
+    except OSError as error:
+        raise ConfigError(
+            f"Recipe.output: {output} cannot be written ({error}). Choose another output, or mend its permissions."
+        ) from error
+
+
 def check_output(recipe: Recipe, resume: bool) -> Path:
     """Check that a run may write to the recipe's output folder; nothing is written.
 

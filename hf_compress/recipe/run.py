@@ -24,8 +24,8 @@ from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import merged, with_adapters
 from hf_compress.recipe.measure import measure
-from hf_compress.recipe.publish import publish
-from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult, check_output
+from hf_compress.recipe.publish import check_upload, publish
+from hf_compress.recipe.result import CHECKPOINTS, RESULT_FILE, RunResult, check_output, make_output
 from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, dense_model, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
 from hf_compress.recipe.trial import preview_stages
@@ -52,6 +52,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     """
     if dry_run:
         _check_complete(recipe)
+        check_upload(recipe)
         with tempfile.TemporaryDirectory() as scratch:  # a Trainer makes its folder at once
             return _preview(recipe, check_output(recipe, resume), Path(scratch))
     output, stages = check_run(recipe, resume)
@@ -61,8 +62,7 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     _check_storable(recipe, prepared)
     notes = prepared.notes()
     if prepared.args.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(output / RECIPE_FILE)
+        make_output(recipe, output)
     metrics: Mapping[str, float] = {}
     for before, stage in zip((None, *stages), stages, strict=False):
         if not stage.is_finished():
@@ -95,6 +95,7 @@ def check_run(recipe: Recipe, resume: bool) -> tuple[Path, Sequence[Stage]]:
     output = check_output(recipe, resume)
     stages = stages_of(recipe, output)
     if not (output / RESULT_FILE).is_file():
+        check_upload(recipe)
         for stage in stages:
             make_callbacks(stage.recipe)
             training_arguments(stage.recipe, stage.checkpoints)

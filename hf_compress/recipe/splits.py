@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from hf_compress.config import DatasetConfig
 from hf_compress.errors import ConfigError, choices
@@ -112,10 +113,23 @@ def _load(config: DatasetConfig) -> Any:
             found = load_dataset(config.path, config.name)
     except Exception as error:  # whatever the parsers of all formats raise
         raise ConfigError(
-            f"dataset {config.path!r}: cannot be loaded from the Hub or from disk: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"dataset {config.path!r}: cannot be loaded from the Hub or from disk: {_cause(error)}"
         ) from error
     return DatasetDict({"train": found}) if isinstance(found, Dataset) else found
+
+
+def _cause(error: Exception) -> str:
+    """Return the first cause that says anything, and what to do about those that are frequent."""
+    if "corresponds to no data" in str(error):
+        return "it has no rows. Give a file with at least two."
+    while isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    remedy = ""
+    if isinstance(error, UnicodeDecodeError):
+        remedy = ". Save the file as UTF-8"
+    elif type(error).__name__ == "EmptyDataError":  # of pandas, which reads CSV
+        remedy = ". The file is empty; give one with a row of column names and at least two more"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{remedy}"
 
 
 def _flattened(splits: Any, config: DatasetConfig) -> Any:

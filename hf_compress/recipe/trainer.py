@@ -103,7 +103,9 @@ def _numbered(splits: Splits, recipe: Recipe, column: str, model_config: Any) ->
     known = [model_config, *(_teacher_config(name) for name in recipe.teachers() if name not in (*STUDENT, DENSE))]
     texts = recipe.dataset.text_columns if TASK_COLUMNS[str(recipe.task)].num_texts else ()
     splits = drop_incomplete(splits, [*texts, column])
-    return number_labels(splits, column, [_names(config) for config in known])
+    return number_labels(
+        splits, column, [_names(config) for config in known], per_word=recipe.task == "token-classification"
+    )
 
 
 def for_run(prepared: Prepared, recipe: Recipe, checkpoints: Path, student: Loaded) -> Prepared:
@@ -161,8 +163,8 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> Tr
             callbacks=list(callbacks),
             **task.trainer_options(prepared.processor, prepared.splits, prepared.args),
         )
-    except (ValueError, ImportError) as error:
-        if isinstance(error, CompressionError):
+    except (ValueError, ImportError, RuntimeError) as error:  # RuntimeErrors: loggers of report_to, not installed
+        if isinstance(error, CompressionError | torch.OutOfMemoryError):
             raise
         raise ConfigError(f"Recipe.training: the Trainer refuses it: {' '.join(str(error).split())}") from error
     return trainer

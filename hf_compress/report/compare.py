@@ -17,6 +17,9 @@ from hf_compress.report.profile import ModelProfile, profile
 DEFAULT_LENGTH = 64
 """Tokens per example in latency measurements."""
 
+UNSTEADY = 0.1
+"""By how much a speed-up may differ from the ratio of the latencies before a note says why."""
+
 Row = tuple[str, ...]
 
 
@@ -31,7 +34,8 @@ class Comparison:
     """Label of the inputs -> model name -> median milliseconds of one forward pass."""
 
     speedup: Mapping[str, Mapping[str, float]]
-    """Label of the inputs -> model name -> median over rounds of reference time / own time."""
+    """Label of the inputs -> model name -> median over rounds of reference time / own time. Steadier than the ratio of
+    ``latency_ms`` where others use the machine; a note says so where they differ."""
 
     metrics: Mapping[str, Mapping[str, float]]
     """Metric -> model name -> value, as given by ``with_metric``."""
@@ -247,9 +251,26 @@ def compare(
         latency_ms=latency,
         speedup=ratios,
         metrics={},
-        notes=tuple(notes),
+        notes=(*notes, *_unsteady(latency, ratios, names[0])),
         environment=environment(),
     )
+
+
+def _unsteady(
+    latency: Mapping[str, Mapping[str, float]], ratios: Mapping[str, Mapping[str, float]], reference: str
+) -> list[str]:
+    """Say where the medians of the times give another speed-up than the times of each round do."""
+    notes = []
+    for label, own in ratios.items():
+        for name, ratio in own.items():
+            apart = latency[label][reference] / latency[label][name]
+            if abs(ratio / apart - 1) > UNSTEADY:
+                notes.append(
+                    f"{label}: the latencies of {reference} and {name} are {apart:.2f} to 1, the speed-up is "
+                    f"{ratio:.2f}x, the median of what each round gave; the machine was busy, so measure again when it "
+                    "is idle"
+                )
+    return notes
 
 
 def _named_models(

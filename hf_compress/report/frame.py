@@ -6,7 +6,7 @@ from hf_compress.report.markup import Markup, tag
 from hf_compress.report.scales import Scale, short, ticks
 
 WIDTH, HEIGHT = 340, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 24, 36
 NUM_STYLES = 6
 SHAPES = ("circle", "square", "diamond", "triangle", "cross", "plus")
 GAP = 4
@@ -44,7 +44,7 @@ def axes(x: Scale, y: Scale, labels: tuple[str, str], show: Callable[[float], st
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(tag("text", labels[0], class_="label", x=middle, y=HEIGHT - GAP, text_anchor="middle"))
     if labels[1]:
-        parts.append(tag("text", labels[1], class_="label", x=GAP, y=TOP - GAP + 2))
+        parts.append(tag("text", labels[1], class_="label", x=GAP, y=TOP - 2 * GAP - 4))
     return parts
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_compress.errors import ConfigError
 from hf_compress.reading import write_new
-from hf_compress.report.folders import RECIPE_FILE, RESULT_FILE, is_run, read_run, runs_below
+from hf_compress.report.folders import RECIPE_FILE, RESULT_FILE, RunFolder, is_run, read_run, runs_below
 from hf_compress.report.markup import Markup, tag, text
 from hf_compress.report.overview import overview_sections, overview_summary
 from hf_compress.report.results import Results
@@ -69,13 +69,31 @@ def _page(directory: Path) -> Page:
             f"folder inside holds a finished run ({RESULT_FILE}). Give the output folder of a run, the folder of a "
             "compressed model, or a folder of runs."
         )
-    runs = {path.name: read_run(path) for path in finished}
+    runs, damaged = _readable(finished)
     return Page(
         title=f"{directory.resolve().name}: {len(runs)} compression run{'s' if len(runs) > 1 else ''}",
         lead=overview_summary(runs),
         facts=None,
-        sections=overview_sections(runs, [path.name for path in unfinished]),
+        sections=overview_sections(runs, [path.name for path in unfinished], damaged),
     )
+
+
+def _readable(folders: Sequence[Path]) -> tuple[dict[str, RunFolder], list[str]]:
+    """Return the runs that can be read, by name, and what is wrong with the others.
+
+    Raises:
+        ConfigError: If none can.
+    """
+    runs, damaged = {}, []
+    for path in folders:
+        try:
+            runs[path.name] = read_run(path)
+        except ConfigError as error:
+            damaged.append(f"{path.name}: not shown. {error}")
+            first = error
+    if not runs:
+        raise first
+    return runs, damaged
 
 
 def _html(page: Page) -> str:

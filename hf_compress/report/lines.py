@@ -137,7 +137,14 @@ def _boundaries(x: Scale, stages: Sequence[Stretch]) -> list[Markup]:
             parts.append(tag("line", class_="boundary", x1=left, x2=left, y1=TOP, y2=HEIGHT - BOTTOM))
         if width > 12:
             parts.append(
-                tag("text", number, class_="stage-number", x=round((left + right) / 2, 1), y=9, text_anchor="middle")
+                tag(
+                    "text",
+                    number,
+                    class_="stage-number",
+                    x=round((left + right) / 2, 1),
+                    y=TOP - 3,
+                    text_anchor="middle",
+                )
             )
     return parts
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_compress.report.folders import RunFolder
 from hf_compress.report.markup import Content, tag
+from hf_compress.report.means import means_table
 from hf_compress.report.sections import HINT, Section, absent, mark_of, measured, tradeoff_panels
 from hf_compress.report.tables import bullets, pairs, plain_table, with_share
 from hf_compress.report.tradeoff import Measured
@@ -23,21 +24,30 @@ def overview_summary(runs: Mapping[str, RunFolder]) -> str:
     )
 
 
-def overview_sections(runs: Mapping[str, RunFolder], unfinished: Sequence[str]) -> list[Section]:
+def overview_sections(
+    runs: Mapping[str, RunFolder], unfinished: Sequence[str], damaged: Sequence[str] = ()
+) -> list[Section]:
     """Return the sections.
 
     Args:
         runs: Finished ones, by the name of their folder.
         unfinished: Folders that hold a recipe and no result.
+        damaged: What is wrong with the runs that are not shown.
     """
     models = _models(runs)
-    hint = f"Numbers are those of the table, marks those of its runs. {HINT}"
+    means = means_table(models, _flat_settings(runs))
+    over_seeds = [
+        tag("p", "Runs whose recipes differ in seeds alone: the mean, and the standard deviation between runs."),
+        means,
+    ]
+    hint = f"Numbers are those of the table, marks those of its runs. A line joins models of one seed only. {HINT}"
     return [
         Section(key="models", title="All models", body=_table(models)),
+        *([Section(key="means", title="Means over seeds", body=over_seeds)] if means is not None else []),
         Section(key="tradeoff", title="Quality and cost", body=tradeoff_panels(models, hint)),
         Section(key="settings", title="Where the recipes differ", body=_settings(runs)),
         Section(key="environment", title="Environment", body=_environments(runs)),
-        Section(key="notes", title="Notes", body=_notes(runs, unfinished)),
+        Section(key="notes", title="Notes", body=_notes(runs, unfinished, damaged)),
     ]
 
 
@@ -68,8 +78,12 @@ def _table(models: Sequence[Measured]) -> Content:
     return plain_table("All models", header, rows, text_columns=3)
 
 
+def _flat_settings(runs: Mapping[str, RunFolder]) -> dict[str, dict[str, Any]]:
+    return {name: _flat(run.recipe.to_dict()) for name, run in runs.items() if run.recipe is not None}
+
+
 def _settings(runs: Mapping[str, RunFolder]) -> Content:
-    flat = {name: _flat(run.recipe.to_dict()) for name, run in runs.items() if run.recipe is not None}
+    flat = _flat_settings(runs)
     keys = _union(flat.values())
     differing = [
         key for key in keys if key not in WHERE and len({repr(settings.get(key)) for settings in flat.values()}) > 1
@@ -93,8 +107,9 @@ def _environments(runs: Mapping[str, RunFolder]) -> Content:
     return [tag("p", warning), plain_table("Where environments differ", ["run", *different], rows), pairs(same)]
 
 
-def _notes(runs: Mapping[str, RunFolder], unfinished: Sequence[str]) -> Content:
-    lines = [f"{name}: holds a recipe and no result, so the run is not finished and not shown." for name in unfinished]
+def _notes(runs: Mapping[str, RunFolder], unfinished: Sequence[str], damaged: Sequence[str]) -> Content:
+    lines = [*damaged]
+    lines += [f"{name}: holds a recipe and no result, so the run is not finished and not shown." for name in unfinished]
     lines.append("hf-compress report, given the folder of one run, shows its layers, its curves and its recipe.")
     lines += [note for run in runs.values() if run.comparison is not None for note in run.comparison.notes]
     return bullets(list(dict.fromkeys(lines)))

@@ -43,8 +43,11 @@ class Results(Config):
     auto_class: str
     """Class that loads the model, e.g. ``"AutoModelForSequenceClassification"``."""
 
+    processor_class: str | None = None
+    """Class that loads the tokenizer or image processor beside it, e.g. ``"AutoTokenizer"``, or None."""
+
     requires: str = "hf-compress"
-    """What to install with pip to load the model, e.g. ``"hf-compress[int8]"``."""
+    """Package, and perhaps its extra, that loading the model takes, e.g. ``"hf-compress[int8]"``."""
 
     task: str
     """Task in the Hub's spelling, e.g. ``"text-classification"``."""

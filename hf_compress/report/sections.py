@@ -1,6 +1,5 @@
 """The sections of the page about one run or model."""
 
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from hf_compress.report.heatmap import heat_maps
 from hf_compress.report.markup import Content, Markup, tag
 from hf_compress.report.tables import bullets, code_block, comparison_table, pairs
 from hf_compress.report.tradeoff import Measured, tradeoff_charts
-from hf_compress.report.wording import costs_measured_on, loading_code, measured_on
+from hf_compress.report.wording import costs_measured_on, loading_code, measured_on, needs
 
 SEEDS = ("seed", "data_seed")
 HINT = (
@@ -73,6 +72,7 @@ def measured(run: RunFolder, first: int = 1, group: int | None = None) -> list[M
             reference=table.profiles[dense],
             comparison=table,
             group=group if group is not None else int(name != dense),
+            seed="" if run.recipe is None else seeds_of(run.recipe).get("seed", ""),
         )
         for number, (name, profile) in enumerate(table.profiles.items(), first)
     ]
@@ -151,9 +151,9 @@ def _load(run: RunFolder) -> Content:
     own = run.results.get(run.main or "")
     if own is None:
         return absent("How to load the model is not known: its results.json is not there.")
-    code = loading_code(own.auto_class)
+    code = loading_code(own.auto_class, processor_class=own.processor_class)
     return [
-        code_block("Installation", f"pip install {shlex.quote(own.requires)}"),
+        tag("p", needs(own.requires)),
         code_block("Python code that loads the model", code),
     ]
 

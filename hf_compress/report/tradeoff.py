@@ -40,6 +40,9 @@ class Measured:
     group: int
     """Models of one group share a style."""
 
+    seed: str = ""
+    """Of its run: another seed may hold other examples out, so scores compare within one only."""
+
     def latency(self, label: str) -> float | None:
         """Return the milliseconds of a forward pass, if they were measured."""
         return _finite(self.comparison.latency_ms.get(label, {}).get(self.name))
@@ -132,17 +135,21 @@ def _chart(key: str, models: Sequence[Measured], metric: str, cost: Cost) -> Mar
     known = [(each, at, good) for each, at, good in found if at is not None and good is not None]
     x, y = plot_area(limits((at for _, at, _ in known), 0.1), limits((good for *_, good in known), 0.14))
     sign = -1 if is_better_small(metric) else 1
-    best = [known[i] for i in front([(-cost.better * at, sign * good) for _, at, good in known])]
-    parts = axes(x, y, (cost.label, metric))
-    parts.append(tag("polyline", class_="front", points=" ".join(f"{x(at)},{y(good)}" for _, at, good in best)))
-    unbeaten = {each.number for each, *_ in best}
+    parts, unbeaten = axes(x, y, (cost.label, metric)), set()
+    seeds = list(dict.fromkeys(each.seed for each, *_ in known))
+    for seed in seeds:
+        own = [one for one in known if one[0].seed == seed]
+        best = [own[i] for i in front([(-cost.better * at, sign * good) for _, at, good in own])]
+        parts.append(tag("polyline", class_="front", points=" ".join(f"{x(at)},{y(good)}" for _, at, good in best)))
+        unbeaten |= {each.number for each, *_ in best}
     for each, at, good in known:
         title = tag("title", f"{each.number}: {each.run} {each.name}, {metric} {good:.2f}, {cost.label} {short(at)}")
         style = f"mark s{each.group % NUM_STYLES}" + ("" if each.number in unbeaten else " beaten")
         parts.append(marker(SHAPES[each.group % NUM_STYLES], x(at), y(good), RADIUS, title, class_=style))
     parts += _numbers([(each.number, x(at), y(good)) for each, at, good in known])
     numbers = ", ".join(map(str, sorted(unbeaten)))
-    described = f"{metric} against {cost.label} of {len(known)} models. No other model beats: {numbers}."
+    of_seed = " of the same seed" if len(seeds) > 1 else ""
+    described = f"{metric} against {cost.label} of {len(known)} models. No other model{of_seed} beats: {numbers}."
     chart = svg(key, f"{metric} and {cost.label}", described, parts, class_="chart")
     return tag("figure", tag("figcaption", tag("h3", f"{metric}: {cost.title.lower()}")), chart, class_="panel")
 

@@ -1,12 +1,32 @@
 """Sentences that model cards and reports share."""
 
+import html
 import json
+import re
 
 from hf_compress.report.compare import Comparison
 from hf_compress.report.results import Results
 
 UNNAMED = "path/or/hub-name"
 """Stands for the name of a model that has none yet."""
+
+
+_MARKUP = re.compile(r"[\\`*\[\]|]")
+
+
+def literal(text: str) -> str:
+    """Return Markdown that shows a text as it is, on one line: names are what their owners made of them."""
+    return _MARKUP.sub(r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
+def needs(requirement: str) -> str:
+    """Say what loading a model takes.
+
+    Args:
+        requirement: Such as ``"hf-compress[int8]"``.
+    """
+    name, _, extra = requirement.rstrip("]").partition("[")
+    return f"It needs the package {name} (import hf_compress){f', installed with its extra {extra}' if extra else ''}."
 
 
 def measured_on(results: Results) -> str:
@@ -27,15 +47,19 @@ def costs_measured_on(table: Comparison) -> str:
     )
 
 
-def loading_code(auto_class: str, name: str = UNNAMED) -> str:
+def loading_code(auto_class: str, name: str = UNNAMED, processor_class: str | None = None) -> str:
     """Return the Python lines that load a compressed model.
 
     Args:
         auto_class: Class that loads it.
         name: Its folder or Hub name.
+        processor_class: Class that loads its tokenizer or image processor, or None if that is not there.
     """
+    classes = [auto_class] if processor_class is None else [auto_class, processor_class]
+    variable = "tokenizer" if processor_class == "AutoTokenizer" else "processor"
+    lines = [f"{variable} = {each}.from_pretrained({json.dumps(name)})" for each in classes[1:]]
     return (
-        f"from transformers import {auto_class}\n"
+        f"from transformers import {', '.join(classes)}\n"
         "import hf_compress  # registers the loader of models whose layers differ in size\n\n"
-        f"model = {auto_class}.from_pretrained({json.dumps(name)})"
+        + "\n".join([f"model = {auto_class}.from_pretrained({json.dumps(name)})", *lines])
     )

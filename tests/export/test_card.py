@@ -163,3 +163,31 @@ def test_without_results_there_is_a_clear_error_and_nothing_is_written(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
         write_card(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+HOSTILE = "a<img src=x onerror=alert(1)>[b](c)\n# d `e` *f*"
+
+
+def test_names_are_shown_as_they_are(results: Results, tmp_path) -> None:
+    named = dataclasses.replace(results, name=HOSTILE, base_model=HOSTILE, base_model_on_hub=False, dataset=HOSTILE)
+    body = ModelCard.load(write_card(tmp_path, named)).text
+    shown = r"a&lt;img src=x onerror=alert(1)&gt;\[b\](c) # d \`e\` \*f\*"
+    title, summary, *_ = body.strip().split("\n\n")
+    assert title == f"# {shown}"
+    assert summary.count(shown) == 2
+    assert "<img" not in body
+
+
+@pytest.mark.parametrize(("kind", "variable"), [("AutoTokenizer", "tokenizer"), ("AutoImageProcessor", "processor")])
+def test_the_example_loads_the_processor_as_well(results: Results, tmp_path, kind, variable) -> None:
+    card = ModelCard.load(write_card(tmp_path, dataclasses.replace(results, processor_class=kind))).content
+    named = naming_repository(card, "me/small", "int8")
+    assert f"from transformers import AutoModelForSequenceClassification, {kind}\n" in named
+    assert f'{variable} = {kind}.from_pretrained("me/small", revision="int8")' in named
+    compile(named.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_card_promises_no_package_on_an_index(results: Results, tmp_path) -> None:
+    card = ModelCard.load(write_card(tmp_path, dataclasses.replace(results, requires="hf-compress[int8]"))).content
+    assert "It needs the package hf-compress (import hf_compress), installed with its extra int8." in card
+    assert "pip install" not in card

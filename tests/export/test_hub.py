@@ -151,10 +151,20 @@ def test_a_failure_in_the_middle_says_how_to_go_on(hub, folder, status) -> None:
 
 def test_an_answer_that_got_lost_makes_no_second_commit(hub, folder) -> None:
     hub.faults.append((COMMIT, LOSE))
-    with pytest.raises(ExportError, match="Try again"):
+    with pytest.raises(ExportError, match=r"it is not known whether it was uploaded to small.*Try again"):
         push_to_hub(folder, "small")
     commit = push_to_hub(folder, "small")
     assert [made.oid for made in hub.commits("tester/small")] == [commit.oid]
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(409, r"an answer of the Hub has another form than expected \(KeyError: 'url'\)"), (500, "500")],
+)
+def test_a_repository_that_cannot_be_made(hub, folder, status, reason) -> None:
+    hub.faults.append((r"POST /api/repos/create", status))
+    with pytest.raises(ExportError, match=rf"was not uploaded to small: .*{reason}.*Try again"):
+        push_to_hub(folder, "small")
 
 
 def test_a_storage_that_fails_once_is_tried_again(hub, folder) -> None:

@@ -10,7 +10,12 @@ from row_numerics import quantize, symmetric_scale
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+)
 from uneven_models import example_ids, files, logits, uneven_bert, uneven_llama
 
 from hf_compress.config import QuantizationConfig
@@ -291,3 +296,21 @@ def test_dying_while_moving_leaves_nothing_that_loads(victim, tmp_path, monkeypa
     assert not (out / "config.json").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForSequenceClassification.from_pretrained(out)
+
+
+def test_the_base_model_is_loaded_with_its_head(tmp_path, torchao) -> None:
+    """A limit of Transformers: once the first part fails no more, it is to go from the README's limits."""
+    folder = export_quantized(tiny_models.bert(), tmp_path / "int8", verify=False)
+    with pytest.raises(RuntimeError, match="CONVERSION"):
+        AutoModel.from_pretrained(folder)
+    base = AutoModelForSequenceClassification.from_pretrained(folder).base_model
+    assert base(example_ids()).last_hidden_state.isfinite().all()
+
+
+def test_the_folder_of_the_model_itself_is_refused(tmp_path) -> None:
+    tiny_models.bert().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ExportError, match=r"was loaded from.*Choose another folder"):
+        export_quantized(model, tmp_path, "dense", verify=False)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights

@@ -1,5 +1,7 @@
 """Which number a label gets."""
 
+import re
+
 import pytest
 from datasets import ClassLabel, Dataset, List
 
@@ -58,3 +60,20 @@ def test_labels_of_both_splits_count() -> None:
     found, names = number_labels(splits, "y")
     assert names == ("a", "b")
     assert (list(found.train["labels"]), list(found.evaluation["labels"])) == ([1], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "expected"),
+    [
+        (["a"] * 4, ["a"], "warning: all examples are of one class, 'a'"),
+        (["a", "b"] * 4, ["a", "c"], "warning: classes that only the evaluation data have.*: c$"),
+        ([f"{i}" for i in range(100)], ["1"], "warning: 100 classes in 100 training examples"),
+        (["a", "b"] * 4, ["a"], None),
+        (["a", "b", None], ["b", None], None),
+    ],
+)
+def test_classes_whose_metrics_would_mean_little_are_noted(train, evaluation, expected) -> None:
+    splits = splits_of(Dataset.from_dict({"y": train}), Dataset.from_dict({"y": evaluation}))
+    notes = [note for note in number_labels(splits, "y")[0].notes if note.startswith("warning")]
+    assert len(notes) == (expected is not None)
+    assert all(re.search(expected, note) for note in notes)

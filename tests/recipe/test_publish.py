@@ -3,6 +3,7 @@
 import json
 import shlex
 
+import huggingface_hub
 import pytest
 import recipe_files
 from hub_server import HANG_UP, HubServer, hub_server
@@ -86,3 +87,34 @@ def test_without_a_name_nothing_is_sent(hub, tmp_path) -> None:
 def test_names_that_cannot_be_are_refused_before_training(fields, message) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe.from_dict({"pruning": {"structures": {"heads": 0.5}}, **fields})
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"])
+def test_arguments_with_which_a_trainer_would_upload_dense_weights_are_refused(name) -> None:
+    remedy = "HF_TOKEN" if name == "hub_token" else "Set the recipe's hub_model_id"
+    for fields in (
+        {"pruning": {"structures": {"heads": 0.5}}, "training": {name: True}},
+        {"stages": [{"pruning": {"structures": {"heads": 0.5}}, "training": {name: True}}]},
+    ):
+        with pytest.raises(ConfigError, match=f"{name}.*{remedy}"):
+            Recipe.from_dict(fields)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("reason", ["HF_HUB_OFFLINE is set", "there is no token"])
+def test_an_upload_that_cannot_be_is_refused_before_training(hub, tmp_path, monkeypatch, reason, dry_run) -> None:
+    recipe = Recipe.from_dict(recipe_files.classification(tmp_path, hub_model_id="tester/reviews"))
+    if "token" in reason:
+        monkeypatch.setattr("hf_compress.recipe.publish.get_token", lambda: None)
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=f"{reason}.*hf-compress push .*out/compressed tester/reviews$") as caught:
+        run_recipe(recipe, dry_run=dry_run)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() and hub.requests == []
+
+
+def test_a_dry_run_sends_nothing(hub, tmp_path) -> None:
+    recipe = Recipe.from_dict(recipe_files.classification(tmp_path, hub_model_id="tester/reviews"))
+    assert run_recipe(recipe, dry_run=True).preview is not None
+    assert hub.requests == []

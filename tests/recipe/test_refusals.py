@@ -1,5 +1,6 @@
 """``hf-compress run``: what is wrong with a recipe is one clear message, exit code 2, and nothing is written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
         (["training.learning_rate=high"], "training.learning_rate: got 'high'; allowed: a number"),
         (["training.use_cpu=1"], "training.use_cpu: got 1; allowed: true or false"),
         (["training.output_dir=x"], "'output_dir' has no place in a recipe. Set the recipe's output"),
+        (["training.report_to=tensorboard"], "Recipe.training: the Trainer refuses it: TensorBoardCallback requires"),
         (["training.eval_strategy=often"], "Recipe.training: transformers refuses it"),
         (["pruning.structures={heads: 0.9}"], "sparsity 0.9 of 8 units leaves 0.8"),
         (["pruning.structures={vocab: 0.5}"], "unknown structure 'vocab'"),
@@ -84,6 +86,14 @@ def test_useless_data_are_one_message(rows, message, tmp_path, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
+def test_several_labels_for_an_example_are_refused(tmp_path, capsys) -> None:
+    recipe = recipe_files.classification(tmp_path)
+    rows = [{"review": "a", "stars": [1, 0, 1]}] * 4
+    recipe["dataset"]["path"] = recipe_files.write_json(tmp_path / "reviews.jsonl", rows)
+    assert hf_compress(tmp_path, recipe, "--dry-run") == 2
+    assert "column 'stars' holds lists of labels; one class for each example" in capsys.readouterr().err
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys) -> None:
     recipe = recipe_files.classification(tmp_path)
     recipe_files.save_model(tmp_path / "other", "seq2seq-lm")
@@ -120,3 +130,23 @@ def test_recipes_make_callbacks_in_code() -> None:
         make_callbacks(recipe, teacher="somewhere")
     taught = Recipe.from_dict({"distillation": {}, "teacher": "a"})
     assert [callback.teacher for callback in (*make_callbacks(taught), *make_callbacks(taught, "b"))] == ["a", "b"]
+
+
+def test_a_tokenizer_whose_ids_have_gaps(tmp_path, capsys) -> None:
+    recipe = recipe_files.classification(tmp_path)
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 200
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert hf_compress(tmp_path, recipe, "--dry-run") == 2
+    assert "the tokenizer has 201 tokens, the model embeds only 150" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    recipe = recipe_files.classification(tmp_path, output=str(tmp_path / "file" / "inside" / "out"))
+    monkeypatch.setattr("transformers.Trainer.train", lambda *a, **k: pytest.fail("trained"))
+    assert hf_compress(tmp_path, recipe) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Recipe.output" in error and "Choose another output" in error

@@ -66,3 +66,18 @@ def test_so_many_examples_and_no_more(tmp_path) -> None:
     assert (len(splits.train), splits.evaluation["text"][:]) == (5, ["0", "1", "2"])
     assert splits.train["text"][:] == load_splits(config, None, seed=0).train["text"][:]
     assert splits.train["text"][:] != load_splits(config, None, seed=1).train["text"][:]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "The file is empty; give one with a row of column names"),
+        (b"review,stars\n", "it has no rows. Give a file with at least two"),
+        ("review,stars\ncaf\xe9,up\n".encode("latin-1"), "UnicodeDecodeError: .*Save the file as UTF-8"),
+    ],
+)
+def test_files_without_data_say_what_is_wrong_with_them(tmp_path, content, message) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_splits(DatasetConfig(path=str(path)), None, seed=0)

@@ -116,3 +116,16 @@ def test_training_mode_is_restored() -> None:
     compare(model, tiny_models.bert(), rounds=1, batch_sizes=(1,), length=5)
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("own", "noted"), [([1.0, 2.0, 0.5], True), ([0.5, 1.0, 2.0], False)])
+def test_a_speed_up_that_the_latencies_do_not_give_is_explained(monkeypatch, own, noted) -> None:
+    """Three rounds on a machine that slows down; in the first case not for both models at once."""
+    times = {"dense": [1.0, 2.0, 4.0], "compressed": own}
+    monkeypatch.setattr("hf_compress.report.compare.time_models", lambda *a, **k: times)
+    model = tiny_models.bert()
+    table = compare(model, model, batch_sizes=(1,), length=5, notes=["first"])
+    assert table.latency_ms["batch 1"] == {"dense": 2.0, "compressed": 1.0}
+    assert table.speedup["batch 1"]["compressed"] == (1.0 if noted else 2.0)
+    expected = "batch 1: the latencies of dense and compressed are 2.00 to 1, the speed-up is 1.00x"
+    assert [note.startswith(expected) for note in table.notes[1:]] == [True] * noted

@@ -327,6 +327,45 @@ def test_several_runs_are_one_table_and_one_set_of_charts(tmp_path) -> None:
     assert "output" not in page.cells and "Imaginary 9000" in page.text
 
 
+def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path) -> None:
+    for name in ("a", "b"):
+        report_folders.write_run(tmp_path / name)
+    (tmp_path / "b" / "run.json").write_text("{", encoding="utf-8")
+    page = Page(write_report(tmp_path))
+    assert "1 finished runs left 2 compressed models." in page.text
+    assert "b: not shown." in page.text and "is damaged" in page.text
+    (tmp_path / "a" / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is damaged"):
+        write_report(tmp_path)
+
+
+def test_runs_of_several_seeds_have_means_and_no_line_between_them(tmp_path) -> None:
+    for name, seed, steps, accuracy in (("a", 0, 4, 80.0), ("b", 1, 4, 84.0), ("c", 0, 5, 90.0)):
+        scores = {"accuracy (%)": {"dense": 91.0 + seed, "compressed": accuracy}}
+        table = report_folders.comparison({"dense": 4_000_000, "compressed": 500_000 * steps}, scores)
+        report_folders.write_run(tmp_path / name, table, {"training": {"seed": seed, "max_steps": steps}})
+    page = Page(write_report(tmp_path))
+    assert {"a, b", "82.00 \u00b1 2.83", "91.50 \u00b1 0.71"} <= set(page.cells)
+    assert "A line joins models of one seed only." in page.text
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    charts = re.findall(r"<svg.*?</svg>", source, re.S)
+    fronts = [chart.count('class="front"') for chart in charts if 'class="front"' in chart]
+    assert fronts and set(fronts) == {2}
+    assert "No other model of the same seed beats" in page.text
+
+
+def test_names_of_axes_are_above_their_numbers(tmp_path) -> None:
+    """And a number at the right end has room for half its width."""
+    report_folders.write_run(tmp_path / "a")
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    names = [float(y) for y in re.findall(r'<text class="label" x="4" y="([\d.]+)"', source)]
+    ticks = re.findall(r'<text class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<', source)
+    letters = 11
+    assert names and max(names) + letters <= min(float(y) for _, y, anchor, _ in ticks if anchor == "end")
+    ends = [float(x) + 0.3 * letters * len(text) for x, _, anchor, text in ticks if anchor == "middle"]
+    assert max(ends) <= 340
+
+
 def test_runs_that_were_measured_elsewhere_are_told_apart(tmp_path) -> None:
     report_folders.write_run(tmp_path / "a")
     other = report_folders.comparison(environment={"python": "3.12.99", "torch": "9.8.7", "cpu": "Fantastic 1"})

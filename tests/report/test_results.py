@@ -39,6 +39,9 @@ def test_results_survive_a_file(facts, tmp_path) -> None:
         ({"base_model_relation": "child"}, r"Results\.base_model_relation: unknown value 'child'"),
         ({"model": "small"}, r"Results\.model: got 'small'.*'dense', 'compressed'"),
         ({"kept": {"heads": [{"name": "a", "kep": 3}]}}, r"Results\.kept"),
+        ({"kept": {"heads": [{"name": "a", "kept": "3", "total": 4}]}}, r"Results\.kept.*whole numbers"),
+        ({"kept": {"heads": 3}}, r"Results\.kept"),
+        ({"kept": ["heads"]}, r"Results\.kept"),
         ({"comparison": {"profiles": {}}}, r"Comparison\.from_dict"),
         ({"recipe": {"prunning": {}}}, "closest match: 'pruning'"),
         ({"schema_version": 99}, "schema_version"),
@@ -47,6 +50,12 @@ def test_results_survive_a_file(facts, tmp_path) -> None:
 def test_damaged_results_are_refused(facts, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Results.from_dict({**Results(**facts).to_dict(), **change})
+
+
+@pytest.mark.parametrize("metrics", [{"accuracy": {"compressed": "high"}}, {"accuracy": 3}, ["accuracy"]])
+def test_metrics_that_are_no_numbers_are_refused(facts, metrics) -> None:
+    with pytest.raises(ConfigError, match=r"Results\.comparison\.metrics.*metric -> model -> number"):
+        Results(**{**facts, "comparison": {**facts["comparison"], "metrics": metrics}})
 
 
 def test_kept_units_are_counted_by_kind_in_the_models_order() -> None:

@@ -5,10 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import recipe_files
+from hub_server import hub_server
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -106,6 +110,9 @@ def test_another_data_set_has_squads_columns(scripts) -> None:
         ("--dataset_name a --data_file b", "got both"),
         ("--do_train true", "has no place in a recipe"),
         ("--source_column only", "target_column"),
+        ("--hub_private_repo true", "give --push_to_hub or --hub_model_id"),
+        ("--push_to_hub false --hub_model_id me/it", "leave one of them out"),
+        ("--hub_strategy checkpoint", "has no place in a recipe"),
     ],
 )
 def test_what_does_not_go_together(scripts, words, message) -> None:
@@ -169,6 +176,60 @@ def test_a_script_leaves_a_smaller_model_with_a_card(scripts, name, tmp_path, ca
     with pytest.raises(SystemExit, match="2"):
         shared.main(SCRIPTS[name], kind, script.columns, arguments)
     assert "holds a run of this recipe already" in capsys.readouterr().err
+
+
+UPLOADS = {
+    "--push_to_hub": "tester/out",
+    "--hub_model_id tester/small": "tester/small",
+    "--push_to_hub --hub_model_id small --hub_private_repo true --save_strategy steps --save_steps 2": "tester/small",
+}
+"""Arguments -> the repository that they make."""
+
+
+@pytest.mark.parametrize("words", UPLOADS)
+def test_a_script_uploads_the_compressed_model_in_one_commit(scripts, tmp_path, monkeypatch, capsys, words) -> None:
+    full = measuring.compare
+    monkeypatch.setattr(measuring, "compare", lambda *a, **k: full(*a, **{**k, "rounds": 1, "batch_sizes": (1,)}))
+    arguments, _ = arguments_for("run_text_classification", tmp_path)
+    script, shared = scripts("run_text_classification"), scripts("recipe_script")
+    run = partial(shared.main, "text-classification", script.TextArguments, script.columns)
+    with hub_server() as hub:
+        hub.use(monkeypatch)
+        run([*arguments, *words.split(), "--dry_run"])
+        assert hub.requests == []
+        result = run([*arguments, *words.split()])
+    assert set(hub.repositories) == {UPLOADS[words]}
+    (commit,) = hub.commits(UPLOADS[words])
+    weights = (result.folders["compressed"] / "model.safetensors").read_bytes()
+    assert commit.files["model.safetensors"] == weights
+    assert {"config.json", "README.md", "tokenizer.json"} <= set(commit.files)
+    assert "training_args.bin" not in commit.files
+    assert hub.repositories[UPLOADS[words]].private == ("--hub_private_repo" in words)
+    assert "is on the Hub" in capsys.readouterr().out
+
+
+def test_a_recipes_repository_can_be_changed_and_left_out(scripts, tmp_path) -> None:
+    path = str(tmp_path / "recipe.yaml")
+    recipe = Recipe.load(recipe_of("text-classification"))
+    replace(recipe, hub_model_id="me/it", hub_private=True).save(path)
+    for words, expected in {
+        "": ("me/it", True),
+        "--push_to_hub": ("me/it", True),
+        "--hub_model_id me/other --hub_private_repo false": ("me/other", False),
+        "--push_to_hub false": (None, False),
+    }.items():
+        found, _ = built(scripts, "run_text_classification", "--recipe", path, *words.split())
+        assert (found.hub_model_id, found.hub_private) == expected
+
+
+def test_an_upload_without_a_network_is_one_line(scripts, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    arguments, _ = arguments_for("run_text_classification", tmp_path)
+    script, shared = scripts("run_text_classification"), scripts("recipe_script")
+    with pytest.raises(SystemExit, match="2"):
+        shared.main("text-classification", script.TextArguments, script.columns, [*arguments, "--push_to_hub"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "Unset it" in line
 
 
 def test_arguments_may_lie_in_a_file(scripts, tmp_path) -> None:
