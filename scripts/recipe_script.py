@@ -1,6 +1,8 @@
 """What the training scripts have in common: arguments in the manner of Transformers' examples, and a recipe file.
 
-Arguments that are given take the place of what the recipe says; ``--recipe`` alone says how to compress.
+Arguments that are given take the place of what the recipe says, in every stage if it has stages: each of them is a
+training run of its own, so ``--num_train_epochs 2`` and ``--max_steps 100`` are the length of each. ``--recipe`` alone
+says how to compress.
 """
 
 import argparse
@@ -53,6 +55,15 @@ COMMON = {
 }
 """Argument -> field of the recipe's data set."""
 
+DESCRIPTION = (
+    "Arguments take the place of what the recipe says. In a recipe with stages, training arguments hold for every stage, "
+    "each of which is a training run: --num_train_epochs and --max_steps are the length of each stage, repeats counted "
+    "one by one. To change one stage alone, change the recipe: hf-compress run RECIPE --set stages.0.training.NAME=VALUE."
+)
+
+LENGTHS = ("num_train_epochs", "max_steps")
+"""Training arguments that say how long a run is: one that is given takes the place of both."""
+
 Columns = Callable[[Any], dict[str, Any]]
 """Makes fields of the recipe's data set of the task's own arguments; None where the recipe is to say it."""
 
@@ -86,7 +97,7 @@ def main(task: str, kind: type, columns: Columns, arguments: Sequence[str] | Non
 def parse(task: str, kind: type, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the arguments that were given; of training arguments no defaults, which would hide the recipe's."""
     training = TASKS_BY_NAME[task].arguments_class
-    parser = HfArgumentParser([RecipeArguments, kind, training])
+    parser = HfArgumentParser([RecipeArguments, kind, training], description=DESCRIPTION)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     names = {each.name for each in fields(training)}
     for action in parser._actions:
@@ -125,8 +136,16 @@ def build_recipe(task: str, kind: type, columns: Columns, given: Mapping[str, An
         "dataset": _data(stored.get("dataset") or {}, columns(SimpleNamespace(**given)), given),
     }
     stored |= {name: value for name, value in changes.items() if value is not None}
-    stored["training"] = {**(stored.get("training") or {}), **training} or None
+    stored["training"] = {**_without(stored.get("training"), training), **training} or None
+    for stage in stored.get("stages") or ():
+        stage["training"] = _without(stage.get("training"), training) or None
     return Recipe.from_dict(stored), resume
+
+
+def _without(stored: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored training arguments without those that others have taken the place of."""
+    gone = {*given, *(LENGTHS if any(name in given for name in LENGTHS) else ())}
+    return {name: value for name, value in (stored or {}).items() if name not in gone}
 
 
 def _data(stored: Mapping[str, Any], columns: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

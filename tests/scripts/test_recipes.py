@@ -87,6 +87,41 @@ def test_arguments_take_the_place_of_the_recipes(scripts) -> None:
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["bf16"] is False
 
 
+def lengths(recipe: Recipe) -> set[tuple]:
+    return {tuple(run.training.get(name) for name in ("num_train_epochs", "max_steps")) for run in recipe.runs()}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--num_train_epochs 2", {(2.0, None)}),
+        ("--max_steps 10", {(None, 10)}),
+        ("--num_train_epochs 2 --max_steps 10", {(2.0, 10)}),
+    ],
+)
+@pytest.mark.parametrize("task", ["seq2seq-lm", "text-classification"])
+def test_arguments_hold_for_every_stage(scripts, task, words, expected) -> None:
+    name = next(script for script, of in SCRIPTS.items() if of == task)
+    recipe, _ = built(scripts, name, "--recipe", recipe_of(task), *words.split(), "--learning_rate", "0.25")
+    assert len(recipe.runs()) > 3
+    assert lengths(recipe) == expected
+    assert {run.training["learning_rate"] for run in recipe.runs()} == {0.25}
+
+
+def test_epochs_take_the_place_of_a_recipes_steps(scripts, tmp_path) -> None:
+    Recipe(pruning={"structures": {"ffn": 0.5}}, training={"max_steps": 7, "seed": 1}).save(tmp_path / "r.yaml")
+    words = ["--recipe", str(tmp_path / "r.yaml"), "--num_train_epochs", "2", "--data_file", "a.csv"]
+    recipe, _ = built(scripts, "run_text_classification", *words)
+    assert recipe.training == {"seed": 1, "num_train_epochs": 2.0}
+
+
+def test_help_says_what_arguments_mean_with_stages(scripts, capsys) -> None:
+    with pytest.raises(SystemExit):
+        built(scripts, "run_causal_lm", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "hold for every stage" in text and "are the length of each stage" in text
+
+
 def test_languages_name_parts_of_a_column(scripts) -> None:
     words = "--dataset_name wmt/wmt16 --source_lang de --target_lang fr --source_prefix x --predict_with_generate false"
     recipe, _ = built(scripts, "run_translation", "--recipe", recipe_of("seq2seq-lm"), *words.split())
