@@ -235,6 +235,13 @@ def test_a_dry_run_says_the_sizes_of_every_stage(tmp_path, monkeypatch) -> None:
     assert text.index("== stage-1 ==") < text.index("== compressed ==") < text.index("dry run: nothing was trained")
 
 
+def test_a_dry_run_goes_on_after_a_stage_that_decides_itself_how_much_goes(tmp_path) -> None:
+    soft = {"structures": ["heads"], "criterion": "movement", "options": {"mode": "soft"}, "begin": 0, "end": 2}
+    result = run_recipe(staged(tmp_path, [{"pruning": soft}, {"pruning": pruning(ffn=0.5)}]), dry_run=True)
+    first, last = (result.stages[name].sections["pruning"] for name in ("stage-1", "compressed"))
+    assert first["parameters after shrink"] == last["parameters"] > last["parameters after shrink"]
+
+
 def test_the_dry_run_names_what_fails_in_a_later_stage(tmp_path) -> None:
     """Two heads in each of two layers are left: 0.9 of them cannot go."""
     halves = {**pruning(heads=0.5), "allocation": "per_layer"}
