@@ -17,7 +17,17 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_compress.callbacks.distillation as distillation
 import hf_compress.recipe.run as runs
-from hf_compress import ConfigError, Recipe, StageConfig, TargetError, cli, dimension_groups, make_callbacks, run_recipe
+from hf_compress import (
+    CompressionError,
+    ConfigError,
+    Recipe,
+    StageConfig,
+    TargetError,
+    cli,
+    dimension_groups,
+    make_callbacks,
+    run_recipe,
+)
 from hf_compress.recipe.stages import Stage, track, tracked_after
 from hf_compress.report.results import Results
 
@@ -248,6 +258,30 @@ def test_the_dry_run_names_what_fails_in_a_later_stage(tmp_path) -> None:
     recipe = staged(tmp_path, [{"pruning": halves}, {"pruning": pruning(heads=0.9)}])
     with pytest.raises(TargetError, match=r"sparsity 0\.9 of 4 units leaves 0\.4"):
         run_recipe(recipe, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"pruning": pruning(heads=0.9)}, r"compressed: .*sparsity 0\.9 of 4 units leaves 0\.4"),
+        ({"pruning": {**pruning(ffn=0.5), "end": 9}}, "compressed: .*the run has 4 optimizer steps"),
+        (
+            {"distillation": {"features": [{"loss": "hidden_mse", "layers": {7: 0}}]}},
+            "compressed: .*layer",
+        ),
+    ],
+)
+def test_a_later_stage_fails_before_the_first_one_trains(tmp_path, monkeypatch, last, message) -> None:
+    monkeypatch.setattr("transformers.Trainer.train", lambda *a, **k: pytest.fail("trained"))
+    halves = {"pruning": {**pruning(heads=0.5), "allocation": "per_layer"}}
+    with pytest.raises(CompressionError, match=message):
+        run_recipe(staged(tmp_path, [{}, halves, last]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checking_stages_first_changes_no_result(straight, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runs, "check_stages", lambda *a: None)
+    assert_ends_as(straight, straight.again(tmp_path))
 
 
 def test_uniform_stages_need_no_loader(tmp_path) -> None:
