@@ -88,9 +88,9 @@ ALWAYS = ("do_train", "do_eval")
 """Arguments that ask for what a recipe does anyway."""
 
 DESCRIPTION = (
-    "Arguments take the place of what the recipe says. In a recipe with stages, training arguments hold for every stage, "
-    "each of which is a training run: --num_train_epochs and --max_steps are the length of each stage, repeats counted "
-    "one by one. To change one stage alone, change the recipe: hf-compress run RECIPE --set stages.0.training.NAME=VALUE."
+    "Arguments take the place of what the recipe says. In a recipe with stages, training arguments hold for every "
+    "stage, each of which is a training run: --num_train_epochs and --max_steps are the length of each stage, repeats "
+    "counted one by one. To change one stage alone: hf-compress run RECIPE --set stages.0.training.NAME=VALUE."
 )
 
 LENGTHS = ("num_train_epochs", "max_steps")

@@ -102,7 +102,9 @@ def test_layers_that_go_are_counted(
 SOFT = {"structures": ["heads", "ffn"], "criterion": "movement", "options": {"mode": "soft", "regular_scale": 10.0}}
 
 
-def test_a_method_that_decides_itself_how_much_goes(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
+def test_a_method_that_decides_itself_how_much_goes(
+    tiny_bert: Any, classification_data: Any, make_trainer: Any
+) -> None:
     callback = PruningCallback(PruningConfig(**SOFT, begin=1, end=3, update_every=1))
     trainer = make_trainer(tiny_bert(), classification_data(16), [callback], max_steps=4)
     facts = preview(trainer).sections["pruning"]
@@ -111,9 +113,7 @@ def test_a_method_that_decides_itself_how_much_goes(tiny_bert: Any, classificati
     assert "the method decides itself" in facts["trial"] and callback.trial is None
 
 
-def test_a_part_of_it_may_be_decided_by_the_method(
-    tiny_bert: Any, classification_data: Any, make_trainer: Any
-) -> None:
+def test_a_part_of_it_may_be_decided_by_the_method(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
     soft = PruningRule(match=("heads",), structures=["heads"], criterion="movement", options=SOFT["options"])
     config = PruningConfig(structures={"heads": 0.5, "ffn": 0.5}, begin=1, end=3, update_every=1, rules=(soft,))
     trainer = make_trainer(tiny_bert(), classification_data(16), [PruningCallback(config)], max_steps=4)
