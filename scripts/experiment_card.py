@@ -198,8 +198,8 @@ def card(data: dict[str, Any]) -> str:
         "norms of weights as criterion and without distillation; both begin with the same dense model. Means over "
         f"seeds, with standard deviations of several. What is asked for is {_asked(about)}; encoder sparsity is the "
         "share of the parameters of all stacks of layers, decoders included, that is gone. Latencies are medians of "
-        "each run, timed beside the dense model, on a machine that other processes share; speed-ups are ratios within a "
-        "run.",
+        "each run, timed beside the dense model, on a machine that other processes share; speed-ups are ratios within "
+        "a run.",
         table(data),
         "\n".join([*differences(data), *_standard_error(data)]),
         f"![{about['metric']} against encoder sparsity]({CURVES})",
