@@ -3,19 +3,20 @@
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hf_compress import ConfigError, Recipe
 from hf_compress.config.base import read_file
 from hf_compress.errors import choices
-from hf_compress.recipe.overrides import load_recipe
+from hf_compress.recipe.overrides import change_setting, load_recipe, plain_copy
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 OFFLINE = RECIPES / "offline"
 OURS, BASELINE = "ours", "l2"
 METHODS = (OURS, BASELINE)
+SPARSITIES = (0.5, 0.75, 0.9)
 COMMON = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
 """Training arguments of all runs, which are short."""
 
@@ -53,6 +54,10 @@ class Experiment:
 
     limits: Mapping[str, float] = field(default_factory=dict)
     """Structure -> highest sparsity, where every layer has to keep one of few units."""
+
+    levels: Mapping[float, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """What to call a budget, as a sparsity -> method -> its further settings: for recipes with stages, each of which
+    has a share of its own, in the place of one sparsity of all structures."""
 
     @classmethod
     def load(cls, path: Path) -> "Experiment":
@@ -102,18 +107,59 @@ class Experiment:
         Raises:
             ConfigError: If the recipe is not valid.
         """
-        steps = max(round(self.settings["training"]["max_steps"] * scale), 1)
-        structures = {name: min(sparsity, self.limits.get(name, sparsity)) for name in self.structures}
         settings = {
             **self.settings,
             **(self.baseline if method == BASELINE else {}),
-            "pruning.structures": structures,
+            **self.budget_of(method, sparsity),
             "model": str(folders[1]),
             "dataset": {**self.settings["dataset"], "path": str(folders[0])},
-            "training": {**self.settings["training"], **COMMON, "max_steps": steps, "seed": seed},
+            "training": {**self.settings["training"], **COMMON, "seed": seed},
         }
-        lines = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+        lines = [f"{name}={json.dumps(_scaled(value, scale))}" for name, value in settings.items()]
         return load_recipe(RECIPES / self.recipe, lines, str(output))
+
+    def budget_of(self, method: str, sparsity: float) -> dict[str, Any]:
+        """Return the settings of a budget.
+
+        Raises:
+            ConfigError: If the experiment has no such level.
+        """
+        if not self.levels:
+            return {
+                "pruning.structures": {name: min(sparsity, self.limits.get(name, sparsity)) for name in self.structures}
+            }
+        if sparsity not in self.levels:
+            raise ConfigError(f"{self.name}: got a sparsity of {sparsity}; {choices(sparsity, self.levels)}.")
+        return dict(self.levels[sparsity].get(method, {}))
+
+    def sparsities(self) -> tuple[float, ...]:
+        """Return the budgets that are run unless others are asked for."""
+        return tuple(self.levels) or SPARSITIES
+
+    def effective(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the published recipe as this experiment uses it: without what its settings replace.
+
+        Args:
+            recipe: The published recipe's fields.
+        """
+        data: dict[str, Any] = plain_copy(dict(recipe))
+        for name, value in self.settings.items():
+            change_setting(data, name, plain_copy(value), self.name)
+        return {**data, "model": None, "dataset": None}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what its file says, as results store it."""
+        return {name: value for name, value in asdict(self).items() if name != "levels" or value}
+
+
+def _scaled(value: Any, scale: float) -> Any:
+    """Return a setting with all optimizer steps in it scaled."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: max(round(each * scale), 1) if name == "max_steps" else _scaled(each, scale)
+        for name, each in value.items()
+    }
 
 
 def experiments() -> dict[str, Experiment]:

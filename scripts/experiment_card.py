@@ -91,8 +91,8 @@ def _row(runs: list[Run], model: str, metric: str, labels: list[str]) -> list[st
         return mean(map(read, runs))
 
     scores = [run["comparison"]["metrics"][metric][model] for run in runs]
-    if model == DENSE:
-        scores = scores[:1]  # the same model in all runs
+    if model == DENSE and len(set(scores)) == 1:
+        scores = scores[:1]  # the same model in all runs, unless a recipe trains it
     row = [
         model,
         "-",
@@ -125,11 +125,25 @@ def differences(data: dict[str, Any]) -> list[str]:
             [run["comparison"]["metrics"][metric][SMALL] for run in of(runs, method, sparsity)] for method in METHODS
         ]
         if all(scores):
-            gap = mean(scores[0]) - mean(scores[1])
-            verdict = "better" if better * gap > 0 else "not better"
-            outcome = f"{OURS} is {verdict} than {BASELINE} ({metric} {gap:+.2f})"
+            outcome = _outcome(scores[0], scores[1], better, metric)
             lines.append(f"- at {100 * sparsity:g} %: {outcome}")
     return lines
+
+
+def _outcome(ours: list[float], baseline: list[float], better: int, metric: str) -> str:
+    """Say who is ahead, and whether seeds could be the reason: a gap counts if it is more than twice its error."""
+    gap = mean(ours) - mean(baseline)
+    if gap == 0:
+        return f"{OURS} and {BASELINE} are level ({metric})"
+    ahead, behind = (OURS, BASELINE) if better * gap > 0 else (BASELINE, OURS)
+    text = f"{ahead} is ahead of {behind} by {abs(gap):.2f} ({metric})"
+    if min(len(ours), len(baseline)) < 2:
+        return f"{text}, one seed: how much seeds differ is not known"
+    error = (stdev(ours) ** 2 / len(ours) + stdev(baseline) ** 2 / len(baseline)) ** 0.5
+    seeds = f"{len(ours)} and {len(baseline)} seeds"
+    if abs(gap) <= 2 * error:
+        return f"{text}, within the spread of {seeds} (standard error of the gap {error:.2f})"
+    return f"{text}, more than twice the gap's standard error over {seeds} ({error:.2f})"
 
 
 def plot_curves(data: dict[str, Any], path: Path) -> None:
@@ -149,7 +163,7 @@ def plot_curves(data: dict[str, Any], path: Path) -> None:
         axes.plot(places, [mean(each) for each in scores], "-", color=COLORS[method], label=method)
         for group, values in zip(groups, scores, strict=True):
             axes.plot([encoder_sparsity(run) for run in group], values, "o", markersize=4, color=COLORS[method])
-    dense = runs[0]["comparison"]["metrics"][metric][DENSE]
+    dense = mean(run["comparison"]["metrics"][metric][DENSE] for run in runs)
     axes.axhline(dense, color=COLORS[DENSE], linewidth=0.8, linestyle=":", label=DENSE)
     if not about["higher_is_better"]:
         axes.set_yscale("log")
@@ -182,10 +196,10 @@ def card(data: dict[str, Any]) -> str:
         "## Results",
         f"`{OURS}` is the recipe below, `{BASELINE}` the same number of steps ({', '.join(map(str, steps))}) with the "
         "norms of weights as criterion and without distillation; both begin with the same dense model. Means over "
-        "seeds, with standard deviations of several. What is asked for is the share of each structure's units that "
-        f"goes{_limits(about)}; encoder sparsity is the share of the parameters of all stacks of layers, decoders "
-        "included, that is gone. Latencies are medians of each run, timed beside the dense model, on a machine that "
-        "other processes share; speed-ups are ratios within a run.",
+        f"seeds, with standard deviations of several. What is asked for is {_asked(about)}; encoder sparsity is the "
+        "share of the parameters of all stacks of layers, decoders included, that is gone. Latencies are medians of "
+        "each run, timed beside the dense model, on a machine that other processes share; speed-ups are ratios within "
+        "a run.",
         table(data),
         "\n".join([*differences(data), *_standard_error(data)]),
         f"![{about['metric']} against encoder sparsity]({CURVES})",
@@ -201,9 +215,12 @@ def card(data: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _limits(about: dict[str, Any]) -> str:
+def _asked(about: dict[str, Any]) -> str:
+    if about.get("levels"):
+        return "a level, whose settings are below"
     found = ", ".join(f"{100 * share:g} % of {name}" for name, share in about["limits"].items())
-    return f", at most {found}, so that every layer keeps one" if found else ""
+    limits = f", at most {found}, so that every layer keeps one" if found else ""
+    return f"the share of each structure's units that goes{limits}"
 
 
 def _standard_error(data: dict[str, Any]) -> list[str]:
@@ -222,10 +239,12 @@ def _recipe(data: dict[str, Any]) -> list[str]:
     more = "more than " if None in seconds else ""
     minutes = f"{more}{sum(each or 0 for each in seconds) / 60:.0f} minutes"
     scaled = f", steps times {scale:g}" if scale != 1 else ""
+    levels = about.get("levels", {})
+    what = "those of a level" if levels else f"sparsities of {', '.join(about['structures'])}"
+    more_settings = {name: about[name] for name in ("limits", "levels") if about.get(name)}
     return [
-        f"`scripts/recipes/{about['recipe']}` with these settings in the place of its own{scaled}, and sparsities of "
-        f"{', '.join(about['structures'])}:",
-        _yaml({**about["settings"], **({"limits": about["limits"]} if about["limits"] else {})}),
+        f"`scripts/recipes/{about['recipe']}` with these settings in the place of its own{scaled}, and {what}:",
+        _yaml({**about["settings"], **more_settings}),
         f"For `{BASELINE}`, moreover:",
         _yaml(about["baseline"]),
         f"`python scripts/experiments.py --only {about['name']}`: {len(data['runs'])} runs, {minutes} "

@@ -9,7 +9,6 @@ usage: python scripts/experiments.py --only vit_fashion_mnist --seeds 0 1
 """
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -41,14 +40,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = experiments()
     parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="NAME", help=", ".join(known))
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
+    parser.add_argument("--sparsities", nargs="+", type=float, help="default: 0.5 0.75 0.9, or the experiment's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps-scale", type=float, default=1.0, help="times the steps of experiments (default: 1)")
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards", help="folder of the results")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="folder of the models")
     parser.add_argument("--report", action="store_true", help="run nothing, write the cards again")
     found = parser.parse_args(given)
-    if not all(0 < each < 1 for each in found.sparsities):
+    if not all(0 < each < 1 for each in found.sparsities or ()):
         parser.error("--sparsities: allowed: numbers between 0 and 1")
     if found.steps_scale <= 0:
         parser.error("--steps-scale: must be more than 0")
@@ -61,7 +60,7 @@ def settings_of(experiment: Experiment, folders: tuple[Path, Path], scale: float
     plain: dict[str, Any] = json.loads(
         json.dumps(
             {
-                "experiment": dataclasses.asdict(experiment),
+                "experiment": experiment.facts(),
                 "recipe": read_file(RECIPES / experiment.recipe, "Recipe"),
                 "steps_scale": scale,
                 "dense_sha256": hashlib.sha256(weights).hexdigest(),
@@ -85,8 +84,8 @@ def stored(path: Path) -> dict[str, Any] | None:
     return data
 
 
-def begun(path: Path, settings: dict[str, Any], folders: tuple[Path, Path]) -> dict[str, Any]:
-    """Return the results so far.
+def begun(path: Path, experiment: Experiment, settings: dict[str, Any], folders: tuple[Path, Path]) -> dict[str, Any]:
+    """Return the results so far. Parts of the published recipe that the experiment replaces may have changed.
 
     Raises:
         ConfigError: If they are of other settings.
@@ -99,7 +98,8 @@ def begun(path: Path, settings: dict[str, Any], folders: tuple[Path, Path]) -> d
             **{name: read_file(file, name) for name, file in facts.items() if file.is_file()},
             "runs": [],
         }
-    different = [name for name in settings if data["settings"].get(name) != settings[name]]
+    old, new = ({**each, "recipe": experiment.effective(each["recipe"])} for each in (data["settings"], settings))
+    different = [name for name in new if old.get(name) != new[name]]
     if different:
         raise ConfigError(
             f"{path}: holds results of other settings: {', '.join(different)}. Run with the same, or move it away."
@@ -149,10 +149,10 @@ def run(experiment: Experiment, given: argparse.Namespace) -> None:
     folder = given.cards / experiment.name
     folders = experiment.folders()
     settings = settings_of(experiment, folders, given.steps_scale)
-    data = begun(folder / RESULTS, settings, folders)
+    data = begun(folder / RESULTS, experiment, settings, folders)
     models = given.runs / experiment.name / settings["dense_sha256"][:8]
     places = ("seed", "sparsity", "method")
-    for place in itertools.product(given.seeds, given.sparsities, METHODS):
+    for place in itertools.product(given.seeds, given.sparsities or experiment.sparsities(), METHODS):
         key = dict(zip(places, place, strict=True))
         if any(key.items() <= each.items() for each in data["runs"]):
             continue

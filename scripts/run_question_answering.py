@@ -27,7 +27,7 @@ class QuestionArguments:
 def columns(given: Any) -> dict[str, Any]:
     """Return what the arguments say of the data."""
     names = [given.question_column_name, given.context_column_name]
-    default = ["question", "context"] if given.dataset_name or given.data_file else None
+    default = ["question", "context"] if given.dataset_name or given.data_file or given.train_file else None
     return {
         "text_columns": names if any(names) else default,
         "label_column": given.answer_column_name,

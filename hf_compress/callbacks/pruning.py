@@ -153,6 +153,10 @@ class PruningCallback(CompressionCallback):
         before, after = left(self._costs, {}), left(self._costs, groups)
         facts["parameters"], facts["parameters after shrink"] = before["parameters"], after["parameters"]
         facts["operations kept"] = after["flops_kept"]
+        decides = any(pool.budget is None and pool.sparsity is None for pool in self._pruner.pools)
+        if decides and all(mask.all() for mask in groups.values()):
+            groups = {}
+            facts["trial"] = "none: the method decides itself how much goes, so these are the sizes without any removal"
         self.trial = groups or None
         if groups:
             with suspended(run.model):

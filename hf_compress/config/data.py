@@ -17,6 +17,9 @@ class DatasetConfig(Config):
     name: str | None = None
     """Configuration of a Hub data set, such as ``"sst2"`` of ``"nyu-mll/glue"``."""
 
+    eval_file: str | None = None
+    """File of the evaluation data, of the same kind as the file that ``path`` names."""
+
     train_split: str = "train"
     """Split to train on; a lone file is one split, ``"train"``."""
 
@@ -65,12 +68,14 @@ class DatasetConfig(Config):
         for name in ("path", "train_split"):
             self._check_text(name)
         self._check_bool("flip")
-        for name in ("name", "eval_split", "label_column", "target_column", "image_column", "prefix"):
+        for name in ("name", "eval_file", "eval_split", "label_column", "target_column", "image_column", "prefix"):
             if getattr(self, name) is not None:
                 self._check_text(name)
         for name in ("max_length", "max_target_length", "stride", "max_train_examples", "max_eval_examples"):
             if getattr(self, name) is not None:
                 self._check_count(name)
+        if self.eval_file is not None and self.eval_split is not None:
+            raise self._error("eval_split", self.eval_split, "None with an eval_file, which is one split")
         columns: Any = (self.text_columns,) if isinstance(self.text_columns, str) else self.text_columns
         texts = isinstance(columns, list | tuple) and all(isinstance(each, str) and each for each in columns)
         if not texts or len(columns) not in (1, 2):

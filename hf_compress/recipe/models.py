@@ -28,12 +28,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer that can pad: with its end-of-sequence token if it has none for that.
 
     Raises:
-        ConfigError: If it cannot be loaded, or has neither token.
+        ConfigError: If it cannot be loaded, knows no words, or has neither token.
     """
     with loading(f"{name}: tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) == 0:
         raise ConfigError(f"{name}: has no tokenizer; save one beside the model.")
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
+        # Where there are no files, transformers makes an empty one up; some kinds have a mark of spaces all the same.
+        raise ConfigError(
+            f"{name}: has no tokenizer, or one that knows no words: every word would be unknown. Save the model's "
+            "tokenizer in the same folder: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(

@@ -22,6 +22,7 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | No
         ConfigError: If the file or a setting cannot be read, or the recipe that results is not valid.
     """
     data = plain_copy(read_file(Path(path), Recipe.__name__))
+    names = []
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not all(name.split(".")):
@@ -31,12 +32,39 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), output: str | No
         except ValueError as error:
             raise ConfigError(f"--set {setting!r}: the value is no YAML: {' '.join(str(error).split())}") from error
         change_setting(data, name, value, f"--set {name}")
+        names.append(name)
     if output is not None:
         data["output"] = output
     try:
-        return Recipe.from_dict(data)
+        recipe = Recipe.from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    for name in names:
+        check_effect(recipe, name, f"--set {name}")
+    return recipe
+
+
+def check_effect(recipe: Recipe, name: str, where: str) -> None:
+    """Check that a training argument that was set for all stages is not replaced in each of them.
+
+    Args:
+        recipe: With the setting.
+        name: Its name, such as ``"training.num_train_epochs"``.
+        where: What asks for it, for messages.
+
+    Raises:
+        ConfigError: If no stage takes it.
+    """
+    section, _, argument = name.partition(".")
+    if section != "training" or not argument or recipe.stages is None:
+        return
+    if not any(argument in (run.training or {}) for run in recipe.runs()) or all(
+        argument in (stage.training or {}) for stage in recipe.stages
+    ):
+        raise ConfigError(
+            f"{where}: has no effect, since every stage says otherwise. Set it in the stages: "
+            f"stages.0.training.{argument}, and so on."
+        )
 
 
 def plain_copy(value: Any) -> Any:

@@ -28,7 +28,7 @@ from hf_compress.recipe.publish import check_upload, publish
 from hf_compress.recipe.result import CHECKPOINTS, RESULT_FILE, RunResult, check_output, make_output
 from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, dense_model, stages_of, track, tracked_after
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
-from hf_compress.recipe.trial import preview_stages
+from hf_compress.recipe.trial import check_stages, preview_stages
 from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.quantizers import cuts, move_quantizers
 from hf_compress.shrinking.shrink import shrink
@@ -39,7 +39,8 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
 
     The recipe's output folder gets ``recipe.yaml``, ``checkpoints``, ``compressed`` (model, tokenizer, model card), the
     same for an exported format and for every stage but the last (``stage-1`` and so on), and ``run.json``. With
-    ``hub_model_id``, ``compressed`` and the exported format are uploaded at the end.
+    ``hub_model_id``, ``compressed`` and the exported format are uploaded at the end. Before the first of several stages
+    trains, all are checked as in a dry run, up to one that prunes before it trains.
 
     Args:
         recipe: With model, task, dataset and output.
@@ -60,6 +61,8 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
         return RunResult.load(output)
     prepared = prepare(recipe, output / CHECKPOINTS)
     _check_storable(recipe, prepared)
+    if len(stages) > 1 and not any(stage.is_finished() for stage in stages):
+        check_stages(prepared, stages)
     notes = prepared.notes()
     if prepared.args.process_index == 0:
         make_output(recipe, output)

@@ -14,6 +14,9 @@ from hf_compress.errors import ConfigError, choices
 FILE_BUILDERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
+FILE_SPLIT = "validation"
+"""What an evaluation file's examples are called."""
+
 HELD_OUT = ("test", "validation", "dev")
 HELD_OUT_SHARE = 0.1
 UNLABELED = -1
@@ -103,10 +106,17 @@ def drop_incomplete(splits: Splits, columns: Iterable[str]) -> Splits:
 
 def _load(config: DatasetConfig) -> Any:
     path = Path(config.path)
+    if config.eval_file is not None and not (path.is_file() and Path(config.eval_file).suffix == path.suffix):
+        raise ConfigError(
+            f"dataset.eval_file: got {config.eval_file!r}; allowed: a file of the same kind as path, which must be a "
+            f"file then, not {config.path!r}."
+        )
     try:
         if path.suffix in FILE_BUILDERS and path.is_file():
             options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-            found = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
+            files = {"train": str(path), FILE_SPLIT: config.eval_file}
+            files = {name: file for name, file in files.items() if file is not None}
+            found = load_dataset(FILE_BUILDERS[path.suffix], data_files=files, **options)
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = load_from_disk(str(path))
         else:
@@ -142,15 +152,16 @@ def _flattened(splits: Any, config: DatasetConfig) -> Any:
 
 
 def _choose(splits: Any, config: DatasetConfig, label: str | None, seed: int) -> tuple[Any, Any, str]:
-    train = splits[config.train_split]
-    for name in HELD_OUT if config.eval_split is None else (config.eval_split,):
+    train, wanted = splits[config.train_split], config.eval_split if config.eval_file is None else FILE_SPLIT
+    for name in HELD_OUT if wanted is None else (wanted,):
         if name in splits and name != config.train_split and _has_labels(splits[name], label):
             return train, splits[name], name
-    if config.eval_split is not None:
+    if wanted is not None:
         problem = f"holds no labels in {label!r}"
-        if config.eval_split == config.train_split:
+        if wanted == config.train_split:
             problem = "is the training split"
-        raise ConfigError(f"dataset {config.path!r}: split {config.eval_split!r} {problem}; choose another eval_split.")
+        where = f"split {wanted!r}" if config.eval_file is None else config.eval_file
+        raise ConfigError(f"dataset {config.path!r}: {where} {problem}; choose another one to evaluate on.")
     if len(train) < 2:
         raise ConfigError(f"dataset {config.path!r}: {len(train)} examples are too few to hold some out.")
     parts = train.train_test_split(test_size=HELD_OUT_SHARE, seed=seed)

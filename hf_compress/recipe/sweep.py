@@ -36,9 +36,10 @@ def run_sweep(
 ) -> SweepResult:
     """Do all runs of a sweep, each by ``run_recipe`` in a folder of its own: ``<run>-seed<seed>``.
 
-    Every recipe is checked before the first run trains. A run that fails ends neither the others nor the sweep. Leading
-    stages that only train are trained once for all runs that have them alike. After each run, the output folder has
-    ``sweep.json`` (all numbers), ``sweep.md`` (one table) and ``pareto.png`` (one chart) of what there is so far.
+    Every recipe is checked before the first run trains, as far as that goes without its model. A run that fails ends
+    neither the others nor the sweep. Leading stages that only train are trained once for all runs that have them alike.
+    After each run, the output folder has ``sweep.json`` (all numbers), ``sweep.md`` (one table) and ``pareto.png`` (one
+    chart) of what there is so far.
 
     Args:
         config: What to run; with output.

@@ -14,7 +14,7 @@ from hf_compress.config import Recipe, SweepConfig
 from hf_compress.config.base import read_file
 from hf_compress.config.recipe import PlainRun
 from hf_compress.errors import ConfigError
-from hf_compress.recipe.overrides import change_setting, plain_copy
+from hf_compress.recipe.overrides import change_setting, check_effect, plain_copy
 from hf_compress.recipe.result import RECIPE_FILE
 from hf_compress.recipe.stages import Stage, stages_of
 
@@ -81,6 +81,8 @@ def _planned(config: SweepConfig, output: Path, name: str, settings: Mapping[str
         if seed is not None:
             _set_seed(data, seed)
         recipe = Recipe.from_dict(data)
+        for setting in settings:
+            check_effect(recipe, setting, setting)
         if recipe.hub_model_id is not None:
             raise ConfigError(
                 f"Recipe.hub_model_id: got {recipe.hub_model_id!r}; allowed: None in a sweep, whose runs would replace "

@@ -1,22 +1,27 @@
 """Dry runs: every stage previewed, the later ones on what trial masks leave."""
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_compress.callbacks.preview import Preview, count_steps, preview
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.teachers import SELF
 from hf_compress.config import Recipe
+from hf_compress.errors import CompressionError
 from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import with_adapters, without_adapters
 from hf_compress.recipe.models import Loaded
 from hf_compress.recipe.stages import Stage
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer
+from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.shrink import shrink
 
 
@@ -51,6 +56,29 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         if trial is not None and stage is not stages[-1]:
             small: PreTrainedModel = shrink(student.model, trial, **stage.shrink_options(), quantizers=False)
             student = Loaded(small, ())
+
+
+def check_stages(prepared: Prepared, stages: Sequence[Stage]) -> None:
+    """Check every stage against the model before the first one trains, so that no training is lost to a later one.
+
+    Stages that prune before they train end the check: what they leave takes as long as in the run itself.
+
+    Args:
+        prepared: With the dense model, which stays as it is.
+        stages: The runs, none of which has begun.
+
+    Raises:
+        CompressionError: Whatever a dry run would raise, with the name of the stage.
+    """
+    known = list(takewhile(lambda stage: stage.recipe.oneshot_batches is None, stages))
+    copied = replace(prepared, student=replace(prepared.student, model=plain_copy(prepared.student.model)))
+    checked: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
+        try:
+            for name, _ in preview_stages(copied, known, Path(scratch)):
+                checked.append(name)
+        except CompressionError as error:
+            raise type(error)(f"{known[len(checked)].name}: {error}") from error
 
 
 def _with_a_teacher(recipe: Recipe, to_come: set[str]) -> Recipe:

@@ -20,10 +20,8 @@ FEATURES = Features(
 COLUMNS = {"text_columns": ["premise", "hypothesis"], "max_length": 48}
 
 
-def relations(table: str) -> DatasetDict:
-    """Return pairs of noun definitions: 0 the second is the first's hypernym, 1 the reverse, 2 they share one.
-
-    Families of hyponyms are whole in training or in test data.
+def nouns(table: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return the text of every noun, ``"lemma: definition"``, and the hyponyms of each, by WordNet's numbers.
 
     Args:
         table: The text of WordNet's ``data.noun``.
@@ -39,13 +37,30 @@ def relations(table: str) -> DatasetDict:
         texts[words[0]] = f"{lemma}: {gloss.split(';')[0].strip()}"
         for parent in re.findall(r" @ (\d{8}) n", fields):
             families.setdefault(parent, []).append(words[0])
+    return texts, families
+
+
+def is_for_tests(parent: str) -> bool:
+    """Return whether the family of a noun is in the test data."""
+    return int(parent) % 10 == 0
+
+
+def relations(table: str) -> DatasetDict:
+    """Return pairs of noun definitions: 0 the second is the first's hypernym, 1 the reverse, 2 they share one.
+
+    Families of hyponyms are whole in training or in test data.
+
+    Args:
+        table: The text of WordNet's ``data.noun``.
+    """
+    texts, families = nouns(table)
     train, test = [], []
     for parent, children in families.items():
         if parent not in texts or len(children) < 3:
             continue
         rows = [(children[0], parent, 0), (parent, children[1], 1), (children[1], children[2], 2)]
         mine = [{"premise": texts[a], "hypothesis": texts[b], "label": label} for a, b, label in rows]
-        (test if int(parent) % 10 == 0 else train).extend(mine)
+        (test if is_for_tests(parent) else train).extend(mine)
     parts = {"train": (train, 0), "test": (test, 1)}
     return DatasetDict(
         {name: Dataset.from_list(rows, features=FEATURES).shuffle(seed=seed) for name, (rows, seed) in parts.items()}

@@ -18,6 +18,7 @@ from hf_compress import (
     DistillationConfig,
     PruningCallback,
     PruningConfig,
+    PruningRule,
     QuantizationCallback,
     QuantizationConfig,
     ShrinkError,
@@ -96,6 +97,35 @@ def test_layers_that_go_are_counted(
         trainer.train()
     log = [entry for entry in trainer.state.log_history if "parameters" in entry][-1]
     check(log["parameters"], log["flops_kept"], shrink(trainer))
+
+
+SOFT = {"structures": ["heads", "ffn"], "criterion": "movement", "options": {"mode": "soft", "regular_scale": 10.0}}
+
+
+def test_a_method_that_decides_itself_how_much_goes(
+    tiny_bert: Any, classification_data: Any, make_trainer: Any
+) -> None:
+    callback = PruningCallback(PruningConfig(**SOFT, begin=1, end=3, update_every=1))
+    trainer = make_trainer(tiny_bert(), classification_data(16), [callback], max_steps=4)
+    facts = preview(trainer).sections["pruning"]
+    assert facts["heads"]["removed"] == facts["ffn"]["removed"] == "found by the method"
+    assert facts["parameters"] == facts["parameters after shrink"] == trainer.model.num_parameters()
+    assert "the method decides itself" in facts["trial"] and callback.trial is None
+
+
+def test_a_part_of_it_may_be_decided_by_the_method(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
+    soft = PruningRule(match=("heads",), structures=["heads"], criterion="movement", options=SOFT["options"])
+    config = PruningConfig(structures={"heads": 0.5, "ffn": 0.5}, begin=1, end=3, update_every=1, rules=(soft,))
+    trainer = make_trainer(tiny_bert(), classification_data(16), [PruningCallback(config)], max_steps=4)
+    facts = preview(trainer).sections["pruning"]
+    assert facts["parameters after shrink"] < facts["parameters"]
+    assert "a copy was shrunk" in facts["trial"]
+
+
+def test_nothing_to_remove_is_still_an_error(tiny_bert: Any, classification_data: Any, make_trainer: Any) -> None:
+    callback = PruningCallback(PruningConfig(structures={"ffn": 0.0}, begin=1, end=3, update_every=1))
+    with pytest.raises(ShrinkError, match="nothing would change"):
+        preview(make_trainer(tiny_bert(), classification_data(16), [callback], max_steps=4))
 
 
 def test_it_prints_and_is_plain_data(trainer: Any) -> None:

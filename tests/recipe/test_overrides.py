@@ -65,3 +65,15 @@ def test_a_whole_entry_of_a_list_can_be_replaced() -> None:
     change_setting(data, "training.seed", 3, "here")
     assert data["stages"][0] == {"training": {"max_steps": 3}}
     assert data["training"] == {"seed": 3}
+
+
+def test_what_every_stage_replaces_has_no_effect(recipe, tmp_path) -> None:
+    assert load_recipe(recipe, ["training.num_train_epochs=5"]).training == {"num_train_epochs": 5}  # of two stages
+    text = STAGES.replace("structures: {heads: 0.5}}", "structures: {heads: 0.5}}\n    training: &own {max_steps: 2}")
+    text = text.replace("distillation: *shared", "training: *own").replace("num_train_epochs: 1", "max_steps: 1")
+    recipe.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--set training.max_steps: has no effect.*stages\.0\.training\.max_steps"):
+        load_recipe(recipe, ["training.max_steps=5"])
+    recipe.write_text(text.replace("max_steps", "num_train_epochs"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"training\.max_steps: has no effect"):
+        load_recipe(recipe, ["training.max_steps=5"])  # epochs of a stage win over steps of the recipe

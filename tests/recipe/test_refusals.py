@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import recipe_files
 import yaml
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_compress import ConfigError, Recipe, cli, make_callbacks
+from hf_compress.recipe.models import load_tokenizer
 from hf_compress.recipe.overrides import load_recipe
 
 
@@ -92,6 +94,20 @@ def test_several_labels_for_an_example_are_refused(tmp_path, capsys) -> None:
     recipe["dataset"]["path"] = recipe_files.write_json(tmp_path / "reviews.jsonl", rows)
     assert hf_compress(tmp_path, recipe, "--dry-run") == 2
     assert "column 'stars' holds lists of labels; one class for each example" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["text-classification", "seq2seq-lm"])
+def test_a_made_up_tokenizer_is_refused(task, tmp_path) -> None:
+    """Transformers makes an empty one where there are no files, of T5 with a mark of spaces in it."""
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 120}
+    if task == "seq2seq-lm":
+        T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    else:
+        recipe_files.save_model(tmp_path, task)
+        for file in tmp_path.glob("*token*"):
+            file.unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer, or one that knows no words.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys) -> None:

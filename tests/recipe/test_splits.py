@@ -31,6 +31,22 @@ def test_local_data_of_every_kind(tmp_path, kind: str) -> None:
     assert sorted([*train["review"], *evaluation["review"]]) == sorted(row["review"] for row in ROWS)
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_file_of_its_own_to_evaluate_on(tmp_path, kind) -> None:
+    data, paths = Dataset.from_list(ROWS), [tmp_path / f"{name}.{kind}" for name in ("train", "dev")]
+    for part, path in zip((data, data.select(range(6))), paths, strict=True):
+        part.to_json(path) if kind == "jsonl" else part.to_csv(path, sep="\t" if kind == "tsv" else ",")
+    train, dev = map(str, paths)
+    splits = load_splits(DatasetConfig(path=train, eval_file=dev), "stars", seed=0)
+    assert (len(splits.train), len(splits.evaluation), splits.evaluation_name) == (40, 6, "validation")
+    with pytest.raises(ConfigError, match=r"dev.*holds no labels in 'grade'"):
+        load_splits(DatasetConfig(path=train, eval_file=dev), "grade", seed=0)
+    with pytest.raises(ConfigError, match="a file of the same kind as path"):
+        load_splits(DatasetConfig(path=train, eval_file="dev.parquet"), "stars", seed=0)
+    with pytest.raises(ConfigError, match="eval_split"):
+        DatasetConfig(path=train, eval_file=dev, eval_split="dev")
+
+
 def test_the_evaluation_split_is_the_first_with_labels(tmp_path) -> None:
     labeled = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     hidden = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})

@@ -17,7 +17,17 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_compress.callbacks.distillation as distillation
 import hf_compress.recipe.run as runs
-from hf_compress import ConfigError, Recipe, StageConfig, TargetError, cli, dimension_groups, make_callbacks, run_recipe
+from hf_compress import (
+    CompressionError,
+    ConfigError,
+    Recipe,
+    StageConfig,
+    TargetError,
+    cli,
+    dimension_groups,
+    make_callbacks,
+    run_recipe,
+)
 from hf_compress.recipe.stages import Stage, track, tracked_after
 from hf_compress.report.results import Results
 
@@ -235,12 +245,43 @@ def test_a_dry_run_says_the_sizes_of_every_stage(tmp_path, monkeypatch) -> None:
     assert text.index("== stage-1 ==") < text.index("== compressed ==") < text.index("dry run: nothing was trained")
 
 
+def test_a_dry_run_goes_on_after_a_stage_that_decides_itself_how_much_goes(tmp_path) -> None:
+    soft = {"structures": ["heads"], "criterion": "movement", "options": {"mode": "soft"}, "begin": 0, "end": 2}
+    result = run_recipe(staged(tmp_path, [{"pruning": soft}, {"pruning": pruning(ffn=0.5)}]), dry_run=True)
+    first, last = (result.stages[name].sections["pruning"] for name in ("stage-1", "compressed"))
+    assert first["parameters after shrink"] == last["parameters"] > last["parameters after shrink"]
+
+
 def test_the_dry_run_names_what_fails_in_a_later_stage(tmp_path) -> None:
     """Two heads in each of two layers are left: 0.9 of them cannot go."""
     halves = {**pruning(heads=0.5), "allocation": "per_layer"}
     recipe = staged(tmp_path, [{"pruning": halves}, {"pruning": pruning(heads=0.9)}])
     with pytest.raises(TargetError, match=r"sparsity 0\.9 of 4 units leaves 0\.4"):
         run_recipe(recipe, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"pruning": pruning(heads=0.9)}, r"compressed: .*sparsity 0\.9 of 4 units leaves 0\.4"),
+        ({"pruning": {**pruning(ffn=0.5), "end": 9}}, "compressed: .*the run has 4 optimizer steps"),
+        (
+            {"distillation": {"features": [{"loss": "hidden_mse", "layers": {7: 0}}]}},
+            "compressed: .*layer",
+        ),
+    ],
+)
+def test_a_later_stage_fails_before_the_first_one_trains(tmp_path, monkeypatch, last, message) -> None:
+    monkeypatch.setattr("transformers.Trainer.train", lambda *a, **k: pytest.fail("trained"))
+    halves = {"pruning": {**pruning(heads=0.5), "allocation": "per_layer"}}
+    with pytest.raises(CompressionError, match=message):
+        run_recipe(staged(tmp_path, [{}, halves, last]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checking_stages_first_changes_no_result(straight, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runs, "check_stages", lambda *a: None)
+    assert_ends_as(straight, straight.again(tmp_path))
 
 
 def test_uniform_stages_need_no_loader(tmp_path) -> None:

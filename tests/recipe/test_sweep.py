@@ -249,6 +249,11 @@ def test_what_is_wrong_with_the_last_run_shows_before_the_first_trains(changes, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_that_every_stage_replaces_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"run 'bad': training\.max_steps: has no effect"):
+        run_sweep(sweep(tmp_path, tmp_path / "out", runs={"good": {}, "bad": {"training.max_steps": 9}}), dry_run=True)
+
+
 def test_foreign_folders_are_not_touched(tmp_path) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for output, message in ((tmp_path, "holds files, but not from a sweep"), (tmp_path / "file", "is a file")):

@@ -11,7 +11,7 @@ import recipe_files
 import yaml
 
 import hf_compress.recipe.measure as measuring
-from hf_compress import ConfigError
+from hf_compress import ConfigError, Recipe
 from hf_compress.config import TASKS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -30,21 +30,78 @@ def scripts(monkeypatch):
 # --- recipes
 
 
-@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
+ALONE = [path for path in OFFLINE if "levels" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
+STAGED = [path for path in OFFLINE if path not in ALONE]
+
+
+def both(experiment, sparsity: float, root: Path):
+    folders = (root / "data", root / "model")
+    return (experiment.recipe_of(method, sparsity, 3, 0.5, folders, root / "out") for method in ("ours", "l2"))
+
+
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
 def test_recipes_of_a_run(scripts, path, tmp_path) -> None:
     experiment = scripts("experiment").Experiment.load(path)
-    folders = (tmp_path / "data", tmp_path / "model")
-    ours, l2 = (
-        experiment.recipe_of(method, 0.5, 3, 0.5, folders, tmp_path / "out") for method in ("ours", "l2")
-    )  # fmt: skip
+    ours, l2 = both(experiment, 0.5, tmp_path)
     assert ours.task in TASKS and ours.task == l2.task
     assert ours.training == l2.training and ours.training["seed"] == 3
     assert ours.training["max_steps"] == experiment.settings["training"]["max_steps"] / 2
     assert set(ours.pruning.structures.values()) == {0.5} and ours.pruning.structures == l2.pruning.structures
     assert (l2.pruning.criterion, l2.distillation, l2.teacher) == ("l2", None, None)
-    assert ours.pruning.criterion != "l2" and ours.distillation is not None and ours.teacher == "dense"
+    assert ours.pruning.criterion != "l2"
     assert (SCRIPTS / "stand_ins" / f"{experiment.stand_in}.py").is_file()
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", STAGED, ids=lambda path: path.stem)
+def test_stages_of_a_run_are_the_published_ones(scripts, path, tmp_path) -> None:
+    """In the same order, by the same methods; the baseline has as many steps of each."""
+    experiment = scripts("experiment").Experiment.load(path)
+    published = Recipe.load(SCRIPTS / "recipes" / experiment.recipe)
+    assert experiment.sparsities() == tuple(sorted(experiment.levels))
+    sizes = set()
+    for sparsity in experiment.levels:
+        ours, l2 = both(experiment, sparsity, tmp_path)
+        assert kinds(ours) == kinds(published)
+        assert (ours.teacher, ours.export) == (published.teacher, published.export)
+        assert "l2" in {stage.pruning.criterion for stage in l2.stages if stage.pruning is not None}
+        assert not any(stage.distillation for stage in l2.stages) and l2.teacher is None
+        steps = [[run.training["max_steps"] for run in recipe.runs()] for recipe in (ours, l2)]
+        assert sum(steps[0]) == sum(steps[1]) < 500
+        sizes.add(str(ours.to_dict()))
+    assert len(sizes) == len(experiment.levels) >= 2
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    with pytest.raises(ConfigError, match=r"got a sparsity of 0\.123; allowed: "):
+        experiment.budget_of("ours", 0.123)
+
+
+def kinds(recipe: Recipe) -> list[tuple]:
+    """What makes a stage what it is."""
+    return [
+        (
+            stage.pruning and (stage.pruning.criterion, sorted(stage.pruning.structures), stage.pruning.gradients),
+            stage.distillation and [(term.loss, term.layers) for term in stage.distillation.features],
+            stage.quantization and stage.quantization.scheme,
+            stage.oneshot_batches is not None,
+            stage.repeat > 1,
+        )
+        for stage in recipe.stages
+    ]
+
+
+def test_every_published_recipe_has_a_stand_in_with_all_its_stages(scripts) -> None:
+    experiments = [scripts("experiment").Experiment.load(path) for path in OFFLINE]
+    published = {path.name: Recipe.load(path) for path in (SCRIPTS / "recipes").glob("*.yaml")}
+    whole = {each.recipe for each in experiments if each.levels or published[each.recipe].stages is None}
+    assert whole == set(published)
+
+
+def test_parts_of_a_recipe_that_an_experiment_replaces_may_change(scripts) -> None:
+    experiment = scripts("experiment").Experiment.load(OFFLINE[0].with_name("bert_wordnet.yaml"))
+    data = yaml.safe_load((SCRIPTS / "recipes" / experiment.recipe).read_text(encoding="utf-8"))
+    changed = {**data, "stages": [], "training": {}}
+    assert experiment.effective(changed) == experiment.effective(data)
+    assert experiment.effective({**data, "teacher": "self"}) != experiment.effective(data)
 
 
 def test_structures_with_few_units_have_limits(scripts, tmp_path) -> None:
@@ -119,7 +176,8 @@ def test_a_card_says_what_was_measured(scripts, tmp_path) -> None:
     assert rows[3] == ["ours (2 seeds)", "50 %", "50.0 \u00b1 0.0", "81.00 \u00b1 1.41", *left]
     assert rows[4] == ["l2 (1 seed)", "50 %", "50.0", "70.00", *left]
     assert rows[5][:4] == ["ours (1 seed)", "75 %", "75.0", "60.00"]
-    assert "- at 50 %: ours is better than l2 (accuracy (%) +11.00)" in text
+    assert "- at 50 %: ours is ahead of l2 by 11.00 (accuracy (%)), one seed: how much" in text
+    assert "better than" not in text
     assert "accuracy on 100 examples is 3.00 points" in text and "at most" not in text
     assert "It is not something published" in text and "4 runs, 2 minutes" in text
     assert "75 % asked for, seed 0" in text
@@ -138,7 +196,31 @@ def test_lower_may_be_better_and_limits_are_said(scripts) -> None:
     data["settings"]["experiment"]["limits"] = {"heads": 0.8}
     assert "goes, at most 80 % of heads, so that every layer keeps one;" in scripts("experiment_card").card(data)
     found = scripts("experiment_card").differences(results(runs, higher_is_better=False))
-    assert found == ["- at 50 %: ours is not better than l2 (accuracy (%) +10.00)"]
+    assert found == [
+        "- at 50 %: l2 is ahead of ours by 10.00 (accuracy (%)), one seed: how much seeds differ is not known"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "l2", "verdict"),
+    [
+        ((80.0, 84.0), (79.0, 81.0), "ours is ahead of l2 by 2.00 (accuracy (%)), within the spread of 2 and 2 seeds"),
+        ((80.0, 82.0), (91.0, 89.0), "l2 is ahead of ours by 9.00 (accuracy (%)), more than twice the gap's standard"),
+        ((80.0, 82.0), (81.0, 81.0), "ours and l2 are level"),
+        ((80.0, 82.0), (70.0,), "ours is ahead of l2 by 11.00 (accuracy (%)), one seed"),
+    ],
+)
+def test_a_gap_is_seen_beside_the_spread_of_seeds(scripts, ours, l2, verdict) -> None:
+    runs = [made_up("ours", 0.5, seed, score) for seed, score in enumerate(ours)]
+    runs += [made_up("l2", 0.5, seed, score) for seed, score in enumerate(l2)]
+    (line,) = scripts("experiment_card").differences(results(runs))
+    assert verdict in line
+
+
+def test_dense_models_that_each_run_trains_have_a_mean(scripts) -> None:
+    runs = [made_up("ours", 0.5, seed, 80.0) for seed in (0, 1)]
+    runs[1]["comparison"]["metrics"]["accuracy (%)"]["dense"] = 92.0
+    assert "| 91.00 \u00b1 1.41 |" in scripts("experiment_card").table(results(runs))
 
 
 def test_the_same_results_give_the_same_card(scripts, tmp_path) -> None:

@@ -91,6 +91,41 @@ def test_arguments_take_the_place_of_the_recipes(scripts) -> None:
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["bf16"] is False
 
 
+def lengths(recipe: Recipe) -> set[tuple]:
+    return {tuple(run.training.get(name) for name in ("num_train_epochs", "max_steps")) for run in recipe.runs()}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--num_train_epochs 2", {(2.0, None)}),
+        ("--max_steps 10", {(None, 10)}),
+        ("--num_train_epochs 2 --max_steps 10", {(2.0, 10)}),
+    ],
+)
+@pytest.mark.parametrize("task", ["seq2seq-lm", "text-classification"])
+def test_arguments_hold_for_every_stage(scripts, task, words, expected) -> None:
+    name = next(script for script, of in SCRIPTS.items() if of == task)
+    recipe, _ = built(scripts, name, "--recipe", recipe_of(task), *words.split(), "--learning_rate", "0.25")
+    assert len(recipe.runs()) > 3
+    assert lengths(recipe) == expected
+    assert {run.training["learning_rate"] for run in recipe.runs()} == {0.25}
+
+
+def test_epochs_take_the_place_of_a_recipes_steps(scripts, tmp_path) -> None:
+    Recipe(pruning={"structures": {"ffn": 0.5}}, training={"max_steps": 7, "seed": 1}).save(tmp_path / "r.yaml")
+    words = ["--recipe", str(tmp_path / "r.yaml"), "--num_train_epochs", "2", "--data_file", "a.csv"]
+    recipe, _ = built(scripts, "run_text_classification", *words)
+    assert recipe.training == {"seed": 1, "num_train_epochs": 2.0}
+
+
+def test_help_says_what_arguments_mean_with_stages(scripts, capsys) -> None:
+    with pytest.raises(SystemExit):
+        built(scripts, "run_causal_lm", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "hold for every stage" in text and "are the length of each stage" in text
+
+
 def test_languages_name_parts_of_a_column(scripts) -> None:
     words = "--dataset_name wmt/wmt16 --source_lang de --target_lang fr --source_prefix x --predict_with_generate false"
     recipe, _ = built(scripts, "run_translation", "--recipe", recipe_of("seq2seq-lm"), *words.split())
@@ -101,14 +136,70 @@ def test_languages_name_parts_of_a_column(scripts) -> None:
 def test_another_data_set_has_squads_columns(scripts) -> None:
     arguments = ("--recipe", recipe_of("question-answering"), "--dataset_name", "mine")
     recipe, _ = built(scripts, "run_question_answering", *arguments)
-    assert recipe.dataset.text_columns == ("question", "context") and recipe.dataset.max_length is None
+    assert recipe.dataset.text_columns == ("question", "context") and recipe.dataset.eval_split is None
+    assert (recipe.dataset.max_length, recipe.dataset.stride) == (384, 128)
+
+
+def test_another_data_set_keeps_what_is_not_of_the_data(scripts) -> None:
+    stored = Recipe.load(recipe_of("seq2seq-lm")).dataset
+    words = ["--train_file", "a.jsonl", "--validation_file", "b.jsonl", "--source_column", "a", "--target_column", "b"]
+    data = built(scripts, "run_translation", "--recipe", recipe_of("seq2seq-lm"), *words)[0].dataset
+    assert (data.path, data.eval_file, data.name, data.eval_split) == ("a.jsonl", "b.jsonl", None, None)
+    kept = (stored.prefix, stored.max_length, stored.max_target_length)
+    assert (data.prefix, data.max_length, data.max_target_length) == kept and None not in kept
+    words = ("--recipe", recipe_of("image-classification"), "--dataset_name", "photos")
+    assert built(scripts, "run_image_classification", *words)[0].dataset.flip is True
+
+
+def test_tasks_of_glue_have_names(scripts) -> None:
+    words = ("--recipe", recipe_of("text-classification"), "--task_name")
+    for name, columns, split in (
+        ("mrpc", ("sentence1", "sentence2"), ""),
+        ("mnli", ("premise", "hypothesis"), "_matched"),
+    ):
+        data = built(scripts, "run_text_classification", *words, name)[0].dataset
+        assert (data.path, data.name, data.text_columns) == ("nyu-mll/glue", name, columns)
+        assert data.eval_split == f"validation{split}"
+    with pytest.raises(ConfigError, match=r"--task_name: got 'stsb'"):
+        built(scripts, "run_text_classification", *words, "stsb")
+    with pytest.raises(ConfigError, match="got both"):
+        built(scripts, "run_text_classification", *words, "mnli", "--dataset_name", "a")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--resume_from_checkpoint false", False),
+        ("--resume_from_checkpoint True", True),
+        ("--resume", True),
+        ("--resume false", False),
+        ("--do_train --do_eval true", False),
+    ],
+)
+def test_when_a_run_is_resumed(scripts, words, expected) -> None:
+    _, resume = built(scripts, "run_causal_lm", "--recipe", recipe_of("causal-lm"), *words.split())
+    assert resume is expected
+
+
+def test_unknown_arguments_are_one_message(scripts, capsys) -> None:
+    script = scripts("run_causal_lm")
+    for words in (["--nothing", "1"], ["--overwrite_output_dir"], ["--trust_remote_code=true"]):
+        with pytest.raises(SystemExit, match="2"):
+            scripts("recipe_script").main(
+                "causal-lm", script.LanguageArguments, script.columns, ["--recipe", "r", *words]
+            )
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) <= 2 and words[0].partition("=")[0] in lines[-1]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--dataset_name a --data_file b", "got both"),
-        ("--do_train true", "has no place in a recipe"),
+        ("--do_train false", "--do_train: got false; allowed: true"),
+        ("--do_predict", "--do_predict: not for recipes"),
+        ("--streaming true", "--streaming: not for recipes. Data are read as a whole"),
+        ("--resume_from_checkpoint /no/such", "got '/no/such'; allowed: true or false"),
         ("--source_column only", "target_column"),
         ("--hub_private_repo true", "give --push_to_hub or --hub_model_id"),
         ("--push_to_hub false --hub_model_id me/it", "leave one of them out"),

@@ -121,6 +121,18 @@ def test_relations_of_nouns(stand_ins, debian_with) -> None:
     assert sources == {"wordnet-base": "1:2.3-4"}
 
 
+def test_questions_have_their_answer_in_the_text(stand_ins, debian_with) -> None:
+    debian_with("usr/share/wordnet/data.noun", NOUNS.encode())
+    module = stand_ins("wordnet_questions")
+    data = load_from_disk(str(module.data_folder()))
+    assert {row["question"] for row in data["test"]} == {"Which of these is a kind of animal?"}
+    assert {row["question"] for row in data["train"]} == {"Which of these is a kind of tool?"}
+    for row, answer, other in ((data["test"][0], "dog", "a saw"), (data["train"][0], "saw", "it barks")):
+        (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+        assert text == answer and row["context"][start:].startswith(f"{answer}: ")
+        assert other in row["context"], "a noun of another family"
+
+
 # --- Fashion-MNIST
 
 
