@@ -5,6 +5,7 @@ import torch
 from masked_models import random_masks
 from torch import Tensor
 from transformers import PreTrainedModel
+from versions import needs_newer_transformers
 from zoo import ZOO
 
 from hf_compress import profile, shrink
@@ -12,7 +13,7 @@ from hf_compress.graph.inputs import make_example_inputs
 from hf_compress.graph.model import ModelGraph
 
 KINDS = ("heads", "ffn", "hidden", "head_dim", "experts", "other")
-NAMES = ("bert", "gpt2", "llama", "phi3", "t5", "vit", "whisper", "wav2vec2", "swin", "clip", "deberta_v2")
+NAMES = ("bert", "gpt2", "llama", "phi3", "t5", "vit", "whisper", "wav2vec2", "swin", "clip")
 
 
 def counted(model: PreTrainedModel, inputs: object) -> tuple[int, int]:
@@ -20,7 +21,10 @@ def counted(model: PreTrainedModel, inputs: object) -> tuple[int, int]:
     return measured.parameters, measured.flops
 
 
-@pytest.mark.parametrize("name", NAMES)
+HEAD_DIM = needs_newer_transformers("it scales by a head size that is fixed, and shrink refuses to cut head_dim")
+
+
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("deberta_v2", marks=HEAD_DIM)])
 def test_costs_are_those_of_the_shrunk_model(name: str) -> None:
     model = ZOO[name]().eval()
     inputs = make_example_inputs(model)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from versions import needs_newer_transformers
 from zoo import ALL, ZOO
 from zoo.base import text
 
@@ -92,7 +93,11 @@ def test_hidden_states_are_what_each_layer_returns(name) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found.hidden, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", sorted({*ZOO, "t5_tokens", "bart_uneven", "albert_groups", "llava"}))
+SOFT_CAP = needs_newer_transformers("its scaled-dot-product attention passes the soft cap by, so eager maps differ")
+MAPPED = sorted({*ZOO, "t5_tokens", "bart_uneven", "albert_groups", "llava"} - {"gemma2"})
+
+
+@pytest.mark.parametrize("name", [*MAPPED, pytest.param("gemma2", marks=SOFT_CAP)])
 def test_attention_maps_are_those_of_an_eager_copy(name) -> None:
     model = ALL[name]()
     inputs = inputs_of(name, model)
@@ -228,6 +233,7 @@ def test_hidden_states_taken_inside_of_reentrant_checkpoints_are_refused() -> No
         tap.read(outputs)
 
 
+@needs_newer_transformers("its rotary embeddings make queries and keys float32 under autocast")
 def test_autocast_features_come_in_its_precision() -> None:
     model = tiny_models.llama().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
