@@ -162,13 +162,13 @@ def contained(folder: Path) -> Iterator[None]:
         make_outside(folder)
     before = _entries(outside)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()  # wall time is other processes', too
     _watch.opened, _watch.started, _watch.on = [], [], True
     try:
         yield
     finally:
         _watch.on = False
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024 < MAX_MEGABYTES
     assert _entries(outside) == before
     touched = [name for name in _watch.opened if os.path.realpath(name).startswith(str(outside.resolve()))]

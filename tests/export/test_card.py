@@ -165,7 +165,7 @@ def test_without_results_there_is_a_clear_error_and_nothing_is_written(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-HOSTILE = "a<img src=x onerror=alert(1)>[b](c)\n# d `e` *f*"
+HOSTILE = "a<img src=x onerror=alert(1)>[b](c) # d `e` *f*"
 
 
 def test_names_are_shown_as_they_are(results: Results, tmp_path) -> None:

@@ -234,7 +234,7 @@ def test_an_error_that_is_not_ours_is_kept_with_its_origin(tmp_path, monkeypatch
             "run 'a': Recipe.hub_model_id: got 'me/model'; allowed: None in a",
         ),
         ({"output": None}, "SweepConfig.output: missing"),
-        ({"recipe": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+        ({"recipe": "nowhere.yaml"}, "nowhere.yaml: there is no such file"),
         (
             {"search": {"trials": 1, "space": {"pruning.structures.ffn": {"type": "float", "low": 0.5, "high": 1.5}}}},
             "run 'trial-ends': PruningConfig",

@@ -68,13 +68,13 @@ def test_metrics_come_first_with_their_difference(table: Comparison) -> None:
 
 
 def test_text_lines_up_and_markdown_has_all_rows(table: Comparison) -> None:
-    *lines, note = str(table).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert note == "note: tiny"
+    text = str(table).splitlines()
+    assert len({len(line) for line in text if not line.startswith("note: ")}) == 1
+    assert "note: tiny" in text
     markdown = table.to_markdown().splitlines()
     assert markdown[1] == "|---|---:|---:|"
     assert sum(line.startswith("|") for line in markdown) == len(table.rows()) + 1
-    assert markdown[-1] == "- tiny"
+    assert "- tiny" in markdown
 
 
 def test_round_trip(table: Comparison) -> None:
