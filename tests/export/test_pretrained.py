@@ -184,7 +184,7 @@ def test_weights_that_do_not_fit_raise(saved) -> None:
     shapes = json.loads((saved[1] / "config.json").read_text())["quantization_config"]["shapes"]
     shapes["bert.encoder.layer.0.intermediate.dense.bias"] = [11]
     edit_config(saved[1], shapes=shapes)
-    with pytest.raises((RuntimeError, ExportError), match="mismatch|the checkpoint has shape"):
+    with pytest.raises((RuntimeError, ExportError), match=r"mismatch|the checkpoint has shape"):
         BertForSequenceClassification.from_pretrained(saved[1])
 
 
