@@ -18,6 +18,7 @@ from hf_compress.errors import ConfigError, TargetError
 from hf_compress.instruments.fake_quantize import quantizable_layers, remove_fake_quantizers
 from hf_compress.instruments.gate import gated
 from hf_compress.instruments.quantize import Quantized, attached_quantizers, make_quantizers
+from hf_compress.instruments.targets import target_of
 from hf_compress.quantization.quantizers import LearnedQuantizer
 
 eager_mixtral = partial(tiny_models.mixtral, experts_implementation="eager")
@@ -296,3 +297,9 @@ def test_learned_steps_of_a_table_get_gradients() -> None:
     read = torch.zeros(len(grad), dtype=torch.bool).index_fill(0, inputs["input_ids"].unique(), True)
     read[words.module.padding_idx] = False
     assert grad[read].abs().min() > 0 and grad[~read].abs().max() == 0
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.ConvTranspose1d(2, 2, 1), nn.Bilinear(2, 2, 2)])
+def test_what_cannot_be_quantized_is_named_with_what_can(module) -> None:
+    with pytest.raises(TargetError, match=f"cannot attach to {type(module).__name__}; allowed: Linear, Conv1D"):
+        target_of("encoder.part", module)
