@@ -60,7 +60,7 @@ PEERS: dict[str, Peer] = {
         prune=("l1", "taylor"), architectures=True, python="3.10",
     ),
     "textpruner": Peer(
-        "TextPruner", "with_textpruner.py", (*OLD, "textpruner==1.1.post2"), ("textpruner",),
+        "TextPruner", "with_textpruner.py", (*OLD[:2], "safetensors==0.4.5", "textpruner==1.1.post2"), ("textpruner",),
         prune=("importance",), architectures=True, python="3.10",
     ),
     "torchao": Peer(

@@ -8,8 +8,7 @@ from typing import Any
 
 import nni
 import torch
-from architectures import Request, architectures_job, layouts
-from architectures import ATTENTION, FEED_FORWARD
+from architectures import ATTENTION, FEED_FORWARD, Request, architectures_job, layouts
 from common import HEAD_DIM, Inputs, Job, Pruned, loss_of, main, prune_job, targets, unlabeled
 from nni.compression.pruning import L1NormPruner, TaylorPruner
 from nni.compression.speedup import ModelSpeedup
