@@ -192,8 +192,8 @@ def accuracy_verdicts(data: Data) -> list[str]:
                 continue
             lead = 100 * (own["after"] - theirs["after"])
             lines.append(
-                f"- {sparsity:.0%} sparse: {label(own)} reaches {100 * own['after']:.1f} %, the best peer ({label(theirs)})"
-                f" {100 * theirs['after']:.1f} %: {_who(lead, noise)}."
+                f"- {sparsity:.0%} sparse: {label(own)} reaches {100 * own['after']:.1f} %, the best peer "
+                f"({label(theirs)}) {100 * theirs['after']:.1f} %: {_who(lead, noise)}."
             )
     return lines
 
@@ -289,8 +289,8 @@ def dense_line(data: Data) -> str:
         if run["variant"] == DENSE:
             return (
                 f"Dense: {100 * run['before']:.1f} % on {run['examples']:,} examples (one standard error is "
-                f"{standard_error(data):.1f} points); {100 * run['after']:.1f} % when it is trained on for as many steps "
-                f"as the pruned models, {data['settings']['steps']} of {data['settings']['batch_size']} examples."
+                f"{standard_error(data):.1f} points); {100 * run['after']:.1f} % when it is trained on for as many "
+                f"steps as the pruned models, {data['settings']['steps']} of {data['settings']['batch_size']} examples."
             )
     return ""
 
