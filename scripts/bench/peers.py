@@ -1,7 +1,7 @@
 """Beside the libraries that one would take instead: the same model, data, steps, batches and hardware for all.
 
 usage: .venv/bin/python scripts/bench/peers.py --json FILE [--peers NAME ...] [--kinds prune quantize architectures]
-           [--sparsities 0.5 0.75 0.9] [--seeds 0] [--steps 120] [--model FOLDER] [--retry] [--report]
+           [--sparsities 0.5 0.75 0.9] [--seeds 0] [--steps 100] [--model FOLDER] [--retry] [--report]
            [--readme] [--check]
 
 Task: three-way relations between WordNet's nouns, MiniLM fine-tuned on them: the dense model, from which all start.
@@ -11,12 +11,13 @@ Pruning: heads and feed-forward units go, until the encoder is as sparse as aske
 examples in the same order. One way of ours prunes while these steps go on and has the dense model as teacher, which is
 what its README advises; the others prune at once and train on the task alone, as the peers do. Importance is measured
 on the first batches of training data. ``before`` is the accuracy before recovery, ``latency`` the median over rounds
-of the dense model's time / the small one's in the same process, taking turns, eager, batch 16. ``step`` is the CPU time
+of the dense model's time / the small one's in the same process, taking turns, eager, one batch of test examples: CPU
+time, which other processes disturb less, and which is the latency where there is one thread. ``step`` is the CPU time
 of a training step / that of a plain step of the dense model in the same process. ``memory`` is the peak of the process
 until recovery has ended, beyond the peak of plain training steps in the same environment. ``cut`` is the CPU time of
 finding what belongs together and removing it (without measuring importance, except where the library does both in
-one). ``from_pretrained`` says whether plain transformers loads what ``save_pretrained`` wrote, in a fresh process, and
-gets the same outputs.
+one; ours includes its verification). ``from_pretrained`` says whether plain transformers loads what
+``save_pretrained`` wrote, in a fresh process, and gets the same outputs.
 
 Quantization: int8 of the dense model, all linear layers but the task head where one can choose. Latency as above,
 beside fp32 eager. Ways that train get the same steps as above at a tenth of the learning rate.
@@ -238,13 +239,13 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of recovery")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of recovery")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--examples", type=int, default=1000, help="test examples")
+    parser.add_argument("--examples", type=int, default=800, help="test examples")
     parser.add_argument("--calibration-batches", type=int, default=8, help="batches that importance is measured on")
-    parser.add_argument("--plain-steps", type=int, default=6, help="steps that step times are compared with")
-    parser.add_argument("--rounds", type=int, default=15, help="of latencies")
+    parser.add_argument("--plain-steps", type=int, default=5, help="steps that step times are compared with")
+    parser.add_argument("--rounds", type=int, default=11, help="of latencies")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", type=Path, help="folder of the dense model; made on first use by default")
     parser.add_argument("--retry", action="store_true", help="do again what failed")

@@ -52,8 +52,8 @@ def percent(values: Iterable[float | None]) -> str:
 
 
 def ratio(run: Run, base: str, name: str) -> float:
-    """Return the median over rounds of the time of ``base`` / the time of ``name``."""
-    times = run["milliseconds"]
+    """Return the median over rounds of the CPU time of ``base`` / the CPU time of ``name``."""
+    times = run["cpu_milliseconds"]
     return median(one / other for one, other in zip(times[base], times[name], strict=True))
 
 
@@ -117,7 +117,7 @@ def quantization_table(data: Data) -> str:
     rows = []
     for runs in alike(good(data, "quantize")):
         first = runs[0]
-        ways = [name for name in first["milliseconds"] if name != "fp32 eager"]
+        ways = [name for name in first["cpu_milliseconds"] if name != "fp32 eager"]
         speeds = ", ".join(f"{name} {mean(ratio(run, 'fp32 eager', name) for run in runs):.2f}x" for name in ways)
         by = first["reload_by"]
         row = [label(first), percent(run["after"] for run in runs), speeds]
@@ -256,7 +256,7 @@ def int8_verdicts(data: Data) -> list[str]:
 
 def fastest(run: Run) -> float:
     """Return the speed-up of the fastest int8 way to run a model."""
-    return max(ratio(run, "fp32 eager", name) for name in run["milliseconds"] if name.startswith("int8"))
+    return max(ratio(run, "fp32 eager", name) for name in run["cpu_milliseconds"] if name.startswith("int8"))
 
 
 def verdicts(data: Data) -> list[str]:

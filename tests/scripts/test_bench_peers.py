@@ -33,7 +33,7 @@ def pruned(peer: str, variant: str, after: float, **more: object) -> dict[str, o
     found = {
         "peer": peer, "kind": "prune", "variant": variant, "sparsity": 0.5, "seed": 0, "before": 0.4, "after": after,
         "encoder_parameters": 50, "dense_encoder_parameters": 100, "bytes": 2_000_000, "prune_seconds": 1.0,
-        "milliseconds": {"dense": [8.0, 9.0], "pruned": [4.0, 3.0]}, "peak_bytes": 3 * 2**20,
+        "cpu_milliseconds": {"dense": [8.0, 9.0], "pruned": [4.0, 3.0]}, "peak_bytes": 3 * 2**20,
         "step_seconds": {"method": 0.5, "plain": 1.0}, "versions": {"torch": "1"}, "cpu_seconds": 60.0,
         "reload": {"plain": {"loads": False, "error": "RuntimeError: shapes"}},
     }  # fmt: skip
@@ -44,7 +44,7 @@ def results(ours: float, theirs: float) -> dict[str, object]:
     plain = {"kind": "plain", "sparsity": 0.0, "seed": 0, "peak_bytes": 2 * 2**20}
     quantized = {
         "kind": "quantize", "sparsity": 0.0, "seed": 0, "bytes": 1_000_000, "about": "",
-        "milliseconds": {"fp32 eager": [8.0], "int8": [2.0]}, "reload": {"plain": {"loads": True}},
+        "cpu_milliseconds": {"fp32 eager": [8.0], "int8": [2.0]}, "reload": {"plain": {"loads": True}},
     }  # fmt: skip
     kinds = {"BERT": {"outcome": "handled", "about": ""}, "T5": {"outcome": "handled", "about": ""}}
     failed = {**kinds, "T5": {"outcome": "error", "about": "ValueError: no"}}
@@ -61,7 +61,7 @@ def results(ours: float, theirs: float) -> dict[str, object]:
             pruned("torch-pruning", "taylor", theirs, prune_seconds=0.5),
             {**quantized, "peer": "hf_compress", "variant": "ptq", "after": 0.7, "reload_by": "from_pretrained"},
             {**quantized, "peer": "openvino", "variant": "ptq", "after": 0.7, "reload_by": "read_model",
-             "milliseconds": {"fp32 eager": [8.0], "int8": [1.0]}},
+             "cpu_milliseconds": {"fp32 eager": [8.0], "int8": [1.0]}},
             {**asked, "peer": "hf_compress", "architectures": kinds},
             {**asked, "peer": "torch-pruning", "architectures": failed},
             {"peer": "modelopt", "kind": "quantize", "variant": "qat", "sparsity": 0.0, "seed": 0,

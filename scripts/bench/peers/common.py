@@ -174,21 +174,23 @@ def plain_seconds(job: Job) -> list[float]:
     return train(job.dense(), job.batches("train", count), job.settings)[1:]
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time functions in turns; return milliseconds per call, one number a round."""
+def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Time functions in turns; return milliseconds per call of wall and of CPU time, one number a round."""
     for function in functions.values():
         for _ in range(2):
             function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    wall: dict[str, list[float]] = {name: [] for name in functions}
+    cpu: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             function()
-            times[name].append((time.perf_counter() - start) * 1000)
-    return times
+            wall[name].append((time.perf_counter() - start[0]) * 1000)
+            cpu[name].append((time.process_time() - start[1]) * 1000)
+    return {"milliseconds": wall, "cpu_milliseconds": cpu}
 
 
-def latency(job: Job, ways: Mapping[str, Callable[[Inputs], Tensor]]) -> dict[str, list[float]]:
+def latency(job: Job, ways: Mapping[str, Callable[[Inputs], Tensor]]) -> dict[str, dict[str, list[float]]]:
     """Time ways to run a model on one batch of test examples."""
     batch = unlabeled(collate(job.rows("test")[: job.settings["batch_size"]]))
     return interleaved({name: lambda run=run: run(batch) for name, run in ways.items()}, job.settings["rounds"])
@@ -267,7 +269,7 @@ def measured(job: Job, model: PreTrainedModel, steps: Sequence[float]) -> dict[s
         "after": accuracy(logits_of(model), job.batches("test")),
         "encoder_parameters": encoder_parameters(model),
         "dense_encoder_parameters": encoder_parameters(dense),
-        "milliseconds": latency(job, {"dense": logits_of(dense), "pruned": logits_of(model)}),
+        **latency(job, {"dense": logits_of(dense), "pruned": logits_of(model)}),
         "step_seconds": {"method": median(steps[1:] or steps), "plain": median(plain_seconds(job))},
         "peak_bytes": peak,
         **saved,
@@ -322,7 +324,7 @@ def quantized(
     write_probe(job, first)
     return {
         "after": accuracy(first, job.batches("test")),
-        "milliseconds": latency(job, {"fp32 eager": logits_of(job.dense()), **ways}),
+        **latency(job, {"fp32 eager": logits_of(job.dense()), **ways}),
         "bytes": bytes_of(folder),
         "reload_by": reload_by,
         "about": about,
