@@ -187,6 +187,11 @@ def write(path: Path, data: Data) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+    write_report(path, data)
+
+
+def write_report(path: Path, data: Data) -> None:
+    """Write the report and the plot beside the JSON file."""
     explained = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     picture = f"![Accuracy against encoder sparsity]({path.stem}.png)"
     text = report(data, picture if plot(data, path.with_suffix(".png")) else "")
@@ -268,7 +273,10 @@ def main() -> None:
         parser.error(f"{', '.join(names)} must be more than 0")
     if given.report or given.readme or given.check:
         data = json.loads(given.json.read_text(encoding="utf-8"))
-        write(given.json, data) if given.report else readme(given.json, data, check=given.check)
+        if given.report:
+            write_report(given.json, data)
+        if given.readme or given.check:
+            readme(given.json, data, check=given.check)
         return
     data = loaded(given.json, settings)
     run(given, settings, data)

@@ -149,6 +149,16 @@ def test_a_python_that_is_not_here_is_a_reason(load, tmp_path) -> None:
     assert known.interpreter(f"{sys.version_info.major}.{sys.version_info.minor}")
 
 
+def test_the_readme_holds_what_was_measured(load) -> None:
+    bench = load("peers")
+    measured = bench.ROOT / "model_cards" / "benchmarks" / "peers.json"
+    data = json.loads(measured.read_text(encoding="utf-8"))
+    bench.readme(measured, data, check=True)
+    data["skipped"]["nni"] = "another reason"
+    with pytest.raises(SystemExit, match="the comparison differs"):
+        bench.readme(measured, data, check=True)
+
+
 def job_of(load, tmp_path, **more):
     common = load("common")
     generator = numpy.random.default_rng(0)
