@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 WEIGHT_DECAY, MAX_NORM, WARM_UP = 0.01, 1.0, 0.05
+GENTLER = 0.1
+"""Times the learning rate of recovery: for training with quantizers."""
+
 HEAD_DIM = 32
 """Of the model that is pruned, MiniLM."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from architectures import Request, architectures_job
 from common import (
+    GENTLER,
     Job,
     Pruned,
     collate,
@@ -16,6 +17,7 @@ from common import (
     main,
     measured,
     peak_bytes,
+    plain_seconds,
     prune_job,
     quantized,
     unlabeled,
@@ -62,13 +64,13 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.process_time() - self._start)
 
 
-def trainer_of(job: Job, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> Trainer:
+def trainer_of(job: Job, model: PreTrainedModel, callbacks: list[TrainerCallback], rate: float = 1.0) -> Trainer:
     """Return a Trainer that does the same steps on the same batches in the same order as everybody else."""
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="peers-"),
         max_steps=job.settings["steps"],
         per_device_train_batch_size=job.settings["batch_size"],
-        learning_rate=job.settings["learning_rate"],
+        learning_rate=rate * job.settings["learning_rate"],
         warmup_steps=warm_up_steps(job.settings["steps"]),
         lr_scheduler_type="linear",
         weight_decay=0.01,
@@ -123,9 +125,11 @@ def int8(job: Job) -> dict[str, Any]:
     if job.variant == "qat":
         clock = StepClock()
         callbacks = [QuantizationCallback(QuantizationConfig()), DistillationCallback(TEACHING, job.dense()), clock]
-        trainer = trainer_of(job, model, callbacks)
-        trainer.train()
-        extra = {"step_seconds": {"method": median(clock.seconds[1:])}, "peak_bytes": peak_bytes()}
+        torch.manual_seed(job.seed)
+        trainer_of(job, model, callbacks, GENTLER).train()
+        peak = peak_bytes()
+        steps = {"method": median(clock.seconds[1:] or clock.seconds), "plain": median(plain_seconds(job))}
+        extra = {"step_seconds": steps, "peak_bytes": peak}
     folder = export_quantized(model, job.folder / "model", verify=False)
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ways = {"int8 eager": logits_of(loaded)}

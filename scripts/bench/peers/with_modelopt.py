@@ -9,6 +9,7 @@ import modelopt.torch.opt as opt
 import modelopt.torch.quantization as quantization
 import torch
 from common import (
+    GENTLER,
     Inputs,
     Job,
     bytes_of,
@@ -24,8 +25,6 @@ from common import (
 from torch import Tensor, nn
 
 KD_WEIGHT, TEMPERATURE = 0.9, 2.0
-GENTLER = 0.1
-"""Times the learning rate of recovery."""
 
 
 def calibrated(job: Job) -> nn.Module:
