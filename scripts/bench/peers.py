@@ -211,7 +211,7 @@ def readme(path: Path, data: Data, *, check: bool) -> None:
 
 def run(given: argparse.Namespace, settings: Data, data: Data) -> None:
     """Do what is missing, and write after each result."""
-    cache = demo_data.cache_root() / "peers"
+    cache = demo_data.cache_root().absolute() / "peers"
     model = given.model or wordnet.model_folder()
     for name in given.peers:
         keys = list(keys_of(name, PEERS[name], given.kinds, given.sparsities, given.seeds))

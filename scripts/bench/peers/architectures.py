@@ -130,6 +130,8 @@ class Request:
         if self.name == "Whisper":
             return {"input_features": torch.randn(2, 8, 2 * LENGTH), "decoder_input_ids": ids}
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.name == "BERT":  # without pairs of texts, NNI takes the embedding of their kinds for a constant
+            found["token_type_ids"] = (torch.arange(LENGTH) >= LENGTH // 2).long().repeat(2, 1)
         return {**found, "decoder_input_ids": ids} if self.name in ("T5", "BART") else found
 
     @staticmethod
