@@ -18,7 +18,7 @@ from common import Job, short
 from torch import Tensor, nn
 
 TOLERANCE = 1e-4
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 90
 LENGTH = 12
 
 _TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
