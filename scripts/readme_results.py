@@ -36,11 +36,11 @@ def render(cards: Path) -> str:
     )
 
 
-def filled(readme: str, section: str) -> str:
+def filled(readme: str, section: str, start: str = START, end: str = END) -> str:
     """Return the README with the section between the markers."""
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{section}\n{END}{after}"
+    before, rest = readme.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{section}\n{end}{after}"
 
 
 def main() -> None:
