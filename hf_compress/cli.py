@@ -50,11 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that is printed as one message.
     """
-    return execute(make_parser().parse_args(arguments))
-
-
-def execute(given: argparse.Namespace) -> int:
-    """Carry a parsed command out; see ``main``."""
+    given = make_parser().parse_args(arguments)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

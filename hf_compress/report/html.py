@@ -84,16 +84,15 @@ def _readable(folders: Sequence[Path]) -> tuple[dict[str, RunFolder], list[str]]
     Raises:
         ConfigError: If none can.
     """
-    runs, damaged = {}, []
+    runs, errors = {}, {}
     for path in folders:
         try:
             runs[path.name] = read_run(path)
         except ConfigError as error:
-            damaged.append(f"{path.name}: not shown. {error}")
-            first = error
-    if not runs:
-        raise first
-    return runs, damaged
+            errors[path.name] = error
+    if errors and not runs:
+        raise next(iter(errors.values()))
+    return runs, [f"{name}: not shown. {error}" for name, error in errors.items()]
 
 
 def _html(page: Page) -> str:

@@ -1,6 +1,7 @@
 """Relations of WordNet's nouns, three classes of pairs of texts: in the place of MNLI."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import demo_data
@@ -73,13 +74,26 @@ def data_folder() -> Path:
     Raises:
         StandInError: If that fails.
     """
+    return made_of_nouns("wordnet", relations)
+
+
+def made_of_nouns(name: str, make_data: Callable[[str], DatasetDict]) -> Path:
+    """Return the folder of data that are made of WordNet's nouns, on first use.
+
+    Args:
+        name: Of the stand-in's folder.
+        make_data: What makes them of the text of ``data.noun``.
+
+    Raises:
+        StandInError: If WordNet cannot be downloaded.
+    """
 
     def make(folder: Path) -> None:
         with debian(PACKAGE) as package:
             table = package.find("data.noun")[0].read_text(encoding="utf-8")
-            save_data(relations(table), folder, {PACKAGE: package.version})
+            save_data(make_data(table), folder, {PACKAGE: package.version})
 
-    return made_once(folder_of("wordnet") / "data", make)
+    return made_once(folder_of(name) / "data", make)
 
 
 def wordnet_pairs() -> tuple[Dataset, Dataset]:

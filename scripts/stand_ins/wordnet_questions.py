@@ -7,8 +7,7 @@ from typing import Any
 import demo_data
 from datasets import Dataset, DatasetDict
 
-from stand_ins.packages import debian, folder_of, made_once, save_data
-from stand_ins.wordnet import PACKAGE, is_for_tests, nouns
+from stand_ins.wordnet import is_for_tests, made_of_nouns, nouns
 
 EXPLAINED = 4
 """Nouns that a text explains."""
@@ -64,13 +63,7 @@ def data_folder() -> Path:
     Raises:
         StandInError: If that fails.
     """
-
-    def make(folder: Path) -> None:
-        with debian(PACKAGE) as package:
-            table = package.find("data.noun")[0].read_text(encoding="utf-8")
-            save_data(questions(table), folder, {PACKAGE: package.version})
-
-    return made_once(folder_of("wordnet_questions") / "data", make)
+    return made_of_nouns("wordnet_questions", questions)
 
 
 def model_folder() -> Path:
