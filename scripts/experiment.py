@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,15 @@ class Experiment:
 
 
 def _scaled(value: Any, scale: float) -> Any:
-    """Return a setting with all optimizer steps in it scaled."""
+    """Return a setting with the length of all training in it scaled."""
     if not isinstance(value, Mapping):
         return value
+    lengths: dict[str, Callable[[float], float]] = {
+        "max_steps": lambda steps: max(round(steps), 1),
+        "num_train_epochs": float,
+    }
     return {
-        name: max(round(each * scale), 1) if name == "max_steps" else _scaled(each, scale)
-        for name, each in value.items()
+        name: lengths[name](each * scale) if name in lengths else _scaled(each, scale) for name, each in value.items()
     }
 
 

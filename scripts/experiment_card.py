@@ -18,6 +18,9 @@ from hf_compress.report.plots import KeptUnits, plot_kept_units
 
 RESULTS, CARD, CURVES, KEPT = "results.json", "README.md", "curves.png", "kept_units.png"
 ACCURACY = ClassificationTask.accuracy
+EQUAL = 2.0
+"""Sparsities of the encoder, in points, that count as equal."""
+
 COLORS = {OURS: "#1f6f8b", BASELINE: "#b5523b", DENSE: "#24292f"}
 
 Run = dict[str, Any]
@@ -121,13 +124,20 @@ def differences(data: dict[str, Any]) -> list[str]:
     better = 1 if data["settings"]["experiment"]["higher_is_better"] else -1
     lines = []
     for sparsity in sorted({run["sparsity"] for run in runs}):
-        scores = [
-            [run["comparison"]["metrics"][metric][SMALL] for run in of(runs, method, sparsity)] for method in METHODS
-        ]
-        if all(scores):
+        each = [of(runs, method, sparsity) for method in METHODS]
+        if all(each):
+            scores = [[run["comparison"]["metrics"][metric][SMALL] for run in mine] for mine in each]
             outcome = _outcome(scores[0], scores[1], better, metric)
-            lines.append(f"- at {100 * sparsity:g} %: {outcome}")
+            lines.append(f"- at {100 * sparsity:g} %: {outcome}{_unequal(each)}")
     return lines
+
+
+def _unequal(runs: list[list[Run]]) -> str:
+    """Say so if the models that are compared are not equally sparse."""
+    ours, baseline = (mean(map(encoder_sparsity, mine)) for mine in runs)
+    if abs(ours - baseline) <= EQUAL:
+        return ""
+    return f"; not at equal sparsity: {OURS} lost {ours:.0f} % of the encoder, {BASELINE} {baseline:.0f} %"
 
 
 def _outcome(ours: list[float], baseline: list[float], better: int, metric: str) -> str:

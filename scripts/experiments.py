@@ -42,6 +42,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="NAME", help=", ".join(known))
     parser.add_argument("--sparsities", nargs="+", type=float, help="default: 0.5 0.75 0.9, or the experiment's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="times the steps of experiments (default: 1)")
     parser.add_argument("--cards", type=Path, default=ROOT / "model_cards", help="folder of the results")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="folder of the models")
@@ -152,7 +153,7 @@ def run(experiment: Experiment, given: argparse.Namespace) -> None:
     data = begun(folder / RESULTS, experiment, settings, folders)
     models = given.runs / experiment.name / settings["dense_sha256"][:8]
     places = ("seed", "sparsity", "method")
-    for place in itertools.product(given.seeds, given.sparsities or experiment.sparsities(), METHODS):
+    for place in itertools.product(given.seeds, given.sparsities or experiment.sparsities(), given.methods):
         key = dict(zip(places, place, strict=True))
         if any(key.items() <= each.items() for each in data["runs"]):
             continue

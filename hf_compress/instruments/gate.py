@@ -186,12 +186,19 @@ class _ExpandedGate:
     """One factor per input channel of one consumer."""
 
     def __init__(self, gate: Gate, owner: Tensor) -> None:
+        num_units = gate.group.num_units
         self.gate = gate
         self.owner = owner
-        self.covers_all = bool((owner < gate.group.num_units).all())
+        self.covers_all = bool((owner < num_units).all())
+        run, rest = divmod(len(owner), num_units)
+        in_order = torch.arange(num_units, device=owner.device).repeat_interleave(run)
+        self.run = run if rest == 0 and torch.equal(owner, in_order) else None
+        """Channels of a unit, if they are neighbours and units come in their order."""
 
     def __call__(self) -> Tensor:
         value = self.gate.current()
+        if self.run is not None:  # nearly always; looking units up takes a sort in the backward pass on a GPU
+            return value if self.run == 1 else value.unsqueeze(1).expand(-1, self.run).reshape(-1)
         if not self.covers_all:  # channels of other groups pass unchanged
             value = torch.cat([value, value.new_ones(1)])
         return value[self.owner]

@@ -1,6 +1,7 @@
 """What the callbacks cost: time and memory of a training step, beside the plain Trainer.
 
-usage: .venv/bin/python scripts/bench/overhead.py [--rounds 6] [--small-rounds 40] [--threads 1] [--json FILE]
+usage: .venv/bin/python scripts/bench/overhead.py [--rounds 6] [--small-rounds 40] [--threads 1] [--workers 1]
+                                                  [--shapes small BERT-base] [--json FILE]
 
 Time. One real Trainer for each method, in one process; their steps take turns, in another order each round, so that
 a noisy machine is noisy for all. A step is everything from the Trainer's ``on_step_begin`` to its ``on_step_end``,
@@ -29,6 +30,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -139,20 +142,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="of BERT-base (default: 6)")
     parser.add_argument("--small-rounds", type=int, default=40, help="of the small model (default: 40)")
+    parser.add_argument("--shapes", nargs="+", choices=TIMED, default=["small", "BERT-base"], help="(default: both)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="measurements of memory side by side (default: 1)")
     parser.add_argument("--json", type=Path, help="file to write all measurements to; the report goes beside it as .md")
     given = parser.parse_args()
-    if min(given.rounds, given.small_rounds, given.threads) < 1:
-        parser.error("--rounds, --small-rounds and --threads must be at least 1")
+    if min(given.rounds, given.small_rounds, given.threads, given.workers) < 1:
+        parser.error("--rounds, --small-rounds, --threads and --workers must be at least 1")
     times: dict[str, Times] = {}
     memory: dict[str, Memory] = {}
-    for shape, rounds in (("small", given.small_rounds), ("BERT-base", given.rounds)):
-        print(f"{shape}: time", file=sys.stderr)
+    for shape in given.shapes:
+        rounds = given.small_rounds if shape == "small" else given.rounds
+        print(f"{shape}: time, then memory", file=sys.stderr)
         times[shape] = run("time", shape, str(rounds), given.threads)
-        memory[shape] = {}
-        for method in ("plain", *MAX_RATIO):
-            print(f"{shape}: memory of {method}", file=sys.stderr)
-            memory[shape][method] = run("memory", shape, method, given.threads)
+        methods = ("plain", *MAX_RATIO)
+        with ThreadPoolExecutor(given.workers) as pool:
+            found = pool.map(partial(run, "memory", shape, threads=given.threads), methods)
+            memory[shape] = dict(zip(methods, found, strict=True))
     about = {**environment(), "threads": str(given.threads)}
     text = report(times, memory, about["gpu"] != "none")
     print(text)
