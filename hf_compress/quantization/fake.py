@@ -69,7 +69,7 @@ def _to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     # x * (1 / scale), not x / scale: they differ in the last bit, and the kernel multiplies.
-    steps = x.mul(1.0 / scale).round_()
+    steps = x.mul(scale.reciprocal()).round_()  # 1.0 / scale would be the same, and multiply by 1
     return steps if zero_point is None else steps.add_(zero_point)
 
 
