@@ -2,6 +2,8 @@
 
 usage: .venv/bin/python scripts/bench/int8.py [--shapes BERT-base MiniLM] [--batch-sizes 1 8 32] [--length 128]
                                               [--threads 1] [--rounds 15] [--json FILE]
+       .venv/bin/python scripts/bench/int8.py --readme     only puts a summary of what is stored into README.md
+       .venv/bin/python scripts/bench/int8.py --check      only says whether it is there
 
   fp32 eager, fp32 compiled       the model as it is; with ``torch.compile``
   bf16 eager, bf16 compiled       its weights and activations in bfloat16
@@ -22,8 +24,9 @@ import argparse
 import gc
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -36,9 +39,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hf_compress import dimension_groups, export_quantized, shrink
-from hf_compress.latency.timing import compile_model, median, speedup, time_interleaved
-from hf_compress.report.environment import environment
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from readme_results import filled  # noqa: E402
+
+from hf_compress import dimension_groups, export_quantized, shrink  # noqa: E402
+from hf_compress.latency.timing import compile_model, median, speedup, time_interleaved  # noqa: E402
+from hf_compress.report.environment import environment  # noqa: E402
+
+STORED = ROOT / "model_cards" / "benchmarks" / "int8.json"
 
 SHAPES: dict[str, dict[str, int]] = {
     "BERT-base": {},
@@ -247,6 +257,38 @@ def report(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def summary(data: Mapping[str, Any]) -> str:
+    """Return the lines of README.md: the range of speed-ups over all shapes and batches, and who is ahead how often."""
+    found = [result["milliseconds"] for results in data["results"].values() for result in results.values()]
+    shapes = " and ".join(data["results"])
+    batches = ", ".join(next(iter(data["results"].values())))
+    lines = ["| way to run it | faster than fp32 eager | ahead of int8 compiled |", "| --- | ---: | ---: |"]
+    for name in (OURS[0], PRUNED[0], "ONNX Runtime int8", "OpenVINO int8"):
+        runs = [times for times in found if name in times]
+        if runs:
+            faster = [speedup(times[BASE], times[name]) for times in runs]
+            ahead = sum(speedup(times[OURS[0]], times[name]) > 1 for times in runs)
+            beside = "-" if name in (OURS[0], PRUNED[0]) else f"{ahead} of {len(runs)}"
+            lines.append(f"| {name} | {min(faster):.1f}x to {max(faster):.1f}x | {beside} |")
+    about = data["environment"]
+    where = (
+        f"{shapes} with batches of {batches} texts of {data['settings']['length']} tokens, {about['threads']} thread(s)"
+    )
+    return "\n".join([f"{where} of an {about['cpu']}:", "", *lines])
+
+
+def readme(*, check: bool) -> None:
+    """Put the summary into README.md, or exit with an error if it is not there."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    new = filled(
+        text, summary(json.loads(STORED.read_text(encoding="utf-8"))), "<!-- int8:start -->", "<!-- int8:end -->"
+    )
+    if check and new != text:
+        sys.exit(f"README.md: the summary differs from {STORED}; run scripts/bench/int8.py --readme")
+    path.write_text(new, encoding="utf-8")
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the engines."""
     found = {}
@@ -287,13 +329,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every engine (default: 1)")
     parser.add_argument("--rounds", type=int, default=15, help="(default: 15)")
     parser.add_argument("--json", type=Path, help="file to write all measurements to; the report goes beside it as .md")
+    parser.add_argument("--readme", action="store_true", help="only put the summary into README.md")
+    parser.add_argument("--check", action="store_true", help="only compare README.md with the results")
     given = parser.parse_args()
+    if given.readme or given.check:
+        readme(check=given.check)
+        return
     if min(*given.batch_sizes, given.length, given.threads, given.rounds) < 1:
         parser.error("counts must be at least 1")
     torch.set_num_threads(given.threads)
     # Every model and batch compiles the same code anew; beyond the limit it would run eagerly, in silence.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-    settings = {name: value for name, value in vars(given).items() if name != "json"}
+    settings = {name: value for name, value in vars(given).items() if name not in ("json", "readme", "check")}
     data: dict[str, Any] = {"environment": environment(), "versions": versions(), "vnni": has_vnni()}
     data |= {"settings": settings, "results": {}}
     for shape in given.shapes:

@@ -48,3 +48,31 @@ def test_a_tiny_model_runs_every_way(bench, tmp_path, monkeypatch) -> None:
         assert found["skipped"]["OpenVINO"] == "not installed: nothing_of_this_name"
         assert found["skipped"]["int8 compiled"] == "not in tests"
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("# How fast an int8 model is")
+
+
+def test_the_summary_counts_who_is_ahead(bench) -> None:
+    times = {
+        "fp32 eager": [6.0],
+        "int8 compiled": [2.0],
+        "pruned 75 % + int8 compiled": [1.0],
+        "ONNX Runtime int8": [3.0],
+    }
+    faster = {**times, "ONNX Runtime int8": [1.5]}
+    data = {
+        "results": {"BERT-base": {"1": {"milliseconds": times}, "8": {"milliseconds": faster}}},
+        "settings": {"length": 16},
+        "environment": {"cpu": "a CPU", "threads": "1"},
+    }
+    text = bench.summary(data)
+    assert text.startswith("BERT-base with batches of 1, 8 texts of 16 tokens, 1 thread(s) of an a CPU:")
+    assert (
+        "| int8 compiled | 3.0x to 3.0x | - |" in text and "| pruned 75 % + int8 compiled | 6.0x to 6.0x | - |" in text
+    )
+    assert "| ONNX Runtime int8 | 2.0x to 4.0x | 1 of 2 |" in text
+    assert "OpenVINO" not in text  # not measured
+
+
+def test_the_readme_has_the_summary_of_what_is_stored(bench) -> None:
+    bench.readme(check=True)
+    stored = json.loads(bench.STORED.read_text(encoding="utf-8"))
+    assert bench.summary(stored) in (bench.ROOT / "README.md").read_text(encoding="utf-8")
