@@ -39,6 +39,14 @@ def restore(pruner: Pruner, tensors: Mapping[str, Tensor], thresholds: Mapping[s
             f"PruningCallback: the checkpoint's masks belong to other groups (first difference: {different[0]!r}); "
             "resume with the model that the checkpoint was written for."
         )
+    fresh = scores_of(pruner)
+    strange = sorted(name for name in scores if name.partition("/")[0] not in pruner.masks)
+    strange += [name for name in scores.keys() & fresh.keys() if scores[name].shape != fresh[name].shape]
+    if strange:
+        raise TrainingError(
+            f"PruningCallback: the checkpoint's scores belong to other groups or criteria (first: {strange[0]!r}); "
+            "resume with the model and the config that the checkpoint was written for."
+        )
     pruner.thresholds = dict(thresholds)
     pruner.unread.clear()
     device = next(pruner.model.parameters()).device

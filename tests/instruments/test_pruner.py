@@ -228,6 +228,15 @@ def test_the_state_brings_everything_back() -> None:
         restore(two, {"mask.x": torch.ones(1)}, {}, 3)
 
 
+@pytest.mark.parametrize("name", ["score.bert.encoder.layer.0.ffn", "score.bert.encoder.layer.9.ffn"])
+def test_scores_of_other_layers_or_sizes_are_refused(name) -> None:
+    pruner = pruner_of(tiny_models.bert(), structures={"heads": 0.5, "ffn": 0.5}, criterion="movement")
+    before = {key: each.clone() for key, each in state_of(pruner).items()}
+    with pytest.raises(TrainingError, match=r"scores belong to other groups or criteria \(first: 'bert.*resume with"):
+        restore(pruner, {**before, name: torch.ones(3)}, {}, 3)
+    assert all(torch.equal(each, before[key]) for key, each in state_of(pruner).items())
+
+
 def test_factors_are_folded_into_the_weights() -> None:
     """Slimming: what training multiplied with, the plain model computes with."""
     model = tiny_models.bert()
