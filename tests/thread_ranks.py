@@ -13,6 +13,15 @@ SECONDS = 10
 
 
 def on_ranks(function: Callable[[int], Any], num_ranks: int = 2) -> list[Any]:
+    """Call a function with the rank on every rank and return what each returned; raise what one raised."""
+    found = outcomes(function, num_ranks)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found
+
+
+def outcomes(function: Callable[[int], Any], num_ranks: int = 2) -> list[Any]:
     """Call a function with the rank on every rank; return what each returned, or the exception that it raised.
 
     Raises:

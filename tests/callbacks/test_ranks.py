@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from thread_ranks import on_ranks
+from thread_ranks import on_ranks, outcomes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -129,7 +129,7 @@ def test_differences_are_an_error_on_every_rank(name, of_rank) -> None:
             values[name] = torch.tensor([1.0, 2.0]) if name == "a tensor" else "two"
         check_same_on_all_ranks(values, "masks", CPU)
 
-    for error in on_ranks(check):
+    for error in outcomes(check):
         assert isinstance(error, TrainingError)
         assert f"masks differ between the 2 processes (first difference: {name!r})" in str(error)
 
@@ -147,7 +147,7 @@ def test_an_error_on_some_ranks_is_one_on_all() -> None:
                 raise KeyError(f"rank {rank}")
         return "went on"
 
-    first, second, third, fourth = on_ranks(work, 4)
+    first, second, third, fourth = outcomes(work, 4)
     assert isinstance(second, KeyError) and second.args == ("rank 1",)
     assert isinstance(fourth, KeyError) and fourth.args == ("rank 3",)
     for error in (first, third):
@@ -181,7 +181,7 @@ def test_an_error_of_the_first_rank_reaches_all() -> None:
     def fail() -> None:
         raise KeyError("budget")
 
-    first, second = on_ranks(lambda rank: on_first_rank(fail))
+    first, second = outcomes(lambda rank: on_first_rank(fail))
     assert isinstance(first, KeyError)
     assert isinstance(second, TrainingError)
     assert "the process of rank 0 failed: KeyError('budget')" in str(second)
@@ -250,7 +250,7 @@ def test_sharded_parameters_need_the_trainers_fsdp() -> None:
         check_parallelism(trainer_of(model))
         return []
 
-    for error in on_ranks(errors):
+    for error in outcomes(errors):
         assert isinstance(error, TrainingError)
         assert "parameter 'weight' is a DTensor, but the Trainer does not run FSDP" in str(error)
 
