@@ -147,6 +147,8 @@ def test_an_error_on_some_ranks_is_one_on_all() -> None:
                 raise KeyError(f"rank {rank}")
         return "went on"
 
+    alone, failed = outcomes(work)
+    assert isinstance(alone, TrainingError) and isinstance(failed, KeyError)
     first, second, third, fourth = outcomes(work, 4)
     assert isinstance(second, KeyError) and second.args == ("rank 1",)
     assert isinstance(fourth, KeyError) and fourth.args == ("rank 3",)
@@ -233,6 +235,7 @@ def test_other_ways_to_share_a_model_are_refused(trainer, message) -> None:
         trainer_of(linear()),
         trainer_of(linear(tp_size=None)),
         trainer_of(linear(tp_size=1), parallelism=SimpleNamespace(tp_size=1, cp_size=None, sp_size=1)),
+        trainer_of(linear(), parallelism=SimpleNamespace(tp_size=None, cp_size=1, sp_size=None)),
         trainer_of(linear(is_distributed_loading_by_transformers=False)),
         trainer_of(linear(), fsdp=SimpleNamespace(cpu_offload=None)),
     ],
@@ -242,15 +245,17 @@ def test_the_trainers_own_ways_to_share_a_model_are_not(trainer) -> None:
 
 
 def test_sharded_parameters_need_the_trainers_fsdp() -> None:
-    def errors(rank: int) -> list[str]:
-        model = linear()
-        mesh = init_device_mesh("cpu", (2,))
-        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-        check_parallelism(trainer_of(model, fsdp=SimpleNamespace(cpu_offload=None)))
-        check_parallelism(trainer_of(model))
-        return []
+    def check(fsdp: Any) -> list[Any]:
+        def check_sharded(rank: int) -> None:
+            model = linear()
+            mesh = init_device_mesh("cpu", (2,))
+            model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+            check_parallelism(trainer_of(model, fsdp=fsdp))
 
-    for error in outcomes(errors):
+        return outcomes(check_sharded)
+
+    assert check(SimpleNamespace(cpu_offload=None)) == [None, None]
+    for error in check(None):
         assert isinstance(error, TrainingError)
         assert "parameter 'weight' is a DTensor, but the Trainer does not run FSDP" in str(error)
 

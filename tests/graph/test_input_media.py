@@ -251,8 +251,12 @@ def test_the_future_of_a_series_where_the_model_reads_it() -> None:
     }  # fmt: skip
     assert made["static_categorical_features"].dtype == torch.long
     assert not made["static_categorical_features"].any()
-    (untold,) = series_variants(facts("past_values", "past_time_features", "future_values", context_length=9))
-    assert shapes(untold) == {"past_values": (2, 9), "past_time_features": (2, 9, 0), "future_values": (2, 9)}
+    static = ("static_categorical_features?", "static_real_features?")
+    (untold,) = series_variants(facts("past_values", "past_time_features", "future_values", *static, context_length=9))
+    assert shapes(untold) == {
+        "past_values": (2, 9), "past_time_features": (2, 9, 0), "future_values": (2, 9),
+        "static_categorical_features": (2, 0), "static_real_features": (2, 0),
+    }  # fmt: skip
     (left_out,) = series_variants(facts("past_values", "future_values?", context_length=9))
     assert shapes(left_out) == {"past_values": (2, 9)}
 
