@@ -148,7 +148,9 @@ def test_learned_tensors_move_by_a_rate_that_is_relative_to_the_first_step() -> 
         made[name](batch(-1.0, 2.0))
     sizes.update(1.0)
     before = {
-        f"{name}|{key}": tensor.detach().clone() for name, each in learned.items() for key, tensor in each.learned.items()
+        f"{name}|{key}": tensor.detach().clone()
+        for name, each in learned.items()
+        for key, tensor in each.learned.items()
     }
     assert len(before) == 6  # a step and an offset of inputs, a step of weights, in each of two layers
     sizes.collect()

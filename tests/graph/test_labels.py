@@ -170,7 +170,7 @@ def test_tokens_have_labels_but_not_the_padding() -> None:
     labels = labels_of({"logits": torch.zeros(2, 4, 6)}, inputs, pad_token_id=0)
     assert kinds(labels) == [((2, 4), LONG), ((2, 4), LONG), ((2, 4, 6), FLOAT)]
     assert (labels[0] == IGNORED).tolist() == [[False] * 4, [True, False, True, True]]
-    assert labels[0].max() < 6 and 0 <= labels[1].min() and labels[1].max() < 6
+    assert labels[0].max() < 6 and labels[1].min() >= 0 and labels[1].max() < 6
     assert set(labels[2].flatten().tolist()) == {0.0, 1.0}
     (without, *_) = labels_of({"logits": torch.zeros(2, 4, 6)}, {"input_ids": IDS})
     assert not (without == IGNORED).any()
@@ -209,12 +209,12 @@ def test_hidden_patches() -> None:
     hidden = torch.tensor([[True, False, True], [False, True, True]])
     labels = labels_of({"logits": torch.zeros(2, 3, 6)}, {"bool_masked_pos": hidden})
     assert kinds(labels) == [((4,), LONG), ((2, 3), LONG)]
-    assert all(0 <= each.min() and each.max() < 6 for each in labels)
+    assert all(each.min() >= 0 and each.max() < 6 for each in labels)
 
 
 def test_frames() -> None:
     labels = labels_of({"logits": torch.zeros(2, 8, 6)}, {})
-    assert kinds(labels) == [((1, 8, 6), FLOAT), ((1, 8), LONG)] or kinds(labels) == [((2, 8, 6), FLOAT), ((2, 8), LONG)]
+    assert kinds(labels) == [((2, 8, 6), FLOAT), ((2, 8), LONG)]
     assert labels[0].sum(dim=-1).eq(1).all()
     assert labels[1].max() < 6
 
@@ -284,12 +284,14 @@ def test_objects_are_boxes_within_the_image() -> None:
 
 @pytest.mark.parametrize("name", ["pixel_values", "pixel_values_videos"])
 def test_segments_have_a_mask_and_a_class(name) -> None:
-    (given,) = offered("mask_labels class_labels", {"last": torch.zeros(1)}, {name: torch.zeros(3, 3, 6, 8)}, num_labels=4)
+    (given,) = offered(
+        "mask_labels class_labels", {"last": torch.zeros(1)}, {name: torch.zeros(3, 3, 6, 8)}, num_labels=4
+    )
     assert [each.shape for each in given["mask_labels"]] == [(OBJECTS, 6, 8)] * 3
     assert [each.shape for each in given["class_labels"]] == [(OBJECTS,)] * 3
     masks, classes = torch.stack(given["mask_labels"]), torch.stack(given["class_labels"])
     assert set(masks.flatten().tolist()) == {0.0, 1.0} and masks.dtype == FLOAT
-    assert 0 <= classes.min() and classes.max() < 4
+    assert classes.min() >= 0 and classes.max() < 4
     with pytest.raises(GraphError, match="no labels known"):
         make_labels(head("mask_labels", {"last": torch.zeros(1)}), {})
 
@@ -325,7 +327,7 @@ def test_the_future_has_the_shape_of_what_is_predicted(name) -> None:
 def test_what_is_reconstructed_is_compared_with_positive_numbers(name) -> None:
     (labels,) = labels_of({name: torch.zeros(2, 4, 4)}, {})
     assert kinds([labels]) == [((2, 4, 4), FLOAT)]
-    assert 0.5 <= labels.min() and labels.max() <= 1.5
+    assert labels.min() >= 0.5 and labels.max() <= 1.5
 
 
 def test_the_seed_decides() -> None:
