@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_tokens_have_labels_but_not_the_padding() -> None:
     inputs = {"input_ids": IDS, "attention_mask": mask}
     labels = labels_of({"logits": torch.zeros(2, 4, 6)}, inputs, pad_token_id=0)
     assert kinds(labels) == [((2, 4), LONG), ((2, 4), LONG), ((2, 4, 6), FLOAT)]
-    assert (labels[0] == IGNORED).tolist() == [[False] * 4, [True, False, True, True]]
+    assert (labels[0] == -100).tolist() == [[False] * 4, [True, False, True, True]]
     assert labels[0].max() < 6 and labels[1].min() >= 0 and labels[1].max() < 6
     assert set(labels[2].flatten().tolist()) == {0.0, 1.0}
     (without, *_) = labels_of({"logits": torch.zeros(2, 4, 6)}, {"input_ids": IDS})
@@ -259,11 +260,10 @@ def test_spans_lie_in_the_text() -> None:
     assert start.shape == end.shape == (64,)
     assert set(start.tolist()) == {0, 1, 2, 3}
     assert set((end - start).tolist()) == {0, 1}
-    (by_tokens,) = offered("start_positions", {"last": torch.zeros(2)}, {"input_ids": IDS})
-    assert by_tokens["start_positions"].shape == (2,) and by_tokens["end_positions"].max() < 4
-    # Without both there is nothing to point at: no labels, so no loss.
-    with pytest.raises(GraphError, match="no labels known"):
-        make_labels(head("start_positions", {"last": torch.zeros(2)}), {})
+    (by_tokens,) = offered("start_positions", {"last": torch.zeros(2)}, {"input_ids": IDS.repeat(16, 1)})
+    assert set(by_tokens["start_positions"].tolist()) == {0, 1}
+    assert torch.equal(by_tokens["start_positions"], by_tokens["end_positions"])
+    assert offered("start_positions", {"last": torch.zeros(2)}, {}) == []
 
 
 def test_objects_are_boxes_within_the_image() -> None:
@@ -292,8 +292,17 @@ def test_segments_have_a_mask_and_a_class(name) -> None:
     masks, classes = torch.stack(given["mask_labels"]), torch.stack(given["class_labels"])
     assert set(masks.flatten().tolist()) == {0.0, 1.0} and masks.dtype == FLOAT
     assert classes.min() >= 0 and classes.max() < 4
-    with pytest.raises(GraphError, match="no labels known"):
-        make_labels(head("mask_labels", {"last": torch.zeros(1)}), {})
+    assert offered("mask_labels", {"last": torch.zeros(1)}, {}) == []
+
+
+def test_a_config_that_counts_no_labels_has_one() -> None:
+    model = head("labels", {"pred_boxes": torch.zeros(9, 5, 4), "logits": torch.zeros(9, 5, 4)}, num_labels=1)
+    for config in (model.config, SimpleNamespace(vocab_size=9)):
+        model.config = config
+        with pytest.raises(GraphError):
+            make_labels(model, {"pixel_values": torch.zeros(9, 3, 6, 8)})
+        assert not any(label["class_labels"].any() for label in model.given[-3]["labels"])
+        model.given.clear()
 
 
 def test_contrasts_are_other_frames_of_the_same_example() -> None:
