@@ -70,8 +70,11 @@ def test_a_range_counts_all_micro_batches_as_one_step() -> None:
 def test_ranks_join_what_they_saw_and_who_saw_nothing_has_no_say() -> None:
     def watched(rank: int) -> Any:
         sizes, quantized, made = steps(OBSERVED)
-        found = []
+        found: list[Any] = []
         for extremes in ([(-1.0, 2.0), (-4.0, 1.0)][rank], (-2.0, 2.0 + rank)):
+            sizes.collect()
+            sizes.update(1.0)  # a step in which nothing came anywhere
+            assert sizes.missing() == ([] if found else ["first|inputs", "second|inputs"])
             sizes.collect()
             made["first"](batch(*extremes))
             if rank == 1 and not found:
