@@ -40,6 +40,7 @@ class Called:
                     for letter, dim in zip(each, made.dims, strict=True):
                         self.known.setdefault(letter, []).append(dim)
         result = op_rules.get(name)(op)
+        assert isinstance(result, tuple) == (len(op.shapes) > 1) or op.shapes == [None]
         self.results = list(result) if isinstance(result, tuple) else [result]
         sizes = [None if dims is None else tuple(dim.size for dim in dims) for dims in self.results]
         assert sizes == op.shapes

@@ -89,7 +89,7 @@ def test_padding_is_no_end_of_an_answer() -> None:
     assert head.logits(outputs, {"attention_mask": mask[:, :2]}, "teacher").isfinite().all()
     assert head.counted(logits, {}, None, shift=False).tolist() == [[True, True]] * 2
     for wrong in ({"start_logits": torch.ones(2, 3)}, (1, 2)):
-        with pytest.raises(TrainingError, match="the teacher returned .* instead of start_logits and end_logits"):
+        with pytest.raises(TrainingError, match=r"the teacher returned .* instead of start_logits and end_logits"):
             head.logits(wrong, {}, "teacher")
 
 

@@ -156,3 +156,47 @@ def test_writing_to_a_shared_config_gives_the_module_its_own() -> None:
     write(model, Attribute("model.layers.0.self_attn", ("config", "num_attention_heads")), 2)
     assert first.config.num_attention_heads == 2
     assert second.config.num_attention_heads == model.config.num_attention_heads == 4
+
+
+class Attending(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, **form) -> None:
+        super().__init__(BertConfig())
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True, **form)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        return self.down(self.mix(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("form", [{"add_zero_attn": True}, {"add_bias_kv": True}, {"add_zero_attn": True, "kdim": 8}])
+def test_forms_of_pytorchs_attention_that_insist_on_one_size_keep_it(form) -> None:
+    """Input, projections and output; all of them are frozen, and the others can be removed."""
+    inputs = {"x": torch.randn(2, 5, 6)}
+    groups = dimension_groups(Attending(**form), inputs)
+    of_the_size = [g for g in groups if any(s.parameter in ("up.weight", "down.weight") for s in g.slices)]
+    assert len(of_the_size) == 4  # what goes in and comes out of the model, too
+    assert all(group.frozen is not None for group in of_the_size)
+    assert sum("multi_head_attention_forward" in (group.frozen or "") for group in groups) >= 3
+    free = dimension_groups(Attending(), inputs)
+    assert {group.num_units for group in free if group.frozen is None} == {2, 8}
+
+
+def test_a_depthwise_convolution_has_as_many_groups_as_channels() -> None:
+    class Net(PreTrainedModel):
+        config_class = BertConfig
+
+        def __init__(self) -> None:
+            super().__init__(BertConfig())
+            self.up, self.each, self.down = nn.Conv1d(3, 7, 1), nn.Conv1d(7, 7, 3, groups=7), nn.Conv1d(7, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.each(self.up(x)))
+
+    relations = capture(Net(), {"x": torch.randn(2, 3, 9)}).relations
+    found = [each for each in relations if each.function == "a depthwise convolution"]
+    assert [(each.expression, each.dim) for each in found] == [(Attribute("each", ("groups",)), 1)]
+    (group,) = [each for each in dimension_groups(Net(), {"x": torch.randn(2, 3, 9)}) if each.num_units == 7]
+    assert group.frozen is None

@@ -231,6 +231,8 @@ def test_group_norm() -> None:
     roles = [(find(mark.dim), mark.role) for mark in called.op.marks]
     assert roles[:2] == [(find(outer), "convolution_group"), (find(inner), "normalized")]
     assert {role for _, role in roles[2:]} == {"spatial"} and len(roles) == 4
+    pairs = call("aten::native_group_norm", "ag", None, None, input="ag", weight=None, bias=None, group=6)
+    assert [mark.role for mark in pairs.op.marks] == ["convolution_group", "normalized"]
     alone = call("aten::native_group_norm", "abc", None, None, input="abc", weight="b", bias=None, group=3)
     assert alone.roles == {("c", "spatial")} and alone.unified == {"b"}
 
