@@ -200,3 +200,86 @@ def test_a_depthwise_convolution_has_as_many_groups_as_channels() -> None:
     assert [(each.expression, each.dim) for each in found] == [(Attribute("each", ("groups",)), 1)]
     (group,) = [each for each in dimension_groups(Net(), {"x": torch.randn(2, 3, 9)}) if each.num_units == 7]
     assert group.frozen is None
+
+
+class Uses(PreTrainedModel):
+    """Does something with its integers."""
+
+    config_class = BertConfig
+
+    def __init__(self, use) -> None:
+        super().__init__(BertConfig())
+        self.two, self.three, self.use = 2, 3, use
+        self.up = nn.Linear(5, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.use(self, self.up(x))
+
+
+def recorded(use):
+    return capture(Uses(use), {"x": torch.randn(4, 5)})
+
+
+@pytest.mark.parametrize(
+    ("use", "function"),
+    [
+        (lambda m, x: x * m.two, "mul"),
+        (lambda m, x: m.two - x, "rsub"),
+        (lambda m, x: x / m.two, "div"),
+        (lambda m, x: x**m.two, "pow"),
+        (lambda m, x: x.add_(m.two), "add"),
+        (lambda m, x: x % m.two, "remainder"),
+        (lambda m, x: x * torch.tensor(m.two), "tensor"),
+        (lambda m, x: x.masked_fill(x > 0, m.two), "masked_fill"),
+        (lambda m, x: torch.fmod(input=x, other=m.two), "fmod"),
+    ],
+)
+def test_integers_that_are_computed_with_are_noted(use, function) -> None:
+    uses = recorded(use).numeric_uses
+    assert (Attribute("", ("two",)), function) in {(each.expression, each.function) for each in uses}
+    assert all(each.module == "" for each in uses)
+
+
+THREE, TWO = Attribute("", ("three",)), Attribute("", ("two",))
+
+
+@pytest.mark.parametrize(
+    ("use", "function", "expected"),
+    [
+        (lambda m, x: x.view(4, m.three, -1), "a tensor shape", {(THREE, 1, None)}),
+        (lambda m, x: x.reshape((4, -1, m.three)), "a tensor shape", {(THREE, 2, None)}),
+        (lambda m, x: x + x.new_zeros(size=(m.two * 2, 12)), "a tensor shape", {(Operation("mul", TWO, 2), 0, None)}),
+        (lambda m, x: x.split(m.three, dim=-1)[0], "split", {(THREE, 1, None)}),
+        (lambda m, x: x.split(split_size=m.two)[1], "split", {(TWO, 0, None)}),
+        (lambda m, x: x.split(5, 1)[0] + m.three, "split", set()),
+        (lambda m, x: x.split([m.two, 10], dim=1)[1], "split", {(TWO, 1, None)}),
+        (lambda m, x: nn.functional.layer_norm(x.view(4, 4, 3), (m.three,)), "a norm", {(THREE, 2, None)}),
+        (lambda m, x: nn.functional.group_norm(x[:, :3], m.three), "a group norm", {(THREE, 1, None)}),
+        (lambda m, x: nn.functional.group_norm(x, num_groups=m.three), "a group norm", set()),
+        (lambda m, x: torch.histc(x, m.three), "histc", {(THREE, 0, None)}),
+        (lambda m, x: nn.functional.one_hot(x.long() * 0, m.three), "one_hot", {(THREE, 2, None)}),
+        (lambda m, x: nn.functional.one_hot(x.long() * 0, num_classes=m.two), "one_hot", {(TWO, 2, None)}),
+        (lambda m, x: x[:, : m.three], "a slice", {(THREE, 1, 3)}),
+        (lambda m, x: x[None, ..., m.two : -1 * m.three], "a slice", {(TWO, 1, 2), ("computed", 1, 9)}),
+        (lambda m, x: x.view(2, 2, 12)[..., m.two :], "a slice", {(TWO, 2, 2)}),
+        (lambda m, x: x[1 : m.three, 0], "a slice", {(THREE, 0, 3)}),
+        (lambda m, x: x[:, : m.three + 9], "a slice", set()),
+    ],
+)
+def test_integers_that_become_sizes_are_related_to_them(use, function, expected) -> None:
+    def known(expression):
+        return expression if expression in (TWO, THREE, Operation("mul", TWO, 2)) else "computed"
+
+    relations = [each for each in recorded(use).relations if each.function == function]
+    found = {
+        (known(each.expression), each.dim, each.prefix) for each in relations if not isinstance(each.expression, int)
+    }
+    assert found == expected
+
+
+def test_chunks_keep_their_share() -> None:
+    relations = [
+        each for each in recorded(lambda m, x: x.chunk(m.three, dim=1)[0]).relations if each.function == "chunk"
+    ]
+    assert len(relations) == 3 and {each.dim for each in relations} == {1}
+    assert {each.expression.name for each in relations} == {"floordiv"}

@@ -69,6 +69,9 @@ CASES: dict[str, Case] = {
         "aten::sum", [""], {"self": "ab", "dim": []}, [""], "", {("a", "reduced"), ("b", "reduced")}
     ),
     "sum of a number": ("aten::sum", [""], {"self": "", "dim": 0}, [""], "", set()),
+    "sum of a vector": ("aten::sum", [""], {"self": "b", "dim": [-1]}, [""], "", {("b", "reduced")}),
+    "softmax of a vector": ("aten::_softmax", ["b"], {"self": "b", "dim": -1}, ["b"], "", {("b", "softmax")}),
+    "squeeze to nothing": ("aten::squeeze", [""], {"self": "1", "dim": -1}, [""], "", set()),
     "amax, kept": ("aten::amax", ["a1c"], {"self": "abc", "dim": 1}, ["a?c"], "", {("b", "reduced")}),
     "largest": ("aten::max", ["ac", "ac"], {"self": "abc", "dim": 1}, ["ac", "ac"], "", {("b", "reduced")}),
     "mean and variance": (
