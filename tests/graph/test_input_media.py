@@ -1,12 +1,12 @@
 """Layouts of images, sounds, series and the like, by what signature and config say."""
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from model_facts import facts
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_compress.graph.input_facts import MAX_TOKEN_ID, ModelFacts
@@ -24,25 +24,6 @@ from hf_compress.graph.input_media import (
 FRAMES = 104  # divided by 4 or 8 no size that models use
 ENCODED_FRAMES = 19
 SIDE = 96  # a multiple of 32, which hierarchical models divide by
-
-
-def facts(*arguments: str, parameters: tuple[str, ...] = (), **config: Any) -> ModelFacts:
-    """Facts of a model with such arguments of ``forward``; those that end in ``?`` have a default."""
-
-    class Model(nn.Module):
-        def forward(self, **given: Any) -> None: ...
-
-    def parameter(name: str) -> inspect.Parameter:
-        default = None if name.endswith("?") else inspect.Parameter.empty
-        return inspect.Parameter(name.rstrip("?"), inspect.Parameter.KEYWORD_ONLY, default=default)
-
-    Model.forward.__signature__ = inspect.Signature([parameter(name) for name in arguments])  # type: ignore[attr-defined]
-    model = Model()
-    model.config = PreTrainedConfig()
-    vars(model.config).update(config)  # as attributes: some names are of generation, and get lost
-    for name in parameters:
-        model.register_parameter(name, nn.Parameter(torch.zeros(1)))
-    return ModelFacts(model, batch_size=2, length=7, seed=0)
 
 
 def shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
