@@ -264,6 +264,7 @@ THREE, TWO = Attribute("", ("three",)), Attribute("", ("two",))
         (lambda m, x: x.view(2, 2, 12)[..., m.two :], "a slice", {(TWO, 2, 2)}),
         (lambda m, x: x[1 : m.three, 0], "a slice", {(THREE, 0, 3)}),
         (lambda m, x: x[:, : m.three + 9], "a slice", set()),
+        (lambda m, x: x[:, m.two - 2 : m.two - 1], "a slice", {("computed", 1, 1)}),
     ],
 )
 def test_integers_that_become_sizes_are_related_to_them(use, function, expected) -> None:
@@ -275,6 +276,13 @@ def test_integers_that_become_sizes_are_related_to_them(use, function, expected)
         (known(each.expression), each.dim, each.prefix) for each in relations if not isinstance(each.expression, int)
     }
     assert found == expected
+
+
+def test_other_convolutions_do_not_tie_their_channels_to_a_number() -> None:
+    def convolve(m, x):
+        return nn.functional.conv1d(x.view(4, 2, 6), x.new_ones(2, 2, 1))
+
+    assert [each for each in recorded(convolve).relations if each.function == "a depthwise convolution"] == []
 
 
 def test_chunks_keep_their_share() -> None:
