@@ -93,7 +93,10 @@ def all_mutants(parts: Sequence[str], root: Path = ROOT) -> list[Mutant]:
 
 
 def tests_of_lines() -> dict[str, dict[int, list[str]]]:
-    """Return which tests ran which line of which file, by what scripts/coverage recorded."""
+    """Return which tests ran which line of which file, by what scripts/coverage recorded.
+
+    Lines that run when a file is imported, such as constants, run before all tests: those of the whole file count.
+    """
     if not (COVERAGE / "data").is_file():
         raise SystemExit(f"{COVERAGE / 'data'} is missing. Run: bash scripts/coverage")
     data = CoverageData(str(COVERAGE / "data"))
@@ -101,8 +104,9 @@ def tests_of_lines() -> dict[str, dict[int, list[str]]]:
     found: dict[str, dict[int, list[str]]] = {}
     for path in data.measured_files():
         lines = data.contexts_by_lineno(path)
-        name = str(Path(path).relative_to(ROOT))
-        found[name] = {line: sorted({each.split("|")[0] for each in tests} - {""}) for line, tests in lines.items()}
+        by_line = {line: {each.split("|")[0] for each in tests} - {""} for line, tests in lines.items()}
+        of_file = set().union(*by_line.values())
+        found[str(Path(path).relative_to(ROOT))] = {line: sorted(tests or of_file) for line, tests in by_line.items()}
     return found
 
 

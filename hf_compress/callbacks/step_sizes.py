@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_compress.callbacks.owned import OwnedTensors
@@ -142,7 +141,7 @@ class StepSizes:
             rows.append(torch.cat([nothing.new_tensor([-1.0]), *low_high]) if state else nothing)
         joined = torch.stack(rows)
         if num_ranks() > 1:
-            dist.all_reduce(joined, op=dist.ReduceOp.MIN)
+            joined = elementwise(joined, "min")
             reached = (joined[:, 0] < 0).tolist()
         else:
             reached = [each.collector is not None and bool(each.collector.state) for each in self._observed.values()]
@@ -159,14 +158,12 @@ class StepSizes:
         if not waiting:
             return
         there = torch.tensor([bool(each.collector.state) for each in waiting.values()], device=self._device).int()  # type: ignore[union-attr]
-        if num_ranks() > 1:
-            dist.all_reduce(there, op=dist.ReduceOp.MIN)
-        for (name, each), reached in zip(waiting.items(), there.tolist(), strict=True):
+        everywhere = elementwise(there, "min").tolist()
+        for (name, each), reached in zip(waiting.items(), everywhere, strict=True):
             collector = each.collector
             if not reached or not isinstance(collector, Mse):
                 continue
-            if num_ranks() > 1:
-                collector.merge(elementwise)
+            collector.merge(elementwise)
             each.initialize(collector)
             each.collector = None
             self._own(name, each)

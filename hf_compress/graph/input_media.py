@@ -200,14 +200,12 @@ def series_variants(facts: ModelFacts) -> Iterator[Inputs]:
     width = (channels,) if channels > 1 or facts.lookup("num_input_channels") else ()
     made: dict[str, Tensor] = {"past_values": noise(facts, past, *width)}
     extra = facts.number("num_time_features", default=0)
-    static = {"static_categorical_features": facts.number("num_static_categorical_features", default=0)}
     if extra or facts.requires("past_time_features"):
         made["past_time_features"] = noise(facts, past, extra)
         made["future_time_features"] = noise(facts, future, extra)
         made["future_values"] = noise(facts, future, *width)
-        made["static_categorical_features"] = torch.zeros(
-            facts.batch_size, static["static_categorical_features"], dtype=torch.long
-        )
+        categories = facts.number("num_static_categorical_features", default=0)
+        made["static_categorical_features"] = torch.zeros(facts.batch_size, categories, dtype=torch.long)
         made["static_real_features"] = noise(facts, facts.number("num_static_real_features", default=0))
     if facts.requires("past_observed_mask"):
         made["past_observed_mask"] = torch.ones_like(made["past_values"])

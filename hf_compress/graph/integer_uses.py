@@ -85,7 +85,9 @@ def _convolution(
 @_recorder("multi_head_attention_forward")
 def _attention(tracer: IntegerTracer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Relation]:
     """PyTorch's function insists on one size for its input, its projections and its output."""
+    query = args[0] if args else kwargs["query"]
     size = args[3] if len(args) > 3 else kwargs.get("embed_dim_to_check")
+    yield from tracer.relation(size, query, query.dim() - 1, "multi_head_attention_forward")
     projections = [kwargs.get(f"{name}_proj_weight") for name in ("q", "k", "v")]
     output = args[11] if len(args) > 11 else kwargs.get("out_proj_weight")
     for weight in (*projections, output):

@@ -93,11 +93,11 @@ class _LabelMaker:
             yield {"return_loss": True}
         extra = {name: self._classes(2) for name in _PAIR_LABELS if facts.takes(name)}
         if facts.takes("start_positions"):
-            yield self._span()
+            yield from self._spans()
         if facts.takes("sampled_negative_indices") and "projected_states" in self.outputs:
             yield self._contrasts()
         if facts.takes("mask_labels"):
-            yield self._segments()
+            yield from self._segments()
         for name in ("future_values", "target_values"):
             if facts.takes(name) and name not in self.inputs:
                 yield from ({name: target} for target in self._targets())
@@ -173,6 +173,9 @@ class _LabelMaker:
     def _device(self) -> torch.device:
         return next(iter(self.outputs.values())).device if self.outputs else torch.device("cpu")
 
+    def _num_labels(self) -> int:
+        return max(getattr(self.facts.config, "num_labels", 1), 1)
+
     def _classes(self, high: int) -> Tensor:
         return integers(self.facts, high, self.facts.batch_size).to(self._device())
 
@@ -200,19 +203,19 @@ class _LabelMaker:
             labels[-1, -1] = IGNORED
         return labels.to(self._device())
 
-    def _span(self) -> Labels:
-        tokens = self.inputs.get("input_ids")
-        logits = self.outputs.get("start_logits", tokens)
+    def _spans(self) -> Iterator[Labels]:
+        """Yield where an answer starts and ends, if there is a text."""
+        logits = self.outputs.get("start_logits", self.inputs.get("input_ids"))
         if logits is None:
-            return {}
+            return
         half, shape = max(logits.shape[-1] // 2, 1), logits.shape[:-1]
         start = integers(self.facts, half, *shape)
         end = start + integers(self.facts, max(half // 2, 1), *shape)
-        return {"start_positions": start.to(logits.device), "end_positions": end.to(logits.device)}
+        yield {"start_positions": start.to(logits.device), "end_positions": end.to(logits.device)}
 
     def _objects(self) -> list[dict[str, Tensor]]:
         """Return classes and boxes (center and size, relative) for each image, and masks if the head makes masks."""
-        num_labels, device = max(getattr(self.facts.config, "num_labels", 1), 1), self._device()
+        num_labels, device = self._num_labels(), self._device()
         labels = []
         for _ in range(len(self.outputs["pred_boxes"])):
             boxes = torch.rand(OBJECTS, 4, generator=self.facts.generator) * 0.3 + 0.3
@@ -222,18 +225,18 @@ class _LabelMaker:
             labels.append({name: value.to(device) for name, value in label.items()})
         return labels
 
-    def _segments(self) -> Labels:
-        """Return a class and a mask for each segment of each image."""
+    def _segments(self) -> Iterator[Labels]:
+        """Yield a class and a mask for each segment of each image, if there is one."""
         objects = []
         pixels = self.inputs.get("pixel_values", self.inputs.get("pixel_values_videos"))
         if pixels is None:
-            return {}
+            return
         size = pixels.shape[-2:]
-        num_labels, device = max(getattr(self.facts.config, "num_labels", 1), 1), self._device()
+        num_labels, device = self._num_labels(), self._device()
         for _ in range(len(pixels)):
             masks = integers(self.facts, 2, OBJECTS, *size).float().to(device)
             objects.append((masks, integers(self.facts, num_labels, OBJECTS).to(device)))
-        return {"mask_labels": [m for m, _ in objects], "class_labels": [c for _, c in objects]}
+        yield {"mask_labels": [m for m, _ in objects], "class_labels": [c for _, c in objects]}
 
     def _contrasts(self) -> Labels:
         """Return which frames to predict, and for each frame others of the same example to tell it from."""

@@ -115,7 +115,7 @@ class FeatureTap:
         self.close()
         if "hidden_states" in self.wants:
             returns = kwargs.get("return_dict")
-            if (getattr(self._plain.config, "return_dict", True) if returns is None else returns) is False:
+            if (self._plain.config.return_dict if returns is None else returns) is False:
                 raise TrainingError(
                     f"distillation: {type(self._plain).__name__} was called with return_dict=False, so its hidden "
                     "states have no names. Leave return_dict out, and set model.config.return_dict = True."

@@ -1,7 +1,9 @@
 """Finding out whether a loss is divided by ``num_items_in_batch``, whatever it does with that number."""
 
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,43 @@ def test_the_values_say(loss: Any, expected: bool | None, num_items: Any) -> Non
     outputs, kwargs = weight(), {"num_items_in_batch": num_items}
     twice = loss_of_twice_as_many(loss, outputs, None, kwargs, CPU)
     assert values_say(loss(outputs, None, num_items), twice) is expected
+
+
+@pytest.mark.parametrize(
+    ("first", "twice", "expected"),
+    [
+        (1.0, 1.0005, False), (1.0, 1.002, True), (-1.0, -1.0005, False), (-1.0, -1.002, True), (1e-6, 2e-6, True),
+        (0.0, 1.0, None), (1.0, 0.0, True), (1.0, float("inf"), True), (float("inf"), 1.0, None),
+        (float("nan"), 1.0, None), (float("-inf"), 1.0, None),
+    ],
+)  # fmt: skip
+def test_the_values_say_within_rounding(first, twice, expected) -> None:
+    assert values_say(torch.tensor([first]), torch.tensor(twice, dtype=torch.float64)) is expected
+
+
+def test_what_a_loss_draws_is_drawn_again_and_its_inputs_may_be_differentiated() -> None:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any) -> Tensor:
+        outputs["a"].sum().backward()
+        assert outputs["a"].grad is not None and not outputs["b"].requires_grad
+        random.random(), numpy.random.rand(), torch.rand(1)
+        return outputs["a"].sum() * num_items_in_batch
+
+    outputs = {"a": weight(), "b": torch.ones(2), "text": "text"}
+    states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    found = loss_of_twice_as_many(loss, outputs, None, {"num_items_in_batch": 3}, CPU)
+    assert found == 30.0 and not found.requires_grad and outputs["a"].grad is None
+    assert random.getstate() == states[0] and numpy.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.random.get_rng_state(), states[2])
+
+
+def test_a_probe_is_a_number_of_its_own() -> None:
+    given = torch.tensor(4)
+    probe = CountProbe.of(given, CPU)
+    assert probe.dtype == torch.float32 and probe.requires_grad and probe.shape == ()
+    other = CountProbe.of(probe.detach(), CPU)
+    assert probe.reads == other.reads == [] and not given.is_floating_point()
+    float(probe), bool(other)
+    assert probe.reads == ["__float__"] and other.reads == ["__bool__"]
 
 
 def test_a_loss_may_change_what_it_is_given() -> None:

@@ -262,3 +262,19 @@ def test_shrink_needs_weights() -> None:
     masks = {"bert.encoder.layer.0.ffn": torch.arange(44) < 20}
     with pytest.raises(ShrinkError, match=r"meta device.*from_pretrained.*plan_shrink"):
         shrink(model, masks)
+
+
+def test_a_model_in_training_mode_is_recorded_as_it_evaluates() -> None:
+    model = tiny_models.bert()
+    inputs = make_example_inputs(model)
+
+    def operators() -> list[str]:
+        return [str(node.target) for node in capture(model, inputs).graph.nodes]
+
+    expected = operators()
+    model.train()
+    model.bert.encoder.eval()
+    modes, state = [module.training for module in model.modules()], torch.random.get_rng_state()
+    assert operators() == expected
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(state, torch.random.get_rng_state())

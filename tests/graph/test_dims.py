@@ -115,3 +115,79 @@ def test_expand_covers_every_position_once() -> None:
                 covered[position] = covered.get(position, 0) + 1
         # Positions of a product belong to one unit of each factor.
         assert set(covered) == set(range(dim.size)) or dim.size == 1
+
+
+def sizes(dims: list[Dim]) -> list[int]:
+    return [dim.size for dim in dims]
+
+
+def test_splitting_a_concatenation_by_an_inner_size_that_divides_its_parts_splits_each() -> None:
+    """(2 x 3) + (3 x 3) = (2 + 3) x 3."""
+    dim = concat([Dim(6), Dim(9)])
+    outer, inner = split_product(dim, 5)
+    assert (sizes(segments(outer)), inner.size) == ([2, 3], 3)
+    assert positions(dim)[2] == [[0, 1, 2], [3, 4, 5]]
+    assert len(atoms(dim)) == 3 and find(factors(dim)[-1]) is find(inner)
+
+
+def test_parts_of_one_unit_stay_parts_of_a_concatenation() -> None:
+    dim = concat([Dim(3), Dim(6)])
+    outer, inner = split_product(dim, 3)
+    assert (sizes(segments(outer)), inner.size) == ([1, 2], 3)
+
+
+def test_cuts_of_products_keep_the_inner_factors() -> None:
+    heads, inner = Dim(6), Dim(4)
+    first, second = split_concat(product([heads, inner]), [8, 16])
+    assert (sizes(factors(first)), sizes(factors(second))) == ([2, 4], [4, 4])
+    assert find(factors(first)[1]) is find(factors(second)[1]) is find(inner)
+    assert sizes(segments(heads)) == [2, 4]
+
+
+def test_cuts_of_concatenations_join_and_cut_their_parts() -> None:
+    one, two, three = Dim(2), Dim(3), Dim(5)
+    first, second = split_concat(concat([one, two, three]), [7, 3])
+    assert (sizes(segments(first)), sizes(segments(second))) == ([2, 3, 2], [3])
+    assert [find(part) for part in segments(three)] == [segments(first)[2], segments(second)[0]]
+
+
+def test_a_product_that_is_a_concatenation_is_cut_where_that_is_joined() -> None:
+    """Heads of queries and keys side by side: (2 + 4) heads of 3."""
+    for flip in (False, True):
+        heads, inner, query, key = Dim(6), Dim(3), Dim(6), Dim(12)
+        pair = (product([heads, inner]), concat([query, key]))
+        unify(*(pair[::-1] if flip else pair))
+        assert sizes(segments(heads)) == [2, 4]
+        assert [sizes(factors(part)) for part in (query, key)] == [[2, 3], [4, 3]]
+        assert find(factors(query)[1]) is find(inner) is find(factors(key)[1])
+    repeated = concat([Dim(2), Dim(3), Dim(2), Dim(3)])
+    outer, block = Dim(2), Dim(5)
+    unify(product([outer, block]), repeated)
+    assert sizes(segments(block)) == [2, 3]
+
+
+def test_sizes_of_one_say_nothing() -> None:
+    five = Dim(5)
+    assert product([Dim(1), five]) is five and product([]).size == product([Dim(1)]).size == 1
+    assert concat([five]) is five and factors(Dim(1)) == []
+    one, other = Dim(1), Dim(1)
+    unify(one, other)
+    assert find(one) is not find(other)
+    assert [split_product(five, n)[i] is five for n, i in ((1, 1), (5, 0))] == [True, True]
+    assert sizes(split_product(five, 1)) == [1, 5] and sizes(split_product(five, 5)) == [5, 1]  # type: ignore[arg-type]
+    outer, inner = take_factors([Dim(1), Dim(4), five], 4)
+    assert (sizes(outer), inner) == ([4], [five])
+
+
+def test_products_are_cut_by_the_larger_factor_of_each_side() -> None:
+    a, b = product([Dim(4), Dim(9)]), product([Dim(12), Dim(3)])
+    unify(a, b)
+    assert sizes(factors(a)) == sizes(factors(b)) == [4, 3, 3]
+    assert [find(dim) for dim in factors(a)] == [find(dim) for dim in factors(b)]
+    outer, inner = take_factors([product([Dim(2), Dim(3)]), Dim(5)], 2)
+    assert (sizes(outer), sizes(inner)) == ([2], [3, 5])
+
+
+def test_terms_are_shown_with_their_sizes() -> None:
+    text = repr(product([Dim(2), concat([Dim(3), Dim(4)])]))
+    assert "x" in text and "+" in text and text.startswith("(2@")

@@ -156,3 +156,138 @@ def test_writing_to_a_shared_config_gives_the_module_its_own() -> None:
     write(model, Attribute("model.layers.0.self_attn", ("config", "num_attention_heads")), 2)
     assert first.config.num_attention_heads == 2
     assert second.config.num_attention_heads == model.config.num_attention_heads == 4
+
+
+class Attending(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, **form) -> None:
+        super().__init__(BertConfig())
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True, **form)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        return self.down(self.mix(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("form", [{"add_zero_attn": True}, {"add_bias_kv": True}, {"add_zero_attn": True, "kdim": 8}])
+def test_forms_of_pytorchs_attention_that_insist_on_one_size_keep_it(form) -> None:
+    """Input, projections and output; all of them are frozen, and the others can be removed."""
+    inputs = {"x": torch.randn(2, 5, 6)}
+    groups = dimension_groups(Attending(**form), inputs)
+    of_the_size = [g for g in groups if any(s.parameter in ("up.weight", "down.weight") for s in g.slices)]
+    assert len(of_the_size) == 4  # what goes in and comes out of the model, too
+    assert all(group.frozen is not None for group in of_the_size)
+    assert sum("multi_head_attention_forward" in (group.frozen or "") for group in groups) >= 3
+    free = dimension_groups(Attending(), inputs)
+    assert {group.num_units for group in free if group.frozen is None} == {2, 8}
+
+
+def test_a_depthwise_convolution_has_as_many_groups_as_channels() -> None:
+    class Net(PreTrainedModel):
+        config_class = BertConfig
+
+        def __init__(self) -> None:
+            super().__init__(BertConfig())
+            self.up, self.each, self.down = nn.Conv1d(3, 7, 1), nn.Conv1d(7, 7, 3, groups=7), nn.Conv1d(7, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.each(self.up(x)))
+
+    relations = capture(Net(), {"x": torch.randn(2, 3, 9)}).relations
+    found = [each for each in relations if each.function == "a depthwise convolution"]
+    assert [(each.expression, each.dim) for each in found] == [(Attribute("each", ("groups",)), 1)]
+    (group,) = [each for each in dimension_groups(Net(), {"x": torch.randn(2, 3, 9)}) if each.num_units == 7]
+    assert group.frozen is None
+
+
+class Uses(PreTrainedModel):
+    """Does something with its integers."""
+
+    config_class = BertConfig
+
+    def __init__(self, use) -> None:
+        super().__init__(BertConfig())
+        self.two, self.three, self.use = 2, 3, use
+        self.up = nn.Linear(5, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.use(self, self.up(x))
+
+
+def recorded(use):
+    return capture(Uses(use), {"x": torch.randn(4, 5)})
+
+
+@pytest.mark.parametrize(
+    ("use", "function"),
+    [
+        (lambda m, x: x * m.two, "mul"),
+        (lambda m, x: m.two - x, "rsub"),
+        (lambda m, x: x / m.two, "div"),
+        (lambda m, x: x**m.two, "pow"),
+        (lambda m, x: x.add_(m.two), "add"),
+        (lambda m, x: x % m.two, "remainder"),
+        (lambda m, x: x * torch.tensor(m.two), "tensor"),
+        (lambda m, x: x.masked_fill(x > 0, m.two), "masked_fill"),
+        (lambda m, x: torch.fmod(input=x, other=m.two), "fmod"),
+    ],
+)
+def test_integers_that_are_computed_with_are_noted(use, function) -> None:
+    uses = recorded(use).numeric_uses
+    assert (Attribute("", ("two",)), function) in {(each.expression, each.function) for each in uses}
+    assert all(each.module == "" for each in uses)
+
+
+THREE, TWO = Attribute("", ("three",)), Attribute("", ("two",))
+
+
+@pytest.mark.parametrize(
+    ("use", "function", "expected"),
+    [
+        (lambda m, x: x.view(4, m.three, -1), "a tensor shape", {(THREE, 1, None)}),
+        (lambda m, x: x.reshape((4, -1, m.three)), "a tensor shape", {(THREE, 2, None)}),
+        (lambda m, x: x + x.new_zeros(size=(m.two * 2, 12)), "a tensor shape", {(Operation("mul", TWO, 2), 0, None)}),
+        (lambda m, x: x.split(m.three, dim=-1)[0], "split", {(THREE, 1, None)}),
+        (lambda m, x: x.split(split_size=m.two)[1], "split", {(TWO, 0, None)}),
+        (lambda m, x: x.split(5, 1)[0] + m.three, "split", set()),
+        (lambda m, x: x.split([m.two, 10], dim=1)[1], "split", {(TWO, 1, None)}),
+        (lambda m, x: nn.functional.layer_norm(x.view(4, 4, 3), (m.three,)), "a norm", {(THREE, 2, None)}),
+        (lambda m, x: nn.functional.group_norm(x[:, :3], m.three), "a group norm", {(THREE, 1, None)}),
+        (lambda m, x: nn.functional.group_norm(x, num_groups=m.three), "a group norm", set()),
+        (lambda m, x: torch.histc(x, m.three), "histc", {(THREE, 0, None)}),
+        (lambda m, x: nn.functional.one_hot(x.long() * 0, m.three), "one_hot", {(THREE, 2, None)}),
+        (lambda m, x: nn.functional.one_hot(x.long() * 0, num_classes=m.two), "one_hot", {(TWO, 2, None)}),
+        (lambda m, x: x[:, : m.three], "a slice", {(THREE, 1, 3)}),
+        (lambda m, x: x[None, ..., m.two : -1 * m.three], "a slice", {(TWO, 1, 2), ("computed", 1, 9)}),
+        (lambda m, x: x.view(2, 2, 12)[..., m.two :], "a slice", {(TWO, 2, 2)}),
+        (lambda m, x: x[1 : m.three, 0], "a slice", {(THREE, 0, 3)}),
+        (lambda m, x: x[:, : m.three + 9], "a slice", set()),
+        (lambda m, x: x[:, m.two - 2 : m.two - 1], "a slice", {("computed", 1, 1)}),
+    ],
+)
+def test_integers_that_become_sizes_are_related_to_them(use, function, expected) -> None:
+    def known(expression):
+        return expression if expression in (TWO, THREE, Operation("mul", TWO, 2)) else "computed"
+
+    relations = [each for each in recorded(use).relations if each.function == function]
+    found = {
+        (known(each.expression), each.dim, each.prefix) for each in relations if not isinstance(each.expression, int)
+    }
+    assert found == expected
+
+
+def test_other_convolutions_do_not_tie_their_channels_to_a_number() -> None:
+    def convolve(m, x):
+        return nn.functional.conv1d(x.view(4, 2, 6), x.new_ones(2, 2, 1))
+
+    assert [each for each in recorded(convolve).relations if each.function == "a depthwise convolution"] == []
+
+
+def test_chunks_keep_their_share() -> None:
+    relations = [
+        each for each in recorded(lambda m, x: x.chunk(m.three, dim=1)[0]).relations if each.function == "chunk"
+    ]
+    assert len(relations) == 3 and {each.dim for each in relations} == {1}
+    assert {each.expression.name for each in relations} == {"floordiv"}

@@ -8,10 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from zoo import ZOO
 
-from hf_compress import TargetError, dimension_groups, make_example_inputs
+from hf_compress import TargetError, TrainingError, dimension_groups, make_example_inputs
 from hf_compress.instruments.attach import attach, attachment_of, detach_all, detach_if_empty, leaf_kind
 from hf_compress.instruments.finished import instrumented_modules
-from hf_compress.instruments.gate import Gate, unit_weights
+from hf_compress.instruments.gate import Gate, gates_on, open_units, unit_gradients, unit_weights
 
 
 def groups_of(model, kind):
@@ -194,3 +194,36 @@ def test_gates_that_were_taken_off_leave_those_of_the_next_run_alone(kind) -> No
     assert instrumented_modules(model) == on != []
     later.remove()
     assert instrumented_modules(model) == []
+
+
+@pytest.mark.parametrize("kind", ["ffn", "layers"])
+def test_unit_gradients_are_those_of_unit_weights(kind) -> None:
+    model = tiny_models.bert()
+    group = groups_of(model, kind)[0]
+    weights = unit_weights(model, group)
+    with pytest.raises(TrainingError, match=f"weights of {group.name!r} get no gradients: they are frozen"):
+        unit_gradients(model, group)
+    for parameter in model.parameters():
+        parameter.grad = 2 * parameter.detach()
+    assert torch.equal(unit_gradients(model, group), 2 * weights)
+    learning = model.bert.encoder.layer[0].intermediate.dense.weight
+    for parameter in model.parameters():
+        parameter.grad = None if parameter is not learning else torch.ones_like(parameter)
+    found = unit_gradients(model, group)
+    assert found.sum() == learning.numel() and set(found.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_gates_are_found_once_and_say_which_units_are_open() -> None:
+    model = tiny_models.bert()
+    made = [
+        Gate(group, model, needs_gradient=False) for group in (*groups_of(model, "ffn"), *groups_of(model, "heads"))
+    ]
+    made += [Gate(group, model, needs_gradient=False) for group in groups_of(model, "hidden")]
+    found = gates_on(model)
+    assert len(found) == len(made) and {id(gate) for gate in found} == {id(gate) for gate in made}
+    mask = torch.arange(made[0].value.numel()) % 3 != 0
+    made[0].set_mask(mask)
+    assert torch.equal(open_units(made[0]), mask)
+    for gate in made:
+        gate.remove()
+    assert gates_on(model) == []

@@ -74,6 +74,29 @@ def test_mutants_die_by_tests_that_notice(scripts, tmp_path) -> None:
     assert (tmp_path / "hf_compress" / "graph" / "sizes.py").read_text(encoding="utf-8") == whole
 
 
+def test_lines_that_run_at_import_count_for_the_tests_of_their_file(scripts, tmp_path, monkeypatch) -> None:
+    module = scripts("mutants")
+    monkeypatch.setattr(module, "COVERAGE", tmp_path)
+    with pytest.raises(SystemExit, match="Run: bash scripts/coverage"):
+        module.tests_of_lines()
+    data = module.CoverageData(str(tmp_path / "data"))
+    one, other = (str(module.ROOT / "hf_compress" / name) for name in ("errors.py", "registry.py"))
+    for context, lines in {
+        "": [1, 2, 5],
+        "a.py::test|run": [3, 5],
+        "a.py::test|setup": [3],
+        "b.py::test|run": [4],
+    }.items():
+        data.set_context(context)
+        data.add_lines({one: lines, **({other: [1]} if not context else {})})
+    data.write()
+    both = ["a.py::test", "b.py::test"]
+    assert module.tests_of_lines() == {
+        "hf_compress/errors.py": {1: both, 2: both, 3: both[:1], 4: both[1:], 5: both[:1]},
+        "hf_compress/registry.py": {1: []},
+    }
+
+
 def test_a_part_that_is_not_there(scripts, tmp_path) -> None:
     with pytest.raises(SystemExit, match="there is no"):
         scripts("mutants").all_mutants(["grpah"], tmp_path)
