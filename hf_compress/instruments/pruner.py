@@ -150,11 +150,11 @@ class Pruner:
             for name in pool.layers:
                 if name not in self._skipped:
                     pool.method.step(name, self.units[name].evidence)
+            pool.method.end_step()
             if isinstance(pool.method, DeferringMethod):
                 self._pull(pool.method, pool.layers)
 
     def _pull(self, method: DeferringMethod, names: Iterable[str]) -> None:
-        method.end_step()
         for name in names:
             change = method.pull(name, self.units[name].evidence)
             if change is not None:
@@ -170,7 +170,8 @@ class Pruner:
         self._skipped = {name for (name, _), tensor in means.items() if tensor is None}
         for (name, key), tensor in means.items():
             if tensor is not None:
-                given.setdefault(name, {})[key] = tensor / loss_scale if key == "gate_gradients" else tensor
+                scaled = key == "gate_gradients" and loss_scale != 1
+                given.setdefault(name, {})[key] = tensor / loss_scale if scaled else tensor
                 self.unread.discard(name)
         for name, readings in given.items():
             self.units[name].evidence.give(readings)

@@ -9,9 +9,9 @@ from hf_compress.instruments.pruner import Pruner
 
 
 def state_of(pruner: Pruner) -> dict[str, Tensor]:
-    """Return masks and the methods' state by name, the same on all ranks."""
+    """Return masks and the methods' state by name, the same on all ranks; no two share memory."""
     masks = {f"mask.{name}": mask for name, mask in pruner.masks.items()}
-    return masks | {f"score.{name}": each for name, each in scores_of(pruner).items()}
+    return masks | {f"score.{name}": each.clone() for name, each in scores_of(pruner).items()}
 
 
 def scores_of(pruner: Pruner) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ tensors out; ``hf_compress.instruments`` reads models and switches units off.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -143,6 +143,9 @@ class Method:
     def step(self, name: str, evidence: Evidence) -> None:
         """Take in one optimizer step, before the optimizer acts; whatever ``reads`` names can be read."""
 
+    def end_step(self) -> None:
+        """Go on after ``step`` was called for all layers."""
+
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return finite scores [num_units], higher = keep; weights can be read."""
         raise NotImplementedError
@@ -172,15 +175,16 @@ class DeferringMethod(Method):
         """Return what units are multiplied by in training and in evaluation, [num_units] each; None: their mask."""
         return None
 
-    def end_step(self) -> None:
-        """Go on after ``step`` was called for all layers."""
-
     def project(self, name: str, evidence: Evidence, mask: Tensor) -> None:
         """Take in what would be kept if the masks changed now to the final sparsity; for methods that defer."""
 
     def pull(self, name: str, evidence: Evidence) -> Tensor | None:
         """Return what to add to the gradients of this step, [num_units, weights per unit], or None."""
         return None
+
+
+SHORT = 2**16
+"""Numbers of a tensor that is worth a copy rather than some kernels of its own."""
 
 
 class CurrentMethod(Method):
@@ -195,27 +199,62 @@ class CurrentMethod(Method):
 
 
 class AveragedMethod(Method):
-    """Averages what is measured in each step: s <- decay * s + (1 - decay) * s_step, from 0."""
+    """Averages what is measured in each step: s <- decay * s + (1 - decay) * s_step, from 0.
+
+    A step with numbers that are not finite is left out, as the optimizer leaves it out. Nothing waits for the device,
+    and short tensors are averaged together: on a GPU, time goes by their number, not by their length.
+    """
 
     averages = True
+
+    def __init__(self, settings: Any, setting: Setting) -> None:
+        super().__init__(settings, setting)
+        self._short: dict[str, Tensor] = {}
+        """By layer, what was measured in the step under way."""
 
     def measure(self, evidence: Evidence) -> Tensor:
         """Return what is measured in one step; of any shape."""
         raise NotImplementedError
 
     def step(self, name: str, evidence: Evidence) -> None:
-        """Average; a step with numbers that are not finite is left out, as the optimizer leaves it out.
+        """Measure."""
+        if name in self._short:  # of the step before
+            self.end_step()
+        measured = self.measure(evidence)
+        if measured.numel() > SHORT:
+            self._average({name: measured})
+        else:
+            self._short[name] = measured
 
-        Nothing waits for the device.
-        """
-        measured, decay = self.measure(evidence), self.setting.score_decay
-        average = self.tensors.setdefault(name, torch.zeros_like(measured))
-        moved = (average * decay).add_(measured, alpha=1 - decay)
-        average.copy_(moved.where(torch.isfinite(measured).all(), average))
+    def end_step(self) -> None:
+        """Average what is left."""
+        alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        for name, measured in self._short.items():
+            alike.setdefault((measured.device, measured.dtype), {})[name] = measured
+        for each in alike.values():
+            self._average(each)
+        self._short.clear()
+
+    def _average(self, measured: Mapping[str, Tensor]) -> None:
+        """Take in one step of layers whose tensors are on the same device."""
+        decay = self.setting.score_decay
+        before = [self.tensors[name] if name in self.tensors else torch.zeros_like(measured[name]) for name in measured]
+        average, new = (torch.cat([each.flatten() for each in several]) for several in (before, measured.values()))
+        moved = (average * decay).add_(new, alpha=1 - decay)
+        moved = moved.where(torch.isfinite(new).all(), average)
+        parts = torch.split_with_sizes(moved, [each.numel() for each in measured.values()])
+        for (name, each), part in zip(measured.items(), parts, strict=True):
+            self.tensors[name] = part.view(each.shape)
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return the average."""
-        return self.tensors[name] if name in self.tensors else torch.zeros(evidence.num_units)
+        average = self.average(name)
+        return torch.zeros(evidence.num_units) if average is None else average
+
+    def average(self, name: str) -> Tensor | None:
+        """Return the average of what was measured of a layer, of its shape; None if nothing was."""
+        self.end_step()
+        return self.tensors.get(name)
 
 
 def criterion_of_weights(

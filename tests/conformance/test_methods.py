@@ -31,8 +31,7 @@ def made(name: str, **options: Any) -> Any:
 
 def take_step(method: Any, evidence: Any) -> None:
     method.step("layer", evidence)
-    if isinstance(method, DeferringMethod):
-        method.end_step()
+    method.end_step()
 
 
 def after_steps(name: str, evidence: list[Any]) -> Any:

@@ -228,6 +228,15 @@ def test_the_state_brings_everything_back() -> None:
         restore(two, {"mask.x": torch.ones(1)}, {}, 3)
 
 
+def test_no_two_tensors_of_a_state_share_memory() -> None:
+    """Files of safetensors refuse that."""
+    model = tiny_models.bert()
+    pruner = pruner_of(model, structures={"heads": 0.5, "ffn": 0.5}, criterion="taylor")
+    train(model, pruner, steps=range(3))
+    state = state_of(pruner)
+    assert len({each.untyped_storage().data_ptr() for each in state.values()}) == len(state) > 4
+
+
 @pytest.mark.parametrize("name", ["score.bert.encoder.layer.0.ffn", "score.bert.encoder.layer.9.ffn"])
 def test_scores_of_other_layers_or_sizes_are_refused(name) -> None:
     pruner = pruner_of(tiny_models.bert(), structures={"heads": 0.5, "ffn": 0.5}, criterion="movement")

@@ -74,6 +74,7 @@ class Wanda(AveragedMethod):
 
     def score(self, name: str, evidence: Evidence) -> Tensor:
         """Return the sums over each unit's weights, [num_units]."""
-        if name not in self.tensors:
+        average = self.average(name)
+        if average is None:
             return torch.zeros(evidence.num_units)
-        return (evidence.columns() * evidence.by_unit(self.tensors[name].sqrt())).sum(dim=1)
+        return (evidence.columns() * evidence.by_unit(average.sqrt())).sum(dim=1)
