@@ -299,6 +299,11 @@ class Mixer:
         distillation_loss = torch.stack(list(losses.values())).sum()
         if not distillation_loss.requires_grad:  # LayerDrop has left no layer to compare
             distillation_loss = distillation_loss + 0.0 * task_loss
+        if not distillation_loss.requires_grad:
+            raise TrainingError(
+                "distillation has no effect: no gradient comes from the model's outputs, because all of its parameters "
+                "are frozen. Set requires_grad of those to train, or do not compute the loss under torch.no_grad()."
+            )
         alpha = value_at(self.config.alpha, self.run)
         self._watch(task_loss.detach(), distillation_loss, losses, alpha)
         return (1 - alpha) * task_loss + alpha * distillation_loss

@@ -120,7 +120,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for module, name, buffer, before in buffers:
-            module._buffers[name] = buffer.copy_(before)
+            # By ``data``: a backward pass to come may need the buffer, and would take copy_ for a change of it.
+            buffer.data.copy_(before)
+            module._buffers[name] = buffer
 
 
 def _initial_values(trainer: Trainer, dataloader: Any) -> tuple[Any, ...]:

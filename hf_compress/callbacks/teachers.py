@@ -341,6 +341,11 @@ def _move(model: nn.Module, plain: PreTrainedModel, wanted: str | None, device: 
         return
     try:
         model.to(wanted or device)
+    except NotImplementedError as error:
+        raise TrainingError(
+            f"distillation: the teacher ({type(plain).__name__}) has weights without values, on the meta device. Load "
+            "it with from_pretrained, or give its name or folder."
+        ) from error
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that kind of device
         if wanted is None:
             raise

@@ -234,9 +234,10 @@ class DistillationConfig(_WithRamps, Config):
     number, or a ``Ramp``."""
 
     loss: str | None = AUTO
-    """What compares logits at the positions that the task loss counts: ``"auto"`` (``"kl"``; ``"mse"`` where the task
-    is regression, ``"binary_kl"`` where each label is a yes or no of its own), a name in ``distillation_losses`` that
-    reads logits, or None: features alone."""
+    """What compares logits at the positions that the task loss counts, in question answering at both ends of every
+    example, also where the text lacks the answer: ``"auto"`` (``"kl"``; ``"mse"`` where the task is regression,
+    ``"binary_kl"`` where each label is a yes or no of its own), a name in ``distillation_losses`` that reads logits, or
+    None: features alone."""
 
     features: tuple[FeatureConfig, ...] = ()
     """Losses between layers."""

@@ -148,7 +148,8 @@ class FeatureTap:
                 stack.attention = self._attention(name, calls[name])
             self._require(
                 any(stack.attention for stack in stacks.values()),
-                "computes attention in code of its own (as DeBERTa, MPNet and BLOOM do), which cannot be watched",
+                "has no attention, or computes it in code of its own (as DeBERTa, MPNet and BLOOM do), which cannot be "
+                "watched",
             )
         for name, stack in stacks.items():
             if stack.hidden and stack.attention and len(stack.hidden) != len(stack.attention):

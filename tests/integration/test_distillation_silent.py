@@ -27,6 +27,17 @@ def test_a_feature_of_frozen_layers_is_refused(tiny_bert, classification_data, m
     make_trainer(student, classification_data(), [DistillationCallback(later, tiny_bert(seed=1))]).train()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_student_without_a_trainable_parameter_is_refused(
+    tiny_bert, classification_data, make_trainer, smoothing
+) -> None:
+    student = tiny_bert().requires_grad_(False)
+    callback = DistillationCallback(DistillationConfig(), tiny_bert(seed=1))
+    trainer = make_trainer(student, classification_data(), [callback], label_smoothing_factor=smoothing)
+    with pytest.raises(TrainingError, match="all of its parameters are frozen"):
+        trainer.train()
+
+
 class Nothing(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         outputs = model(**inputs)

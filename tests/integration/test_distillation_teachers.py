@@ -102,6 +102,7 @@ BAD_TEACHERS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, make: nn.Linear(2, 3),
         "the teacher is a Linear; allowed: a transformers",
     ),
+    "no values": (lambda s, make: make().to("meta"), "weights without values, on the meta device"),
     "no such folder": (lambda s, make: "no/such/folder/anywhere", "cannot be loaded"),
 }
 

@@ -310,7 +310,7 @@ REFUSED: dict[str, tuple[Feature, Callable[[], Any], dict[str, Any], str]] = {
         {"loss": "attention_kl"},
         lambda: other("mpnet"),
         {},
-        "MPNet.* computes attention in code of its own",
+        "MPNet.* has no attention, or computes it in code of its own",
     ),
     "ramp beyond the run": (
         {"loss": "hidden_mse", "weight": Ramp(start=1.0, stop=2.0, begin=10, end=20)},

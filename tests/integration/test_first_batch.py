@@ -123,6 +123,29 @@ def test_a_stream_trains_like_a_list(make_trainer: Any) -> None:
     assert all(same(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("outside", ["label_smoother", "compute_loss_func"])
+def test_a_stream_trains_like_a_list_where_the_loss_is_computed_after_the_model(
+    make_trainer: Any, outside: str
+) -> None:
+    """Maps are made between the forward pass and the backward pass, which needs BERT's buffers as they were."""
+    student, teacher = models("bert", teacher=WIDER)
+    args = {"label_smoothing_factor": 0.1} if outside == "label_smoother" else {}
+    options: dict[str, Any] = {"trainer_class": InOrder}
+    if outside == "compute_loss_func":
+        options["trainer_options"] = {"compute_loss_func": _cross_entropy}
+    found = []
+    for made in (examples("bert", 16), Once(examples("bert", 16), wrapped=True)):
+        recorder, callback = Recorder(), DistillationCallback(config("hidden_mse"), teacher)
+        make_trainer(copy.deepcopy(student), made, [callback, recorder], **options, **args).train()
+        found.append(recorder.gradients)
+    assert len(found[0]) == len(found[1]) == 4
+    assert all(same(a, b) for a, b in zip(*found, strict=True))
+
+
+def _cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
 def test_maps_of_a_stream_are_fitted_without_the_padding_of_a_decoder(make_trainer: Any) -> None:
     """The Trainer's label smoother gets the labels, which show it, and the model does not."""
     student, teacher = models("bart", teacher={"d_model": 48})
