@@ -240,7 +240,7 @@ def int8_verdicts(data: Data) -> list[str]:
     runs = good(data, "quantize")
     lines = []
     columns: tuple[tuple[str, Callable[[Run], float], str], ...] = (
-        ("accuracy", _after, "{:.3f}"),
+        ("accuracy in %", lambda run: 100 * _after(run), "{:.1f}"),
         ("speed beside fp32 eager", fastest, "{:.2f}"),
         ("bytes", lambda run: -run["bytes"], "{:,.0f}"),
     )
@@ -250,6 +250,8 @@ def int8_verdicts(data: Data) -> list[str]:
         if mine is not None and theirs is not None:
             a, b = (form.format(abs(score(run))) for run in (mine, theirs))
             won = "even" if a == b else "**the peer wins**" if score(theirs) > score(mine) else "ours is ahead"
+            if title.startswith("accuracy"):
+                won = _who(score(mine) - score(theirs), standard_error(data))
             lines.append(f"- int8, {title}: ours {a}, {label(theirs)} {b}: {won}.")
     return lines
 
