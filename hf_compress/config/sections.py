@@ -1,6 +1,7 @@
 """What a recipe and each of its stages have in common: the sections of the methods, and training arguments."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,6 +107,9 @@ def check_training(config: Any, task: str | None) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(default, int | float) and not isinstance(default, bool) and not number:
             raise _wrong(config, f"training.{key}", value, "a number")
+        if number and (math.isnan(value) or (key == "learning_rate" and not 0 <= value < math.inf)):
+            allowed = "a finite number >= 0" if key == "learning_rate" else "a number other than NaN"
+            raise _wrong(config, f"training.{key}", value, allowed)
     object.__setattr__(config, "training", dict(config.training))
 
 
