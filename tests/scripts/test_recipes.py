@@ -332,6 +332,19 @@ def test_arguments_may_lie_in_a_file(scripts, tmp_path) -> None:
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["bf16"] is False and recipe.output == "out"
 
 
+@pytest.mark.parametrize("content", [None, "[1]", "{", '{"a": 1, "a": 2}'])
+def test_a_file_of_arguments_that_cannot_be_read_is_one_message(scripts, tmp_path, capsys, content) -> None:
+    shared, script = scripts("recipe_script"), scripts("run_causal_lm")
+    path = tmp_path / "arguments.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        shared.main("causal-lm", script.LanguageArguments, script.columns, [str(path)])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {path}: cannot be read: ") and printed.count("\n") == 1
+    assert "Give a .json file of one object" in printed
+
+
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_two_processes_run_a_script(tmp_path) -> None:
