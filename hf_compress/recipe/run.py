@@ -134,7 +134,7 @@ def _preview(recipe: Recipe, output: Path, scratch: Path) -> RunResult:
     prepared = prepare(recipe, scratch)
     _check_storable(recipe, prepared)
     notes = prepared.notes()
-    found = dict(preview_stages(prepared, stages_of(recipe, output), scratch))
+    found = preview_stages(prepared, stages_of(recipe, output), scratch)
     if recipe.stages is None:
         (only,) = found.values()
         return RunResult(output=output, preview=only, notes=notes)

@@ -125,8 +125,8 @@ def _load(config: DatasetConfig) -> Any:
         for name in (config.path, config.eval_file):
             if name is not None and Path(name).suffix in FILE_BUILDERS and not Path(name).exists():
                 raise ConfigError(
-                    f"dataset {name!r}: there is no such file, and no such data set on the Hub. Relative paths start at "
-                    f"the working directory, {Path.cwd()}."
+                    f"dataset {name!r}: there is no such file, and no such data set on the Hub. Relative paths start "
+                    f"at the working directory, {Path.cwd()}."
                 ) from error
         raise ConfigError(
             f"dataset {config.path!r}: cannot be loaded from the Hub or from disk: {_cause(error)}"

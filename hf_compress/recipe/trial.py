@@ -25,14 +25,28 @@ from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.shrink import shrink
 
 
-def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[str, Preview]]:
-    """Yield the name of every stage and what it is going to do.
+def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> dict[str, Preview]:
+    """Return the name of every stage, and what it is going to do.
 
     Args:
         prepared: With the dense model.
         stages: The runs.
         scratch: A folder that the Trainers may make.
+
+    Raises:
+        CompressionError: If one cannot be carried out; with the name of the stage, if the recipe has stages.
     """
+    found: dict[str, Preview] = {}
+    try:
+        found.update(_previews(prepared, stages, scratch))  # one by one: those before an error are in it
+    except CompressionError as error:
+        if prepared.recipe.stages is None:
+            raise
+        raise type(error)(f"{stages[len(found)].name}: {error}") from error
+    return found
+
+
+def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[str, Preview]]:
     student = prepared.student
     taught_by = {name for stage in stages for name in stage.recipe.teachers()}
     to_come: dict[str, PreTrainedModel] = {}
@@ -75,13 +89,8 @@ def check_stages(prepared: Prepared, stages: Sequence[Stage]) -> None:
     """
     known = list(takewhile(lambda stage: stage.recipe.oneshot_batches is None, stages))
     copied = replace(prepared, student=replace(prepared.student, model=plain_copy(prepared.student.model)))
-    checked: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
-        try:
-            for name, _ in preview_stages(copied, known, Path(scratch)):
-                checked.append(name)
-        except CompressionError as error:
-            raise type(error)(f"{known[len(checked)].name}: {error}") from error
+        preview_stages(copied, known, Path(scratch))
 
 
 def _teachers(recipe: Recipe, to_come: Mapping[str, PreTrainedModel]) -> list[Source] | None:

@@ -63,7 +63,7 @@ def test_missing_data_are_a_clear_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_splits(DatasetConfig(path=str(tmp_path / "missing.csv")), "label", seed=0)
     with pytest.raises(
-        ConfigError, match="cannot be loaded from the Hub or from disk: .*Give a folder or a file that is"
+        ConfigError, match=r"cannot be loaded from the Hub or from disk: .*Give a folder or a file that is"
     ):
         load_splits(DatasetConfig(path="missing/data"), "label", seed=0)
 
