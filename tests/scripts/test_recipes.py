@@ -64,6 +64,26 @@ def built(scripts, name: str, *arguments: str) -> tuple[Recipe, bool]:
     return shared.build_recipe(task, kind, script.columns, shared.parse(task, kind, list(arguments)))
 
 
+README_COMMANDS = [
+    line.split()[1:]
+    for line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("python scripts/run_")
+]
+
+
+@pytest.mark.parametrize("words", README_COMMANDS, ids=lambda words: Path(words[0]).stem)
+def test_commands_of_the_readme_train_as_long_as_they_prune(scripts, words, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    recipe, _ = built(scripts, Path(words[0]).stem, *words[1:])
+    for run in recipe.runs():
+        if run.pruning is not None and run.oneshot_batches is None and str(run.pruning.end).endswith(" epochs"):
+            assert float(run.pruning.end.removesuffix(" epochs")) <= run.training["num_train_epochs"]
+
+
+def test_the_readme_has_a_command_for_each_script() -> None:
+    assert {Path(words[0]).stem for words in README_COMMANDS} == set(SCRIPTS)
+
+
 def recipe_of(task: str) -> str:
     return str(next(path for path in RECIPES if Recipe.load(path).task == task))
 
