@@ -39,6 +39,9 @@ _NOT_HERE = {
 }
 """Fields of TrainingArguments that a recipe has another way for -> that way."""
 
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+"""Fields that transformers takes as they are, and that end in an error once training has begun."""
+
 
 def build_sections(config: Config, kinds: Mapping[str, type[Config]]) -> None:
     """Turn the mappings in a config's fields into configs of their own.
@@ -107,6 +110,8 @@ def check_training(config: Any, task: str | None) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(default, int | float) and not isinstance(default, bool) and not number:
             raise _wrong(config, f"training.{key}", value, "a number")
+        if key in _COUNTS and not (isinstance(value, int) and value >= 1):
+            raise _wrong(config, f"training.{key}", value, "an int >= 1")
         if number and (math.isnan(value) or (key == "learning_rate" and not 0 <= value < math.inf)):
             allowed = "a finite number >= 0" if key == "learning_rate" else "a number other than NaN"
             raise _wrong(config, f"training.{key}", value, allowed)
