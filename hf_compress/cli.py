@@ -187,6 +187,8 @@ def _push(given: argparse.Namespace) -> str:
         commit_message=given.commit_message,
         create_pr=given.create_pr,
     )
+    if given.create_pr and commit.pr_url is None:
+        return f"nothing to propose: {given.repo_id} holds the same files already\n{commit.commit_url}"
     files = contents_of(Path(given.directory)).files
     return f"pushed {', '.join(files)}\n{commit.pr_url or commit.commit_url}"
 

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_compress import CompressionError, ConfigError, Recipe, RunResult, run_recipe
+from hf_compress.reading import read_json
 from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.tasks.table import TASKS_BY_NAME
 
@@ -146,8 +147,7 @@ def parse(task: str, kind: type, arguments: Sequence[str]) -> dict[str, Any]:
         if action.dest == "resume_from_checkpoint":
             action.help = "true: the same as --resume"
     if len(arguments) == 1 and arguments[0].endswith(".json"):
-        stored = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        arguments = [text for name, value in stored.items() for text in _as_arguments(name, value)]
+        arguments = [text for name, value in _stored(arguments[0]).items() for text in _as_arguments(name, value)]
     _refuse_unknown(arguments)
     if not {"-h", "--help"} & set(arguments):
         parser.usage = "%(prog)s --recipe FILE --output_dir FOLDER [--NAME VALUE ...], see --help"
@@ -159,6 +159,20 @@ def _refuse_unknown(arguments: Sequence[str]) -> None:
         name = text.partition("=")[0].removeprefix("--")
         if text.startswith("--") and name in UNKNOWN:
             raise ConfigError(f"--{name}: not for recipes. {UNKNOWN[name]}")
+
+
+def _stored(path: str) -> dict[str, Any]:
+    """Return arguments of a file, as Transformers' examples take them."""
+    try:
+        found = read_json(Path(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, no object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error}. Give a .json file of one object, whose keys are arguments without "
+            "dashes, or a recipe by --recipe."
+        ) from error
+    return found
 
 
 def _as_arguments(name: str, value: Any) -> list[str]:

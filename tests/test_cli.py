@@ -140,6 +140,11 @@ def test_push_uploads_a_folder(capsys, tmp_path, monkeypatch) -> None:
         code, out, _ = run(capsys, "push", str(tmp_path / "small"), "tester/me-too", "--create-pr")
         assert code == 0
         assert out.endswith("/tester/me-too/discussions/1\n")
+        run(capsys, "push", str(tmp_path / "small"), "me-too")
+        code, out, _ = run(capsys, "push", str(tmp_path / "small"), "tester/me-too", "--create-pr")
+        head = hub.commits("tester/me-too")[-1].oid
+        said = "nothing to propose: tester/me-too holds the same files already"
+        assert (code, out) == (0, f"{said}\n{hub.url}/tester/me-too/commit/{head}\n")
         code, _, err = run(capsys, "push", str(tmp_path / "small"), "other/model")
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'small'}: was not uploaded to other/model")

@@ -362,7 +362,8 @@ class PruningConfig(Budgets):
             name = "milestones" if self.milestones else "begin/end"
             raise ConfigError(
                 f"PruningConfig.{name}: {given[0][0]!r}..{given[-1][0]!r} is the window of steps {begin}..{end}, but "
-                f"the run has {total_steps} optimizer steps; allowed: 0 <= begin <= end <= {total_steps} and end >= 1."
+                f"the run has {total_steps} optimizer steps; allowed: 0 <= begin <= end <= {total_steps} and end >= 1. "
+                "Train longer, or move the window; moments from 0 to 1 are fractions of any run."
             )
         if self.milestones and len(set(steps)) != len(steps):
             raise ConfigError(

@@ -226,6 +226,9 @@ class Recipe(Config):
             raise self._error("dataset.text_columns", list(data.text_columns), f"{allowed} for {task}")
         if not columns.num_texts and data.text_columns != DatasetConfig.text_columns:
             raise self._error("dataset.text_columns", list(data.text_columns), f"none for {task}")
+        label = data.label_column or columns.label
+        if task.endswith("classification") and columns.num_texts and label in data.text_columns:
+            raise self._error("dataset.label_column", label, f"another column than those of texts for {task}")
         unread = {
             "label_column": columns.label is None,
             "image_column": not columns.has_image,

@@ -1,6 +1,7 @@
 """What a recipe and each of its stages have in common: the sections of the methods, and training arguments."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ _NOT_HERE = {
     "hub_token": "Recipes are uploaded with their models. Log in with `hf auth login`, or set HF_TOKEN.",
 }
 """Fields of TrainingArguments that a recipe has another way for -> that way."""
+
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+"""Fields that transformers takes as they are, and that end in an error once training has begun."""
 
 
 def build_sections(config: Config, kinds: Mapping[str, type[Config]]) -> None:
@@ -106,6 +110,11 @@ def check_training(config: Any, task: str | None) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(default, int | float) and not isinstance(default, bool) and not number:
             raise _wrong(config, f"training.{key}", value, "a number")
+        if key in _COUNTS and not (isinstance(value, int) and value >= 1):
+            raise _wrong(config, f"training.{key}", value, "an int >= 1")
+        if number and (math.isnan(value) or (key == "learning_rate" and not 0 <= value < math.inf)):
+            allowed = "a finite number >= 0" if key == "learning_rate" else "a number other than NaN"
+            raise _wrong(config, f"training.{key}", value, allowed)
     object.__setattr__(config, "training", dict(config.training))
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.callbacks.state import last_complete_checkpoint
 from hf_compress.config import Recipe
-from hf_compress.errors import ConfigError
+from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.export.formats.table import find_format
 from hf_compress.export.quantized import check_format, check_storable, export_quantized
 from hf_compress.graph.model import dimension_groups
@@ -133,7 +134,7 @@ def _preview(recipe: Recipe, output: Path, scratch: Path) -> RunResult:
     prepared = prepare(recipe, scratch)
     _check_storable(recipe, prepared)
     notes = prepared.notes()
-    found = dict(preview_stages(prepared, stages_of(recipe, output), scratch))
+    found = preview_stages(prepared, stages_of(recipe, output), scratch)
     if recipe.stages is None:
         (only,) = found.values()
         return RunResult(output=output, preview=only, notes=notes)
@@ -159,6 +160,7 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     if stage.recipe.lora is not None:
         trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
     small = _compressed(trainer, stage)
+    _check_finite(small, stage)
     if main:
         if removes:
             tracked = tracked_after(tracked or track(groups), groups, masks or _masks_of(trainer))
@@ -184,6 +186,16 @@ def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
         move_quantizers(quantized, found, cuts(found, quantized, {}), {})
     on_cpu: PreTrainedModel = found.to("cpu")  # type: ignore[arg-type]
     return on_cpu
+
+
+def _check_finite(small: PreTrainedModel, stage: Stage) -> None:
+    """Check that training has not destroyed the model: classes of NaN logits have an accuracy as well."""
+    for name, weight in small.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise TrainingError(
+                f"{stage.name}: {name!r} is NaN or infinite in places after training, so the model is not saved. Check "
+                "the learning rate, the precision and the data, and begin again with another output."
+            )
 
 
 def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple[dict[str, Path], dict[str, Facts]]:

@@ -122,6 +122,12 @@ def _load(config: DatasetConfig) -> Any:
         else:
             found = load_dataset(config.path, config.name)
     except Exception as error:  # whatever the parsers of all formats raise
+        for name in (config.path, config.eval_file):
+            if name is not None and Path(name).suffix in FILE_BUILDERS and not Path(name).exists():
+                raise ConfigError(
+                    f"dataset {name!r}: there is no such file, and no such data set on the Hub. Relative paths start "
+                    f"at the working directory, {Path.cwd()}."
+                ) from error
         raise ConfigError(
             f"dataset {config.path!r}: cannot be loaded from the Hub or from disk: {_cause(error)}"
         ) from error
@@ -139,6 +145,8 @@ def _cause(error: Exception) -> str:
         remedy = ". Save the file as UTF-8"
     elif type(error).__name__ == "EmptyDataError":  # of pandas, which reads CSV
         remedy = ". The file is empty; give one with a row of column names and at least two more"
+    elif isinstance(error, ConnectionError):
+        remedy = ". Give a folder or a file that is there, or the name of a data set of a Hub that can be reached"
     return f"{type(error).__name__}: {' '.join(str(error).split())}{remedy}"
 
 
@@ -163,7 +171,10 @@ def _choose(splits: Any, config: DatasetConfig, label: str | None, seed: int) ->
         where = f"split {wanted!r}" if config.eval_file is None else config.eval_file
         raise ConfigError(f"dataset {config.path!r}: {where} {problem}; choose another one to evaluate on.")
     if len(train) < 2:
-        raise ConfigError(f"dataset {config.path!r}: {len(train)} examples are too few to hold some out.")
+        raise ConfigError(
+            f"dataset {config.path!r}: too few examples ({len(train)}) to hold some out. Give two or more, or an "
+            "eval_file."
+        )
     parts = train.train_test_split(test_size=HELD_OUT_SHARE, seed=seed)
     return parts["train"], parts["test"], f"held-out {HELD_OUT_SHARE:.0%}"
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_compress.callbacks.distillation import Source
 from hf_compress.callbacks.preview import Preview, count_steps, preview
 from hf_compress.callbacks.pruning import PruningCallback
-from hf_compress.callbacks.teachers import SELF
 from hf_compress.config import Recipe
 from hf_compress.errors import CompressionError
 from hf_compress.recipe.before import prune_before
@@ -25,16 +25,31 @@ from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.shrink import shrink
 
 
-def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[str, Preview]]:
-    """Yield the name of every stage and what it is going to do.
+def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> dict[str, Preview]:
+    """Return the name of every stage, and what it is going to do.
 
     Args:
         prepared: With the dense model.
         stages: The runs.
         scratch: A folder that the Trainers may make.
+
+    Raises:
+        CompressionError: If one cannot be carried out; with the name of the stage, if the recipe has stages.
     """
+    found: dict[str, Preview] = {}
+    try:
+        found.update(_previews(prepared, stages, scratch))  # one by one: those before an error are in it
+    except CompressionError as error:
+        if prepared.recipe.stages is None:
+            raise
+        raise type(error)(f"{stages[len(found)].name}: {error}") from error
+    return found
+
+
+def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[str, Preview]]:
     student = prepared.student
-    to_come = {str(stage.folder) for stage in stages if not stage.is_finished()}
+    taught_by = {name for stage in stages for name in stage.recipe.teachers()}
+    to_come: dict[str, PreTrainedModel] = {}
     for stage in stages:
         prepared = for_run(prepared, stage.recipe, scratch, student)
         sections: dict[str, Mapping[str, Any]] = {}
@@ -46,7 +61,7 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
             }
         if stage.recipe.lora is not None:
             prepared = with_adapters(prepared, stage.recipe.lora)
-        callbacks = make_callbacks(_with_a_teacher(stage.recipe, to_come))
+        callbacks = make_callbacks(stage.recipe, _teachers(stage.recipe, to_come))
         trainer = make_trainer(prepared, callbacks)
         found = preview(trainer) if callbacks else Preview(count_steps(trainer), {})
         if stage.recipe.lora is not None:
@@ -56,6 +71,8 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         if trial is not None and stage is not stages[-1]:
             small: PreTrainedModel = shrink(student.model, trial, **stage.shrink_options(), quantizers=False)
             student = Loaded(small, ())
+        if str(stage.folder) in taught_by and not stage.is_finished():
+            to_come[str(stage.folder)] = plain_copy(student.model)
 
 
 def check_stages(prepared: Prepared, stages: Sequence[Stage]) -> None:
@@ -72,18 +89,11 @@ def check_stages(prepared: Prepared, stages: Sequence[Stage]) -> None:
     """
     known = list(takewhile(lambda stage: stage.recipe.oneshot_batches is None, stages))
     copied = replace(prepared, student=replace(prepared.student, model=plain_copy(prepared.student.model)))
-    checked: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
-        try:
-            for name, _ in preview_stages(copied, known, Path(scratch)):
-                checked.append(name)
-        except CompressionError as error:
-            raise type(error)(f"{known[len(checked)].name}: {error}") from error
+        preview_stages(copied, known, Path(scratch))
 
 
-def _with_a_teacher(recipe: Recipe, to_come: set[str]) -> Recipe:
-    """Let the student teach itself where the teacher is what an earlier stage has still to train."""
-    teachers = tuple(SELF if name in to_come else name for name in recipe.teachers())
-    if teachers == recipe.teachers():
-        return recipe
-    return replace(recipe, teacher=teachers[0] if isinstance(recipe.teacher, str) else teachers)
+def _teachers(recipe: Recipe, to_come: Mapping[str, PreTrainedModel]) -> list[Source] | None:
+    """Return the teachers, in place of what an earlier stage has still to train a model of that size."""
+    found: list[Source] = [plain_copy(to_come[name]) if name in to_come else name for name in recipe.teachers()]
+    return found or None

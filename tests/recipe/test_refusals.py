@@ -24,7 +24,16 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
     [
         (["modle=x"], "unknown key 'modle'; closest match: 'model'"),
         (["task=text-clasification"], "closest match: 'text-classification'"),
-        (["dataset.path=missing.csv"], "'missing.csv': cannot be loaded from the Hub or from disk"),
+        (
+            ["dataset.path=missing.csv"],
+            "'missing.csv': there is no such file, and no such data set on the Hub. Relative",
+        ),
+        (["dataset.eval_file=missing.csv"], "'missing.csv': there is no such file"),
+        (["dataset.path=missing"], "'missing': cannot be loaded from the Hub or from disk"),
+        (
+            ["dataset.label_column=review"],
+            "dataset.label_column: got 'review'; allowed: another column than those of t",
+        ),
         (["dataset.paht=x"], "DatasetConfig: unknown key 'paht'; closest match: 'path'"),
         (["dataset.text_columns=reviews"], "no column 'reviews' in the training data; closest match: 'review'"),
         (["dataset.label_column=star"], "no column 'star' in the training data; closest match: 'stars'"),
@@ -37,6 +46,12 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
         (["model=missing/model"], "missing/model: cannot be loaded"),
         (["training.learning_rat=1"], "Recipe.training: unknown key 'learning_rat'; closest match: 'learning_rate'"),
         (["training.learning_rate=high"], "training.learning_rate: got 'high'; allowed: a number"),
+        (["training.learning_rate=.nan"], "training.learning_rate: got nan; allowed: a finite number >= 0"),
+        (["training.learning_rate=-1"], "training.learning_rate: got -1; allowed: a finite number >= 0"),
+        (["training.max_grad_norm=.nan"], "training.max_grad_norm: got nan; allowed: a number other than NaN"),
+        (["training.per_device_train_batch_size=0"], "per_device_train_batch_size: got 0; allowed: an int >= 1"),
+        (["training.per_device_eval_batch_size=2.5"], "per_device_eval_batch_size: got 2.5; allowed: an int >= 1"),
+        (["training.gradient_accumulation_steps=-1"], "gradient_accumulation_steps: got -1; allowed: an int >= 1"),
         (["training.use_cpu=1"], "training.use_cpu: got 1; allowed: true or false"),
         (["training.output_dir=x"], "'output_dir' has no place in a recipe. Set the recipe's output"),
         (["training.report_to=tensorboard"], "Recipe.training: the Trainer refuses it: TensorBoardCallback requires"),
@@ -78,7 +93,7 @@ def test_one_message_and_exit_code_2(settings, message, tmp_path, monkeypatch, c
         ([{"review": "", "stars": "up"}] * 4, "column 'review' has no values in the training data"),
         ([{"review": "a", "stars": 0.5}] * 4, "column 'stars' holds float64 values; class labels are needed"),
         ([{"review": 3, "stars": "up"}] * 4, "column 'review' of the training data holds"),
-        ([{"review": "a", "stars": "up"}], "1 examples are too few to hold some out"),
+        ([{"review": "a", "stars": "up"}], "too few examples (1) to hold some out. Give two or more, or an eval_file"),
     ],
 )
 def test_useless_data_are_one_message(rows, message, tmp_path, capsys) -> None:

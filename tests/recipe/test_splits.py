@@ -60,8 +60,12 @@ def test_the_evaluation_split_is_the_first_with_labels(tmp_path) -> None:
 
 
 def test_missing_data_are_a_clear_error(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_splits(DatasetConfig(path=str(tmp_path / "missing.csv")), "label", seed=0)
+    with pytest.raises(
+        ConfigError, match=r"cannot be loaded from the Hub or from disk: .*Give a folder or a file that is"
+    ):
+        load_splits(DatasetConfig(path="missing/data"), "label", seed=0)
 
 
 def test_incomplete_rows_are_left_out_and_said() -> None:

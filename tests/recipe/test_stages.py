@@ -23,6 +23,7 @@ from hf_compress import (
     Recipe,
     StageConfig,
     TargetError,
+    TrainingError,
     cli,
     dimension_groups,
     make_callbacks,
@@ -256,7 +257,7 @@ def test_the_dry_run_names_what_fails_in_a_later_stage(tmp_path) -> None:
     """Two heads in each of two layers are left: 0.9 of them cannot go."""
     halves = {**pruning(heads=0.5), "allocation": "per_layer"}
     recipe = staged(tmp_path, [{"pruning": halves}, {"pruning": pruning(heads=0.9)}])
-    with pytest.raises(TargetError, match=r"sparsity 0\.9 of 4 units leaves 0\.4"):
+    with pytest.raises(TargetError, match=r"^compressed: .*sparsity 0\.9 of 4 units leaves 0\.4"):
         run_recipe(recipe, dry_run=True)
 
 
@@ -277,6 +278,46 @@ def test_a_later_stage_fails_before_the_first_one_trains(tmp_path, monkeypatch, 
     with pytest.raises(CompressionError, match=message):
         run_recipe(staged(tmp_path, [{}, halves, last]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("removed", "feature", "message"),
+    [
+        (pruning(layers=0.5), {"loss": "hidden_mse", "layers": "same"}, "the student has 1 layers, the teacher 2"),
+        (pruning(layers=0.5), {"loss": "hidden_mse", "layers": {0: 3}}, "the teacher has 2 layers, and no layer 3"),
+    ],
+)
+def test_what_a_teacher_to_come_cannot_teach_shows_before_it_is_trained(
+    tmp_path, monkeypatch, removed, feature, message
+) -> None:
+    monkeypatch.setattr("transformers.Trainer.train", lambda *a, **k: pytest.fail("trained"))
+    stages = [{}, {"pruning": removed}, {"distillation": {"features": [feature]}}]
+    recipe = Recipe.from_dict({**staged(tmp_path, stages).to_dict(), "teacher": "dense"})
+    for dry_run in (True, False):
+        with pytest.raises(CompressionError, match=message):
+            run_recipe(recipe, dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_the_teacher_to_come_in_its_own_size(tmp_path) -> None:
+    taught = {"pruning": pruning(ffn=0.5), "distillation": {"features": [{"loss": "hidden_mse", "layers": "same"}]}}
+    recipe = Recipe.from_dict({**staged(tmp_path, [{}, taught, taught]).to_dict(), "teacher": "dense"})
+    found = run_recipe(recipe, dry_run=True).stages
+    teachers = [found[name].sections["distillation"]["teacher"] for name in ("stage-2", "compressed")]
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").num_parameters()
+    assert teachers == [f"BertForSequenceClassification, {whole:,} parameters"] * 2
+    assert found["compressed"].sections["pruning"]["parameters"] < whole
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_model_of_nan_is_not_saved(tmp_path, number) -> None:
+    """Its classes would have an accuracy all the same."""
+    stages = [{}, {"quantization": {}}]
+    stages[number - 1]["training"] = {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    name = ("stage-1", "compressed")[number - 1]
+    with pytest.raises(TrainingError, match=f"{name}: '.*' is NaN or infinite in places after training"):
+        run_recipe(staged(tmp_path, stages))
+    assert not (tmp_path / "out" / name).exists() and not (tmp_path / "out" / "run.json").exists()
 
 
 def test_checking_stages_first_changes_no_result(straight, tmp_path, monkeypatch) -> None:

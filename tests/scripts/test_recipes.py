@@ -64,6 +64,26 @@ def built(scripts, name: str, *arguments: str) -> tuple[Recipe, bool]:
     return shared.build_recipe(task, kind, script.columns, shared.parse(task, kind, list(arguments)))
 
 
+README_COMMANDS = [
+    line.split()[1:]
+    for line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("python scripts/run_")
+]
+
+
+@pytest.mark.parametrize("words", README_COMMANDS, ids=lambda words: Path(words[0]).stem)
+def test_commands_of_the_readme_train_as_long_as_they_prune(scripts, words, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    recipe, _ = built(scripts, Path(words[0]).stem, *words[1:])
+    for run in recipe.runs():
+        if run.pruning is not None and run.oneshot_batches is None and str(run.pruning.end).endswith(" epochs"):
+            assert float(run.pruning.end.removesuffix(" epochs")) <= run.training["num_train_epochs"]
+
+
+def test_the_readme_has_a_command_for_each_script() -> None:
+    assert {Path(words[0]).stem for words in README_COMMANDS} == set(SCRIPTS)
+
+
 def recipe_of(task: str) -> str:
     return str(next(path for path in RECIPES if Recipe.load(path).task == task))
 
@@ -330,6 +350,19 @@ def test_arguments_may_lie_in_a_file(scripts, tmp_path) -> None:
     (tmp_path / "arguments.json").write_text(json.dumps(stored), encoding="utf-8")
     recipe, _ = built(scripts, "run_causal_lm", str(tmp_path / "arguments.json"))
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["bf16"] is False and recipe.output == "out"
+
+
+@pytest.mark.parametrize("content", [None, "[1]", "{", '{"a": 1, "a": 2}'])
+def test_a_file_of_arguments_that_cannot_be_read_is_one_message(scripts, tmp_path, capsys, content) -> None:
+    shared, script = scripts("recipe_script"), scripts("run_causal_lm")
+    path = tmp_path / "arguments.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        shared.main("causal-lm", script.LanguageArguments, script.columns, [str(path)])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {path}: cannot be read: ") and printed.count("\n") == 1
+    assert "Give a .json file of one object" in printed
 
 
 @pytest.mark.multiprocess
