@@ -41,6 +41,9 @@ class Head:
         self.model = model
         self.shift = _shifts_labels(model)
         """Whether position i predicts the label at i + 1, by the rules the Trainer counts and smooths labels with."""
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.has_tokens = head is not None
+        """Whether the classes are tokens of a vocabulary."""
 
     def logits(self, outputs: Any, inputs: Mapping[str, Any], who: str) -> Tensor:
         """Return what the model says.

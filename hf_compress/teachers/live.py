@@ -12,7 +12,7 @@ from hf_compress.errors import TrainingError
 from hf_compress.instruments.adapters import without_wrapper
 from hf_compress.instruments.sharded import whole
 from hf_compress.latency.key import config_digest
-from hf_compress.teachers.inputs import in_precision_of, read_inputs
+from hf_compress.teachers.inputs import in_precision_of, read_inputs, without_own_loss
 from hf_compress.teachers.manifest import OutputSpec
 
 _LOGITS = "logits"
@@ -68,7 +68,7 @@ def teacher_outputs(
     Raises:
         TrainingError: If it returns none.
     """
-    taken = in_precision_of(teacher, read_inputs(teacher, inputs))
+    taken = in_precision_of(teacher, without_own_loss(teacher, read_inputs(teacher, inputs)))
     if hasattr(without_wrapper(teacher).config.get_text_config(), "use_cache"):
         taken["use_cache"] = False
     device = next(teacher.parameters()).device.type
