@@ -51,9 +51,10 @@ def _of_largest(
         )
     chosen = _chosen(counted)
     picked, indices, values = (each.flatten(0, -2)[chosen] for each in (own, theirs.indices, theirs.values))
+    log_rest = theirs.log_rest.flatten()[chosen]
     if padded:
-        picked, values = over_tokens_of(picked, indices, values, theirs.num_classes)
-    return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
+        picked, values, log_rest = over_tokens_of(picked, indices, values, log_rest, theirs.num_classes)
+    return sparse_kl(picked, indices, values, log_rest, temperature).sum()
 
 
 def _chosen(counted: Tensor) -> Tensor:
