@@ -179,7 +179,9 @@ def taught_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Ma
             taken.pop(name, None)
     if "use_cache" in known:
         taken["use_cache"] = False
-    return without_own_loss(teacher, taken)
+    sizes = [Task.of(model.config).vocab_size for model in (teacher, student)]
+    has_fewer_tokens = sizes[0] is not None and sizes[1] is not None and sizes[0] < sizes[1]
+    return without_own_loss(teacher, taken) if has_fewer_tokens else taken
 
 
 def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:

@@ -47,9 +47,10 @@ def without_own_loss(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
         teacher: The teacher, wrappers included.
         inputs: What it reads.
     """
-    taken = dict(inputs)
-    shift = getattr(without_wrapper(teacher), "prepare_decoder_input_ids_from_labels", None)
-    if shift is None or not _is_text(taken.get("labels")):
+    taken, plain = dict(inputs), without_wrapper(teacher)
+    shift: Any = getattr(plain, "prepare_decoder_input_ids_from_labels", None)
+    has_tokens = plain.get_output_embeddings() is not None  # some heads of other tasks inherit the method
+    if shift is None or not has_tokens or not _is_text(taken.get("labels")):
         return taken
     labels = taken.pop("labels")
     if taken.get("decoder_input_ids") is None and taken.get("decoder_inputs_embeds") is None:
