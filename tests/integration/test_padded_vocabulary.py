@@ -188,3 +188,12 @@ def test_a_text_with_a_token_that_the_teacher_lacks_is_refused(make_trainer: Any
     data[0]["input_ids"][0] = 100
     with pytest.raises(TrainingError, match="has a vocabulary of 97 tokens, but input_ids of this batch contain 100"):
         gradients(make_trainer, dataclasses.replace(task, data=lambda: data), task.teacher())
+
+
+def test_classes_that_the_teacher_lacks_are_not_left_out(make_trainer: Any) -> None:
+    task = Padded.of("classes", TOKENS, 104)
+    teacher = dataclasses.replace(task, changes={**task.changes, "num_labels": 4}).teacher()
+    teacher.config.id2label = None  # so that names of labels are not compared
+    for teachers in (teacher, [task.teacher(), teacher]):
+        with pytest.raises(TrainingError, match="logits have shape .*they must be equal"):
+            gradients(make_trainer, task, teachers)
