@@ -252,7 +252,7 @@ class DistillationConfig(_WithRamps, Config):
     padded_vocabulary: bool = False
     """True: the sizes of the vocabularies may differ, because one table is padded; logits of the tokens that both have
     are compared. The tokenizer must be the same. Of a cache with ``top_k``, what the teacher gives to padding that is
-    not among the k largest still counts as a part of the rest. False: the sizes must be equal."""
+    not among the k largest counts as a part of the rest. False: the sizes must be equal."""
 
     def _validate(self) -> None:
         self._check_scheduled("alpha", 0, 1)

@@ -195,5 +195,5 @@ def test_classes_that_the_teacher_lacks_are_not_left_out(make_trainer: Any) -> N
     teacher = dataclasses.replace(task, changes={**task.changes, "num_labels": 4}).teacher()
     teacher.config.id2label = None  # so that names of labels are not compared
     for teachers in (teacher, [task.teacher(), teacher]):
-        with pytest.raises(TrainingError, match="logits have shape .*they must be equal"):
+        with pytest.raises(TrainingError, match=r"logits have shape .*they must be equal"):
             gradients(make_trainer, task, teachers)
