@@ -232,7 +232,7 @@ class ByHand(Trainer):
         if not model.training:
             return (task_loss, outputs) if return_outputs else task_loss
         given = {name: value for name, value in batch.items() if name not in ("start_positions", "end_positions")}
-        if not self.teacher.config.is_encoder_decoder:
+        if not self.teacher.config.is_encoder_decoder or "decoder_input_ids" in given:
             given.pop("labels", None)
         with torch.no_grad(), self.accelerator.autocast():
             theirs = self.teacher.eval()(**given)

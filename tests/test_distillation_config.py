@@ -16,6 +16,7 @@ CONFIGS = {
         temperature=Ramp(start=1, stop=4, begin=10, end=20),
     ),
     "teacher": DistillationConfig(loss="jensen_shannon", teacher_dtype="bfloat16", teacher_device="cuda:1"),
+    "padded": DistillationConfig(padded_vocabulary=True),
     "pairs": DistillationConfig(
         loss=None,
         features=[
@@ -111,6 +112,7 @@ UP = {"start": 1.0, "stop": 2.0}
         ({"teacher_device": 0}, "teacher_device: got 0"),
         ({"teacher_device": "gpu:0"}, "teacher_device: got 'gpu:0'; allowed: a device such as 'cuda:1' or 'cpu'"),
         ({"teacher_device": "meta"}, "teacher_device: got 'meta'; allowed: .*; meta tensors have no values"),
+        ({"padded_vocabulary": 1}, r"DistillationConfig\.padded_vocabulary: got 1; allowed: True or False"),
         ({"features": [{"weight": 1.0}]}, r"FeatureConfig: got only \['weight'\]; missing: 'loss'\. Add them"),
         ({"alpha": {"start": 0.5}}, r"Ramp: got only \['start'\]; missing: 'stop'"),
         ({"alpha": {}}, r"Ramp: got only \[\]; missing: 'start', 'stop'"),

@@ -31,7 +31,8 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache, config: DistillationConfig, run: Run) -> None:
         self.cache = cache
         self.temperature = _temperature(cache, config)
-        check_same_task(_task(cache), run.model)
+        self.task = _task(cache)
+        check_same_task(self.task, run.model, padded=config.padded_vocabulary)
         batch = first_batch(run.trainer)
         if batch is not None:
             self.cache.outputs(batch, temperature=self.temperature)
@@ -54,6 +55,10 @@ class CachedTeacher:
     def check(self) -> None:
         """Check that all examples were found."""
         self.cache.check()
+
+    def vocabulary_sizes(self) -> tuple[int | None, ...]:
+        """Return that of the model that the answers are of."""
+        return (self.task.vocab_size,)
 
     def fingerprint(self) -> str:
         """Return what tells caches apart."""

@@ -18,20 +18,20 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from hf_compress.callbacks.access import calling_trainer, loss_scale, replace_attribute
 from hf_compress.callbacks.base import CompressionCallback, Run
 from hf_compress.callbacks.cached_teacher import CachedTeacher
+from hf_compress.callbacks.ensemble import Ensemble, frozen_models
 from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import head_of
 from hf_compress.callbacks.mixing import LossListener, Mixer, computes_as_usual, is_compiled
 from hf_compress.callbacks.preview import first_batch
 from hf_compress.callbacks.ramps import check_windows
 from hf_compress.callbacks.randomness import differs_in_training
+from hf_compress.callbacks.same_task import check_padding
 from hf_compress.callbacks.teachers import (
     SELF,
     UNMASKED,
-    Ensemble,
     Teacher,
     UnmaskedStudent,
     copy_of,
-    frozen_models,
     ready_teacher,
 )
 from hf_compress.config import DistillationConfig, Ramp
@@ -111,6 +111,8 @@ class DistillationCallback(CompressionCallback):
     def _start(self, run: Run) -> None:
         check_windows(self.config, run)
         teacher = self._ready_teacher(run)
+        if self.config.padded_vocabulary:
+            check_padding(teacher.vocabulary_sizes(), run.model)
         if self.config.loss == AUTO and self.config.temperature != TEMPERATURE and head_of(run.model).is_regression():
             raise ConfigError(
                 f"DistillationConfig.temperature: got {_text(self.config.temperature)}; allowed: {TEMPERATURE}, since "
@@ -206,7 +208,9 @@ class DistillationCallback(CompressionCallback):
     def _ready_teacher(self, run: Run) -> Teacher:
         """Return the teacher, checked, on its device."""
         members = [self._ready(source, run) for source in self._sources]
-        return members[0] if len(members) == 1 else Ensemble(members, ordered=bool(self.config.features))
+        if len(members) == 1:
+            return members[0]
+        return Ensemble(members, ordered=bool(self.config.features), padded=self.config.padded_vocabulary)
 
     def _ready(self, source: Any, run: Run) -> Teacher:
         trainer: Any = run.trainer

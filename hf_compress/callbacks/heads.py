@@ -41,6 +41,9 @@ class Head:
         self.model = model
         self.shift = _shifts_labels(model)
         """Whether position i predicts the label at i + 1, by the rules the Trainer counts and smooths labels with."""
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.has_tokens = head is not None or _is_ctc(model)
+        """Whether the classes are tokens of a vocabulary."""
 
     def logits(self, outputs: Any, inputs: Mapping[str, Any], who: str) -> Tensor:
         """Return what the model says.
@@ -160,8 +163,7 @@ def head_of(model: PreTrainedModel) -> Head:
     """Return what reads the outputs of a model."""
     if SpanHead.labels_argument in inspect.signature(own_class(model).forward).parameters:
         return SpanHead(model)
-    is_ctc = own_class(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values() or model.loss_type == "ForCTC"
-    return FrameHead(model) if is_ctc else Head(model)
+    return FrameHead(model) if _is_ctc(model) else Head(model)
 
 
 def logits_of(outputs: Any, who: str) -> Tensor:
@@ -178,6 +180,10 @@ def logits_of(outputs: Any, who: str) -> Tensor:
             "compute_loss_func, which it calls with them. Heads with other outputs cannot be distilled."
         )
     return logits
+
+
+def _is_ctc(model: PreTrainedModel) -> bool:
+    return own_class(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values() or model.loss_type == "ForCTC"
 
 
 def _describe(outputs: Any) -> str:

@@ -12,18 +12,15 @@ from hf_compress.callbacks.base import Run
 from hf_compress.callbacks.feature_distillation import FeatureDistillation
 from hf_compress.callbacks.heads import Head, head_of
 from hf_compress.callbacks.item_count import CountProbe, gradient_says, loss_of_twice_as_many, values_say
+from hf_compress.callbacks.logit_terms import sum_of_losses
 from hf_compress.callbacks.preview import unchanged
 from hf_compress.callbacks.ramps import value_at
 from hf_compress.callbacks.ranks import all_reduce_mean
 from hf_compress.callbacks.teachers import Teacher
 from hf_compress.config import DistillationConfig
-from hf_compress.distillation.losses import loss_of_logits
-from hf_compress.distillation.positions import check_same_shape
-from hf_compress.distillation.sparse import sparse_kl
-from hf_compress.errors import ConfigError, TrainingError
+from hf_compress.errors import TrainingError
 from hf_compress.instruments.features import Features
 from hf_compress.teachers.inputs import IGNORED_LABEL
-from hf_compress.teachers.outputs import SparseLogits
 
 LossListener = Callable[[Tensor, Tensor], None]
 """(loss of the logits, the gradient that arrives at it): called in the backward pass, before it goes on."""
@@ -244,7 +241,9 @@ class Mixer:
         found = {}
         if self.config.loss is not None and lesson.logits is not None:
             name = self.head.loss_name(self.config.loss, own, labels)
-            found["logits"] = self._of_logits(name, own, lesson.logits, counted) / count
+            temperature = value_at(self.config.temperature, self.run)
+            padded = self.config.padded_vocabulary and self.head.has_tokens
+            found["logits"] = sum_of_losses(name, own, lesson.logits, counted, temperature, padded=padded) / count
         if self.features is not None and taken is not None:
             # An example counts as often as the task loss counts its positions.
             shares = counted.reshape(len(counted), -1).sum(1) / count
@@ -271,28 +270,6 @@ class Mixer:
         if inputs.get("shift_labels") is not None:
             return inputs["shift_labels"], False
         return inputs.get("labels"), self.head.shift
-
-    def _of_logits(self, name: str, own: Tensor, theirs: Tensor | SparseLogits, counted: Tensor) -> Tensor:
-        """Return the sum of the loss over the positions that count."""
-        temperature = value_at(self.config.temperature, self.run)
-        if isinstance(theirs, Tensor):
-            check_same_shape(own, theirs)
-            theirs = theirs.to(own.device)
-            if own.dim() == 2:
-                return torch.where(counted, loss_of_logits(name, own, theirs, temperature), 0.0).sum()
-        # Indexing with bool tensors would wait for the device twice to learn how many there are.
-        chosen = counted.flatten().nonzero().squeeze(1)
-        picked = own.flatten(0, -2)[chosen]
-        if isinstance(theirs, SparseLogits):
-            if name != "kl":
-                raise ConfigError(
-                    f"DistillationConfig.loss: this task compares logits by {name!r}, but the cache holds only the "
-                    "largest logits (top_k), which allow 'kl' between distributions over classes. Make the cache "
-                    "without top_k."
-                )
-            indices, values = (each.flatten(0, -2)[chosen] for each in (theirs.indices, theirs.values))
-            return sparse_kl(picked, indices, values, theirs.log_rest.flatten()[chosen], temperature).sum()
-        return loss_of_logits(name, picked, theirs.flatten(0, -2)[chosen], temperature).sum()
 
     def _mix(self, task_loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         # A tensor of its own even if there is one loss: that may be differentiated while this one's gradient arrives.

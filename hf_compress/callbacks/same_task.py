@@ -1,12 +1,12 @@
 """Whether labels and token ids mean the same to a teacher and a student."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_compress.errors import TrainingError
+from hf_compress.errors import ConfigError, TrainingError
 
 _TEXT_CONFIGS = ("text_encoder", "decoder", "generator", "text_config")
 """Parts of a config that ``get_text_config`` looks for."""
@@ -47,13 +47,14 @@ class Task:
         return cls(_stored_labels(config.get("id2label")), kind, size)
 
 
-def check_same_task(theirs: Task, student: PreTrainedModel, *, labels: bool = True) -> None:
+def check_same_task(theirs: Task, student: PreTrainedModel, *, labels: bool = True, padded: bool = False) -> None:
     """Check that labels and vocabulary of the teacher are those of the student.
 
     Args:
         theirs: Of the teacher.
         student: The model that learns.
-        labels: Whether labels are compared; the vocabulary always is.
+        labels: Whether labels are compared.
+        padded: Whether the vocabularies may be of different sizes.
 
     Raises:
         TrainingError: If they differ.
@@ -63,10 +64,29 @@ def check_same_task(theirs: Task, student: PreTrainedModel, *, labels: bool = Tr
     if labels and head is None:
         _check_labels(theirs, own)
     sizes = [theirs.vocab_size, own.vocab_size]
-    if None not in sizes and sizes[0] != sizes[1]:
+    if not padded and None not in sizes and sizes[0] != sizes[1]:
         raise TrainingError(
             f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; token ids must mean the same "
-            "to both. Use a teacher with the student's tokenizer."
+            "to both. Use a teacher with the student's tokenizer. If it has that, and one table is only padded, set "
+            "DistillationConfig(padded_vocabulary=True)."
+        )
+
+
+def check_padding(theirs: Sequence[int | None], student: PreTrainedModel) -> None:
+    """Check that ``padded_vocabulary`` has an effect, as far as configs say.
+
+    Args:
+        theirs: Sizes of the vocabularies of all models that teach; None where it is not known.
+        student: The model that learns.
+
+    Raises:
+        ConfigError: If all sizes are those of the student.
+    """
+    size = Task.of(student.config).vocab_size
+    if size is not None and all(each == size for each in theirs):
+        raise ConfigError(
+            f"DistillationConfig.padded_vocabulary: got True; allowed: False, since the vocabularies of teacher and "
+            f"student have {size} tokens each, where it would have no effect."
         )
 
 

@@ -20,7 +20,7 @@ from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
 from hf_compress.latency.key import config_digest
 from hf_compress.teachers.hashing import row_hashes
-from hf_compress.teachers.inputs import LABELS, named_arguments
+from hf_compress.teachers.inputs import LABELS, named_arguments, without_own_loss
 
 _PART = 1 << 20
 """Values that are hashed at once; each takes 8 bytes meanwhile."""
@@ -64,7 +64,13 @@ def base_of(name: str) -> str:
 
 
 def check_teacher(
-    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, source: str, *, same_task: bool = True
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    source: str,
+    *,
+    same_task: bool = True,
+    padded: bool = False,
 ) -> None:
     """Check that what the teacher says means the same to the student.
 
@@ -74,6 +80,7 @@ def check_teacher(
         tokenizer: The Trainer's tokenizer; anything else is ignored.
         source: Hub name or folder of the teacher's tokenizer, which is compared with the student's; "" if unknown.
         same_task: Whether both must have the same labels.
+        padded: Whether their vocabularies may be of different sizes.
 
     Raises:
         TrainingError: If inputs, labels or vocabulary differ, or if both share parameters.
@@ -84,7 +91,7 @@ def check_teacher(
             f"the teacher reads {teacher.main_input_name!r}, the student {student.main_input_name!r}; "
             "use a teacher that reads the same inputs."
         )
-    check_same_task(Task.of(teacher.config), student, labels=same_task)
+    check_same_task(Task.of(teacher.config), student, labels=same_task, padded=padded)
     if source and isinstance(tokenizer, PreTrainedTokenizerBase):
         _check_tokenizer(source, tokenizer)
 
@@ -172,7 +179,9 @@ def taught_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Ma
             taken.pop(name, None)
     if "use_cache" in known:
         taken["use_cache"] = False
-    return taken
+    sizes = [Task.of(model.config).vocab_size for model in (teacher, student)]
+    has_fewer_tokens = sizes[0] is not None and sizes[1] is not None and sizes[0] < sizes[1]
+    return without_own_loss(teacher, taken) if has_fewer_tokens else taken
 
 
 def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:

@@ -1,10 +1,10 @@
-"""Who teaches: one model, several, a copy of the student, or the student itself without its masks."""
+"""Who teaches: a model, a copy of the student, or the student itself without its masks."""
 
 import copy
 import inspect
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,18 +15,17 @@ from transformers.utils import logging
 
 from hf_compress.callbacks.access import plain_model
 from hf_compress.callbacks.heads import Head
+from hf_compress.callbacks.same_task import Task
 from hf_compress.callbacks.session import claim
 from hf_compress.callbacks.teacher import (
     COMPUTED_INPUTS,
     check_inputs,
     check_teacher,
     digest,
-    frozen,
     load_teacher,
     taught_inputs,
 )
 from hf_compress.config import DistillationConfig
-from hf_compress.distillation.positions import check_same_shape
 from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.instruments.attach import attachment_of, suspended
 from hf_compress.instruments.features import Features, FeatureTap
@@ -53,7 +52,7 @@ class Lesson:
     """What a teacher says to a batch."""
 
     logits: Tensor | SparseLogits | None
-    """Of the student's shape; None if only features are compared."""
+    """Of the student's shape, but for tokens that padding adds to either; None if only features are compared."""
 
     known: Tensor | None = None
     """Positions that the teacher speaks of, bool, [batch, length]; None if it speaks of all."""
@@ -92,6 +91,10 @@ class Teacher(Protocol):
         Raises:
             TrainingError: If something went wrong since the last time.
         """
+        ...
+
+    def vocabulary_sizes(self) -> tuple[int | None, ...]:
+        """Return how many tokens each model that teaches has; None where its config does not say."""
         ...
 
     def fingerprint(self) -> str:
@@ -180,6 +183,10 @@ class LiveTeacher:
                 "load it with dtype=torch.float32; if its outputs were right before, go back to an earlier checkpoint."
             )
 
+    def vocabulary_sizes(self) -> tuple[int | None, ...]:
+        """Return that of the model."""
+        return (Task.of(self.plain.config).vocab_size,)
+
     def fingerprint(self) -> str:
         """Return a digest of the model's parameters."""
         return digest(self.plain)
@@ -193,14 +200,33 @@ class LiveTeacher:
         try:
             return self._run(inputs)
         except (RuntimeError, IndexError) as error:
-            limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
-            ids = inputs.get("input_ids")
-            if not isinstance(limit, int) or not isinstance(ids, Tensor) or ids.shape[-1] <= limit:
+            reason = self._too_long(inputs)
+            if reason is None and isinstance(error, IndexError):  # only CPUs can be asked after such a failure
+                reason = self._unknown_token(inputs)
+            if reason is None:
                 raise
-            raise TrainingError(
-                f"distillation: the teacher ({self.describe()}) has {limit} positions, but texts of this batch are "
-                f"{ids.shape[-1]} tokens long. Cut them (max_length={limit} of the tokenizer), or use another teacher."
-            ) from error
+            raise TrainingError(f"distillation: the teacher ({self.describe()}) has {reason}") from error
+
+    def _too_long(self, inputs: Mapping[str, Any]) -> str | None:
+        limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
+        ids = inputs.get("input_ids")
+        if not isinstance(limit, int) or not isinstance(ids, Tensor) or ids.shape[-1] <= limit:
+            return None
+        return (
+            f"{limit} positions, but texts of this batch are {ids.shape[-1]} tokens long. Cut them "
+            f"(max_length={limit} of the tokenizer), or use another teacher."
+        )
+
+    def _unknown_token(self, inputs: Mapping[str, Any]) -> str | None:
+        (size,) = self.vocabulary_sizes()
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = inputs.get(name)
+            if size is not None and isinstance(ids, Tensor) and ids.numel() and int(ids.max()) >= size:
+                return (
+                    f"a vocabulary of {size} tokens, but {name} of this batch contain {int(ids.max())}. Use a teacher "
+                    "with the student's tokenizer."
+                )
+        return None
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         return self.model(**inputs)
@@ -220,56 +246,6 @@ class UnmaskedStudent(LiveTeacher):
     def describe(self) -> str:
         """Return what it is."""
         return "the student without its masks"
-
-
-class Ensemble:
-    """Several teachers, whose logits are averaged: the geometric mean of their distributions (Hinton et al. 2015)."""
-
-    def __init__(self, members: Sequence[Teacher], ordered: bool = False) -> None:
-        self.members = members
-        self.ordered = ordered
-        """Whether it matters who is first, as where each has projections of its own."""
-
-    def teach(self, inputs: Mapping[str, Any], head: Head, labels: Any = None) -> Lesson:
-        """Ask all of them."""
-        lessons = [member.teach(inputs, head, labels) for member in self.members]
-        total: Tensor | None = None
-        for lesson in lessons:
-            if isinstance(lesson.logits, SparseLogits):
-                raise TrainingError(
-                    "distillation: a cache that holds only the largest logits (top_k) cannot be averaged with other "
-                    "teachers. Make it without top_k, or use it alone."
-                )
-            if lesson.logits is None:
-                continue
-            logits = lesson.logits.float()
-            if total is not None:
-                check_same_shape(total, logits)
-            total = logits if total is None else total + logits.to(total.device)
-        features = tuple(each for lesson in lessons for each in lesson.features)
-        known = [lesson.known for lesson in lessons if lesson.known is not None]
-        return Lesson(
-            None if total is None else total / len(lessons), torch.stack(known).all(0) if known else None, features
-        )
-
-    def end_step(self) -> None:
-        """Let all of them check."""
-        for member in self.members:
-            member.end_step()
-
-    def check(self) -> None:
-        """Let all of them check."""
-        for member in self.members:
-            member.check()
-
-    def fingerprint(self) -> str:
-        """Return those of all."""
-        found = [member.fingerprint() for member in self.members]
-        return " ".join(found if self.ordered else sorted(found))
-
-    def describe(self) -> str:
-        """Return what they are."""
-        return " and ".join(member.describe() for member in self.members)
 
 
 def copy_of(model: nn.Module, config: DistillationConfig) -> nn.Module:
@@ -312,7 +288,8 @@ def ready_teacher(
     plain = plain_model(model)
     claim(plain, trainer)
     speaks = config.loss is not None
-    check_teacher(plain, student, trainer.processing_class, source, same_task=speaks)
+    padded = config.padded_vocabulary
+    check_teacher(plain, student, trainer.processing_class, source, same_task=speaks, padded=padded)
     _warn_of_lost_inputs(plain, student, trainer)
     _move(model, plain, config.teacher_device, trainer.args.device)
     return LiveTeacher(model, student, trainer, wants, speaks)
@@ -359,17 +336,6 @@ def moved(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Return inputs with all tensors on a model's device, images and sounds in its precision if that is half."""
     placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     return in_precision_of(model, placed)
-
-
-@contextmanager
-def frozen_models(teacher: Teacher) -> Iterator[None]:
-    """Keep every model of a teacher in eval mode, without gradients; the student itself is left alone."""
-    members = teacher.members if isinstance(teacher, Ensemble) else [teacher]
-    with ExitStack() as undo:
-        for member in members:
-            if isinstance(member, LiveTeacher) and not isinstance(member, UnmaskedStudent):
-                undo.enter_context(frozen(member.model))
-        yield
 
 
 @contextmanager

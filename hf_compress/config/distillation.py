@@ -249,6 +249,11 @@ class DistillationConfig(_WithRamps, Config):
     teacher_device: str | None = None
     """Where the teacher computes, such as ``"cuda:1"`` or ``"cpu"``; None: where the student does."""
 
+    padded_vocabulary: bool = False
+    """True: the sizes of the vocabularies may differ, because one table is padded; logits of the tokens that both have
+    are compared. The tokenizer must be the same. Of a cache with ``top_k``, what the teacher gives to padding that is
+    not among the k largest counts as a part of the rest. False: the sizes must be equal."""
+
     def _validate(self) -> None:
         self._check_scheduled("alpha", 0, 1)
         self._check_scheduled("temperature", 0, 1000)
@@ -265,6 +270,7 @@ class DistillationConfig(_WithRamps, Config):
         self._check_choice("teacher_dtype", (None, "float32", "bfloat16", "float16"))
         if self.teacher_device is not None:
             self._check_device()
+        self._check_bool("padded_vocabulary")
 
     def _check_device(self) -> None:
         self._check_text("teacher_device")

@@ -38,6 +38,26 @@ def read_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     return taken
 
 
+def without_own_loss(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs with what a decoder reads in place of the labels that it is made of, where a teacher says how.
+
+    Its loss is not wanted, and would fail at labels beyond a vocabulary that is smaller than the student's.
+
+    Args:
+        teacher: The teacher, wrappers included.
+        inputs: What it reads.
+    """
+    taken, plain = dict(inputs), without_wrapper(teacher)
+    shift: Any = getattr(plain, "prepare_decoder_input_ids_from_labels", None)
+    has_tokens = plain.get_output_embeddings() is not None  # some heads of other tasks inherit the method
+    if shift is None or not has_tokens or not _is_text(taken.get("labels")):
+        return taken
+    labels = taken.pop("labels")
+    if taken.get("decoder_input_ids") is None and taken.get("decoder_inputs_embeds") is None:
+        taken["decoder_input_ids"] = shift(labels=labels)
+    return taken
+
+
 def in_precision_of(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return inputs with images and sounds in the precision of a teacher whose weights are in half precision."""
     dtype = getattr(without_wrapper(teacher), "dtype", None)

@@ -12,7 +12,7 @@ from hf_compress.errors import TrainingError
 from hf_compress.instruments.adapters import without_wrapper
 from hf_compress.instruments.sharded import whole
 from hf_compress.latency.key import config_digest
-from hf_compress.teachers.inputs import in_precision_of, read_inputs
+from hf_compress.teachers.inputs import in_precision_of, read_inputs, without_own_loss
 from hf_compress.teachers.manifest import OutputSpec
 
 _LOGITS = "logits"
@@ -69,6 +69,8 @@ def teacher_outputs(
         TrainingError: If it returns none.
     """
     taken = in_precision_of(teacher, read_inputs(teacher, inputs))
+    if _has_unknown_labels(teacher, taken):
+        taken = without_own_loss(teacher, taken)
     if hasattr(without_wrapper(teacher).config.get_text_config(), "use_cache"):
         taken["use_cache"] = False
     device = next(teacher.parameters()).device.type
@@ -84,6 +86,13 @@ def teacher_outputs(
             "without fused losses."
         )
     return found
+
+
+def _has_unknown_labels(teacher: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Return whether labels are beyond the vocabulary, as may be where the student's is padded to a larger size."""
+    labels = inputs.get("labels")
+    size = getattr(without_wrapper(teacher).config.get_text_config(), "vocab_size", None)
+    return isinstance(labels, Tensor) and isinstance(size, int) and labels.numel() > 0 and int(labels.max()) >= size
 
 
 def output_specs(outputs: Mapping[str, Tensor], counts: Tensor | None) -> tuple[OutputSpec, ...]:

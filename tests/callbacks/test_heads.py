@@ -22,6 +22,15 @@ def test_spans_are_read_of_models_that_return_spans() -> None:
     assert type(head_of(ALL["vilt"]())) is Head
 
 
+@pytest.mark.parametrize(
+    ("name", "has_tokens"),
+    [("llama", True), ("bert_mlm", True), ("t5", True), ("wav2vec2", True), ("bert", False), ("bert_tokens", False),
+     ("bert_qa", False), ("vit", False)],
+)  # fmt: skip
+def test_classes_are_tokens_of_language_models_and_of_speech(name: str, has_tokens: bool) -> None:
+    assert head_of(ALL[name]()).has_tokens == has_tokens
+
+
 def several(problem_type: str | None = None, num_labels: int = 3) -> Head:
     model = ALL["bert"]()
     model.config.num_labels, model.config.problem_type = num_labels, problem_type

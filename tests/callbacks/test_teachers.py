@@ -11,14 +11,13 @@ import transformers
 from torch import Tensor, nn
 
 from hf_compress import DistillationConfig, TrainingError
+from hf_compress.callbacks.ensemble import Ensemble, frozen_models
 from hf_compress.callbacks.heads import Head
 from hf_compress.callbacks.teachers import (
-    Ensemble,
     Lesson,
     LiveTeacher,
     UnmaskedStudent,
     copy_of,
-    frozen_models,
     moved,
     ready_teacher,
 )

@@ -7,10 +7,11 @@ import torch
 from teacher_batches import padded, text_batch, texts
 from tiny_models import ZOO, bart, bert, gpt2, t5, vit
 from transformers import BertForSequenceClassification
+from zoo import ALL
 
 from hf_compress.callbacks.teacher import taught_inputs
 from hf_compress.errors import TrainingError
-from hf_compress.teachers.inputs import InputSpec, read_inputs
+from hf_compress.teachers.inputs import InputSpec, read_inputs, without_own_loss
 
 
 def batch_of(rows: list[list[int]], **more: Any) -> dict[str, Any]:
@@ -26,6 +27,26 @@ def test_labels_are_read_by_decoders_alone() -> None:
     given = batch_of(rows, labels=labels, decoder_input_ids=labels.clamp_min(0))
     assert "labels" not in read_inputs(t5(), given)
     assert "labels" not in read_inputs(bart(), batch_of(rows, labels=torch.tensor([0, 1, 0, 1])))
+
+
+@pytest.mark.parametrize("make", [t5, bart, ALL["marian"], ALL["pegasus"]], ids=lambda make: make.name)
+def test_decoders_read_what_they_would_have_made_of_their_labels(make: Any) -> None:
+    teacher = make()
+    rows = texts(4)
+    given = batch_of(rows, labels=padded(rows, value=-100))
+    read = without_own_loss(teacher, given)
+    assert set(read) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    with torch.no_grad():
+        assert torch.equal(teacher(**read).logits, teacher(**given).logits)
+    ids = given["input_ids"]
+    assert torch.equal(without_own_loss(teacher, {**given, "decoder_input_ids": ids})["decoder_input_ids"], ids)
+
+
+def test_labels_of_other_heads_stay() -> None:
+    given = batch_of(texts(4), labels=torch.zeros(4, 3))
+    assert set(without_own_loss(t5(), given)) == set(given)
+    given["labels"] = given["input_ids"]
+    assert set(without_own_loss(bert(), given)) == set(given)
 
 
 def test_what_the_teacher_does_not_read_changes_nothing() -> None:
