@@ -1,4 +1,4 @@
-"""Write a model folder beside its target, check it there, and put it in place in one go."""
+"""Write a model folder apart from its target, check it there, and put it in place in one go."""
 
 import json
 import os

@@ -310,6 +310,14 @@ def test_a_page_that_cannot_be_written_is_an_error(run, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_file_that_is_no_page_is_not_overwritten(run, tmp_path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    with pytest.raises(ConfigError, match=r"model.safetensors: is there already.*not overwritten"):
+        write_report(run, weights)
+    assert weights.read_bytes() == b"weights"
+
+
 def test_several_runs_are_one_table_and_one_set_of_charts(tmp_path) -> None:
     for name, size in (("a", 2_000_000), ("b", 1_500_000)):
         table = report_folders.comparison({"dense": 4_000_000, "compressed": size})
