@@ -167,7 +167,7 @@ def test_hostile_names_stay_text(tmp_path, page) -> None:
         latency_ms={HOSTILE: {"dense": 2.0, "compressed": 1.0}},
         speedup={HOSTILE: {"compressed": 2.0}},
     )
-    dataset = {"path": HOSTILE, "text_columns": HOSTILE, "label_column": HOSTILE}
+    dataset = {"path": HOSTILE, "text_columns": HOSTILE, "label_column": f"label {HOSTILE}"}
     run = report_folders.write_run(tmp_path / "run", table, {"model": HOSTILE, "dataset": dataset})
     unit = {"name": HOSTILE, "kept": 1, "total": 2}
     report_folders.results(
