@@ -5,12 +5,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import CompressionError, ConfigError, shown
 
 MAX_MODULES = 10_000
 """Layers, blocks or experts of one kind."""
+
+MAX_EXPERTS = 1 << 17
+"""Experts of all layers."""
+
+MAX_LABELS = 1 << 20
+"""Classes: configs make a name for each as they are read."""
 
 MAX_SIZE = 1 << 36
 """Of any number in a config."""
@@ -23,6 +29,9 @@ MAX_NESTING = 8
 
 _COUNTS = ("layers", "n_layer", "depth", "blocks", "experts", "stages")
 """What names of fields have in them that say how many modules there are."""
+
+_CHECKED_ELSEWHERE = "quantization_config"
+"""Its keys may be names of parameters, with "layers" in them; ``CompressedConfig`` checks its sizes."""
 
 
 @contextmanager
@@ -49,25 +58,45 @@ def load_config(name: str) -> Any:
         ConfigError: If there is none, or it asks for more than any computer can hold.
     """
     with loading(name):
+        stored, _ = PretrainedConfig.get_config_dict(name)
+        _check_numbers(name, stored)  # before a class makes lists as long as they say
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # asked about it, a script would wait
-        found = list(_too_many("", config.to_dict(), MAX_NESTING))
-    if found:
-        field, value, most = found[0]
-        raise ConfigError(f"{name}: config.json, {field}: got {shown(value)}; allowed: 0 to {most:,}.")
+        _check_numbers(name, config.to_dict())
     return config
 
 
-def _too_many(name: str, value: Any, depth: int) -> Iterator[tuple[str, int, int]]:
-    """Yield numbers that would keep the constructor of a model busy for ever: modules are made one by one."""
-    if isinstance(value, Mapping | list | tuple) and depth:
-        items = value.items() if isinstance(value, Mapping) else ((name, each) for each in value)
-        for key, item in items:
-            yield from _too_many(str(key), item, depth - 1)
+def _check_numbers(name: str, stored: Mapping[str, Any]) -> None:
+    """Refuse numbers that would keep a constructor busy for ever: modules are made one by one."""
+    numbers = list(_numbers("", stored, MAX_NESTING))
+    counts: dict[bool, tuple[int, str]] = {False: (0, ""), True: (0, "")}
+    for field, value in numbers:
+        is_count = any(word in field for word in _COUNTS)
+        most = MAX_MODULES if is_count else MAX_LABELS if field == "num_labels" else MAX_SIZE
+        if value > most or (is_count and value < 0):
+            raise ConfigError(f"{name}: config.json, {field}: got {shown(value)}; allowed: 0 to {most:,}.")
+        if is_count:
+            counts["experts" in field] = max(counts["experts" in field], (value, field))
+    (layers, one), (experts, other) = counts[False], counts[True]
+    if layers * experts > MAX_EXPERTS:
+        raise ConfigError(
+            f"{name}: config.json, {one} and {other}: got {layers:,} times {experts:,}; allowed: up to "
+            f"{MAX_EXPERTS:,} in all."
+        )
+
+
+def _numbers(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+    """Yield every integer with the field that it is in; of a list of counts, such as ``depths``, its sum as well."""
+    if isinstance(value, Mapping) and depth:
+        for key, item in value.items():
+            if key != _CHECKED_ELSEWHERE:
+                yield from _numbers(str(key), item, depth - 1)
+    elif isinstance(value, list | tuple) and depth:
+        if "depth" in name or "num_" in name:  # others list which layers are of a kind
+            yield name, sum(item for item in value if type(item) is int)
+        for item in value:
+            yield from _numbers(name, item, depth - 1)
     elif type(value) is int:
-        counts = any(word in name for word in _COUNTS)
-        most = MAX_MODULES if counts else MAX_SIZE
-        if value > most or (counts and value < 0):
-            yield name, value, most
+        yield name, value
 
 
 def config_and_class(name: str, auto_class: str | None = None) -> tuple[Any, Any]:

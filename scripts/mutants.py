@@ -1,8 +1,8 @@
 """Change the package in one random place at a time, and see whether the tests that run that place notice.
 
 Needs what scripts/coverage leaves. Each mutant is tried on the tests that run its line, the fastest first, until one
-fails: it is killed. A mutant that survives all of them is printed with its place. The places are drawn from all that
-the parts have, whether any test runs them or not.
+fails: it is killed, if that test passes without the change. A mutant that survives all of them is printed with its
+place. The places are drawn from all that the parts have, whether any test runs them or not.
 
 usage: bash scripts/coverage && .venv/bin/python scripts/mutants.py --count 30
        .venv/bin/python scripts/mutants.py --parts graph --seed 1 --count 10
@@ -154,16 +154,31 @@ def outcome_of(mutant: Mutant, tests: Sequence[str], copy: Path, timeout: int) -
     target = copy / mutant.path
     original = target.read_text(encoding="utf-8")
     target.write_text(mutant.source(copy), encoding="utf-8")
+    failed, chunk = None, list[str]()
     try:
         rest = list(tests)
         for size in (*CHUNKS, len(tests)):
             chunk, rest = rest[:size], rest[size:]
             failed = run(copy, chunk, timeout) if chunk else None
             if failed is not None:
-                return Outcome(*place, killed=True, by=failed)
+                break
     finally:
         target.write_text(original, encoding="utf-8")
-    return Outcome(*place, killed=False, by=f"{len(tests)} tests run the line")
+    if failed is None:
+        return Outcome(*place, killed=False, by=f"{len(tests)} tests run the line")
+    check_innocent(copy, failed, chunk, timeout)
+    return Outcome(*place, killed=True, by=failed)
+
+
+def check_innocent(copy: Path, failed: str, tests: Sequence[str], timeout: int) -> None:
+    """Check that what failed passes where nothing is changed: a test that is gone, or fails anyway, kills nothing."""
+    named = [each for each in tests if failed == f"FAILED {each}"]
+    reason = run(copy, named or tests, timeout)
+    if reason is not None:
+        raise SystemExit(
+            f"{reason}: the same happens without any change, so it says nothing about mutants. Tests: "
+            f"{' '.join((named or list(tests))[:5])}. Mend them, then run: bash scripts/coverage"
+        )
 
 
 def outcomes(chosen: Sequence[Mutant], options: argparse.Namespace) -> Iterator[Outcome]:

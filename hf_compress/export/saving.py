@@ -1,4 +1,4 @@
-"""Write a model folder beside its target, check it there, and put it in place in one go."""
+"""Write a model folder apart from its target, check it there, and put it in place in one go."""
 
 import json
 import os
@@ -18,6 +18,9 @@ _WEIGHTS = r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\
 WEIGHT_FILE = re.compile(rf"{_WEIGHTS}|model\.onnx\.data")
 """Names under which weights are saved."""
 
+STAGING_PREFIX = ".hf-compress-"
+"""Of the folder that a model is written to first."""
+
 
 def check_target(directory: Path) -> None:
     """Check that a model may be written to a folder.
@@ -28,6 +31,7 @@ def check_target(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise ExportError(f"{directory}: is a file; allowed: a folder, or a path that does not exist.")
     held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    held = {name for name in held if not name.startswith(STAGING_PREFIX)}  # of a process that was killed
     if held and held.isdisjoint(MAIN_FILES):
         raise ExportError(
             f"{directory}: holds files but no model (no {' and no '.join(MAIN_FILES)}), so it is not overwritten. "
@@ -40,11 +44,13 @@ def staged(directory: Path) -> Iterator[Path]:
     """Give an empty folder whose files are moved to ``directory`` at the end, unless there was an exception.
 
     They are moved file by file; what a folder cannot be loaded without goes first and comes last, so a process killed
-    in between leaves no mix of two models that loads.
+    in between leaves no mix of two models that loads. A folder that exists, which may be a link or a mount, holds the
+    empty one itself: files cannot be moved from one file system to another after the earlier model is gone.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        where = directory if directory.is_dir() else directory.parent
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=where))
     except OSError as error:
         raise ExportError(f"{directory}: cannot be written ({error}). Choose another folder.") from error
     try:

@@ -12,6 +12,9 @@ from hf_compress.export.buffers import slice_buffers
 from hf_compress.export.pretrained import CompressedConfig, resize_parameters, stored_method
 from hf_compress.shrinking.sizes import METHOD
 
+MAX_DIMENSION = 1 << 28
+"""Of a parameter: what belongs together is found position by position."""
+
 
 def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
     """Build a model without weights; of a compressed model, with the sizes that it really has.
@@ -21,7 +24,7 @@ def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
         model_class: A model class of transformers, or an Auto class.
 
     Raises:
-        ConfigError: If the class cannot be built from the config.
+        ConfigError: If the class cannot be built from the config, or has larger dimensions than can be analyzed.
         ExportError: If the sizes stored in the config do not fit the architecture.
     """
     build = getattr(model_class, "from_config", model_class)
@@ -35,6 +38,12 @@ def build_skeleton(config: Any, model_class: Any) -> PreTrainedModel:
             f"({type(error).__name__}: {' '.join(str(error).split())}). "
             "Choose the class with --auto-class."
         ) from error
+    for name, parameter in model.named_parameters():
+        if max(parameter.shape, default=0) > MAX_DIMENSION:
+            raise ConfigError(
+                f"{config.name_or_path}: config.json gives {name!r} the shape {list(parameter.shape)}; allowed: up to "
+                f"{MAX_DIMENSION:,} a dimension. Mend the field that it is made from."
+            )
     if stored_method(model) == METHOD:
         stored = config.quantization_config
         sizes = stored if isinstance(stored, CompressedConfig) else _parsed(stored)

@@ -42,10 +42,13 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         The path.
 
     Raises:
-        ConfigError: If there is nothing to report, a file is damaged, or the page cannot be written.
+        ConfigError: If there is nothing to report, a file is damaged, the page cannot be written, or ``path`` is a file
+            that is there and not called an HTML page.
     """
     directory = Path(directory)
     path = directory / REPORT_FILE if path is None else Path(path)
+    if path.is_file() and path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{path}: is there already, and no HTML page, so it is not overwritten. Give another file.")
     page = _page(directory)
     try:
         write_new(path, _html(page))

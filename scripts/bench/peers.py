@@ -6,18 +6,20 @@ usage: .venv/bin/python scripts/bench/peers.py --json FILE [--peers NAME ...] [-
 
 Task: three-way relations between WordNet's nouns, MiniLM fine-tuned on them: the dense model, from which all start.
 
-Pruning: heads and feed-forward units go, until the encoder is as sparse as asked for; then what is left is trained for
-``--steps`` steps of ``--batch-size`` examples: AdamW, the same learning rate with warm-up and linear decay, the same
-examples in the same order. One way of ours prunes while these steps go on and has the dense model as teacher, which is
-what its README advises; the others prune at once and train on the task alone, as the peers do. Importance is measured
-on the first batches of training data. ``before`` is the accuracy before recovery, ``latency`` the median over rounds
-of the dense model's time / the small one's in the same process, taking turns, eager, one batch of test examples: CPU
-time, which other processes disturb less, and which is the latency where there is one thread. ``step`` is the CPU time
-of a training step / that of a plain step of the dense model in the same process. ``memory`` is the peak of the process
-until recovery has ended, beyond the peak of plain training steps in the same environment. ``cut`` is the CPU time of
-finding what belongs together and removing it (without measuring importance, except where the library does both in
-one; ours includes its verification). ``from_pretrained`` says whether plain transformers loads what
-``save_pretrained`` wrote, in a fresh process, and gets the same outputs.
+Pruning: heads and feed-forward units go, until the encoder is as sparse as asked for; then what is left is trained
+for ``--steps`` steps of ``--batch-size`` examples: AdamW, the same learning rate with warm-up and linear decay, the
+same examples in the same order. One way of ours prunes while these steps go on and has the dense model as teacher,
+which is what its README advises; the others prune at once and train on the task alone, as the peers do. All but ``all
+layers alike`` of ours let scores compete across layers (the default), so that more may stay of a layer that matters;
+the peers are asked for the same number of heads and units of every layer, though some of them can let scores compete
+as well. Importance is measured on the first batches of training data. ``before`` is the accuracy before recovery,
+``latency`` the median over rounds of the dense model's time / the small one's in the same process, taking turns,
+eager, one batch of test examples: CPU time, which other processes disturb less, and which is the latency where there
+is one thread. ``step`` is the CPU time of a training step / that of a plain step of the dense model in the same
+process. ``memory`` is the peak of the process until recovery has ended, beyond the peak of plain training steps in
+the same environment. ``cut`` is the CPU time of finding what belongs together and removing it (without measuring
+importance, except where the library does both in one; ours includes its verification). ``from_pretrained`` says
+whether plain transformers loads what ``save_pretrained`` wrote, in a fresh process, and gets the same outputs.
 
 Quantization: int8 of the dense model, all linear layers but the task head where one can choose. Latency as above,
 beside fp32 eager. Ways that train get the same steps as above at a tenth of the learning rate.
@@ -162,6 +164,7 @@ def reloaded(python: Path, folder: Path, environ: dict[str, str], peer: Peer) ->
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, check=False)
         lines = done.stdout.strip().splitlines()
         answer = lines[-1] if done.returncode == 0 and lines else "{}"
+        answer = answer.replace(f"{folder}{os.sep}", "")  # where it lay on this machine says nothing
         found[name] = json.loads(answer) or {"loads": False, "error": last_error(done.stderr)}
         if found[name]["loads"]:
             break

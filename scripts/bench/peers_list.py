@@ -47,7 +47,7 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     OURS: Peer(
-        "hf_compress", "with_hf_compress.py", prune=("default", "taylor", "l2"), quantize=("ptq", "qat"),
+        "hf_compress", "with_hf_compress.py", prune=("default", "taylor", "even", "l2"), quantize=("ptq", "qat"),
         architectures=True, needs_import="hf_compress",
     ),
     "torch-pruning": Peer(

@@ -37,7 +37,7 @@ def plot(data: dict[str, Any], path: Path) -> bool:
             left = mean(run["encoder_parameters"] / run["dense_encoder_parameters"] for run in same)
             points.append((100 * (1 - left), 100 * mean(run["after"] for run in same)))
         color = "#1f6f8b" if peer == OURS else next(others)
-        dashes = {"default": "-", "taylor": "--", "l2": ":"}.get(variant, "-") if peer == OURS else "-"
+        dashes = {"default": "-", "taylor": "--", "even": "-.", "l2": ":"}.get(variant, "-") if peer == OURS else "-"
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle=dashes, color=color,
                   linewidth=2 if peer == OURS else 1.2, label=label(mine[0]))  # fmt: skip
     for run in good(data, "plain"):

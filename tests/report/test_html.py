@@ -167,7 +167,7 @@ def test_hostile_names_stay_text(tmp_path, page) -> None:
         latency_ms={HOSTILE: {"dense": 2.0, "compressed": 1.0}},
         speedup={HOSTILE: {"compressed": 2.0}},
     )
-    dataset = {"path": HOSTILE, "text_columns": HOSTILE, "label_column": HOSTILE}
+    dataset = {"path": HOSTILE, "text_columns": HOSTILE, "label_column": f"label {HOSTILE}"}
     run = report_folders.write_run(tmp_path / "run", table, {"model": HOSTILE, "dataset": dataset})
     unit = {"name": HOSTILE, "kept": 1, "total": 2}
     report_folders.results(
@@ -308,6 +308,14 @@ def test_a_page_that_cannot_be_written_is_an_error(run, tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         write_report(run, tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_that_is_no_page_is_not_overwritten(run, tmp_path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    with pytest.raises(ConfigError, match=r"model.safetensors: is there already.*not overwritten"):
+        write_report(run, weights)
+    assert weights.read_bytes() == b"weights"
 
 
 def test_several_runs_are_one_table_and_one_set_of_charts(tmp_path) -> None:

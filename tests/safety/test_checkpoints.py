@@ -213,6 +213,8 @@ def test_weights_of_other_shapes(tensor, uneven) -> None:
         ("num_attention_heads", 0),
         ("num_attention_heads", 10**12),
         ("max_position_embeddings", 10**12),
+        ("max_position_embeddings", 2**31),
+        ("num_labels", 10**9),
         ("hidden_size", -32),
         ("hidden_size", float("nan")),
         ("hidden_size", "32"),

@@ -12,6 +12,7 @@ import torch
 
 import hf_compress
 
+OWN = "hf_compress: taylor while training, with a teacher"
 BENCH = Path(hf_compress.__file__).parent.parent / "scripts" / "bench"
 SETTINGS = {
     "steps": 3, "batch_size": 4, "learning_rate": 1e-3, "examples": 8, "calibration_batches": 2, "plain_steps": 2,
@@ -76,7 +77,7 @@ def test_tables_and_winners_come_from_the_numbers(load) -> None:
     row = "hf_compress: taylor while training, with a teacher | 40.0 | 68.0 | 50.0 % | 2.50x | 2.0"
     assert f"| {row} | after `import hf_compress` | 1.00 | 0.50 | +1 MiB |" in text
     assert "ours is ahead by 8.0 points" in text
-    assert "shortest cut, 50%: ours 1.00 s, Torch-Pruning: taylor 0.50 s: **the peer wins**." in text
+    assert f"shortest cut, 50%: {OWN} 1.00 s, Torch-Pruning: taylor 0.50 s: **the peer wins**." in text
     assert "int8, speed beside fp32 eager: ours 4.00, OpenVINO: ptq 8.00: **the peer wins**." in text
     assert "| handled | 2 of 2 | 1 of 2 |" in text
     assert "- Torch-Pruning, T5: ValueError: no" in text
@@ -173,6 +174,22 @@ def job_of(load, tmp_path, **more):
     given = {"settings": SETTINGS, "dense": str(tmp_path / "dense"), "data": str(tmp_path / "data.npz"), **more}
     (tmp_path / "job.json").write_text(json.dumps(given))
     return common.Job(tmp_path / "job.json")
+
+
+def test_what_differs_less_than_from_run_to_run_is_even(load) -> None:
+    data, module = results(0.68, 0.6), load("peers_report")
+    for run in data["runs"]:
+        if run["kind"] == "prune":
+            run["prune_seconds"] = 0.9 if run["peer"] == "hf_compress" else 0.6
+    text = module.compared(data)
+    assert f"shortest cut, 50%: {OWN} 0.90 s, Torch-Pruning: taylor 0.60 s: **even**, the same code differs" in text
+
+
+def test_layers_alike_are_compared_on_their_own(load) -> None:
+    data = results(0.68, 0.6)
+    data["runs"].append(pruned("hf_compress", "even", 0.5))
+    text = load("peers_report").compared(data)
+    assert "- 50% sparse: hf_compress: taylor, at once, all layers alike reaches 50.0 %" in text
 
 
 @pytest.mark.parametrize("variant", ["l2", "default"])

@@ -74,6 +74,17 @@ def test_mutants_die_by_tests_that_notice(scripts, tmp_path) -> None:
     assert (tmp_path / "hf_compress" / "graph" / "sizes.py").read_text(encoding="utf-8") == whole
 
 
+@pytest.mark.parametrize("name", ["test_that_is_gone", "test_that_fails_anyway"])
+def test_what_fails_without_the_change_kills_nothing(name, scripts, tmp_path) -> None:
+    module = scripts("mutants")
+    (tmp_path / "hf_compress" / "graph").mkdir(parents=True)
+    (tmp_path / "hf_compress" / "graph" / "sizes.py").write_text("def half(n):\n    return n // 2\n", encoding="utf-8")
+    (tmp_path / "test_sizes.py").write_text("def test_that_fails_anyway():\n    assert not 1\n", encoding="utf-8")
+    first, *_ = module.all_mutants(["graph"], tmp_path)
+    with pytest.raises(SystemExit, match="without any change"):
+        module.outcome_of(first, [f"test_sizes.py::{name}"], tmp_path, 60)
+
+
 def test_lines_that_run_at_import_count_for_the_tests_of_their_file(scripts, tmp_path, monkeypatch) -> None:
     module = scripts("mutants")
     monkeypatch.setattr(module, "COVERAGE", tmp_path)

@@ -1,4 +1,4 @@
-"""This package: gradual pruning with its defaults and a teacher, pruning at once, and int8."""
+"""This package: gradual pruning with a teacher, pruning at once, and int8."""
 
 import tempfile
 import time
@@ -20,6 +20,7 @@ from common import (
     plain_seconds,
     prune_job,
     quantized,
+    targets,
     unlabeled,
     warm_up_steps,
 )
@@ -87,9 +88,13 @@ def trainer_of(job: Job, model: PreTrainedModel, callbacks: list[TrainerCallback
 
 
 def at_once(job: Job, model: PreTrainedModel) -> Pruned:
-    """Prune without training, by the criterion that the variant names."""
+    """Prune without training, by the criterion that the variant names; ``even``: all layers alike, as the peers do."""
     criterion = "l2" if job.variant == "l2" else "taylor"
     config = PruningConfig(structures={"heads": job.sparsity, "ffn": job.sparsity}, criterion=criterion)
+    if job.variant == "even":
+        heads, units = targets(job.sparsity)
+        structures = {"heads": 1 - heads / 12, "ffn": 1 - units / 1536}
+        config = PruningConfig(structures=structures, criterion=criterion, allocation="per_layer")
     result = prune_oneshot(model, job.calibration(), config)
     start = time.process_time()
     small = shrink(model, result.masks)
