@@ -22,8 +22,8 @@ importance, except where the library does both in one; ours includes its verific
 whether plain transformers loads what ``save_pretrained`` wrote, in a fresh process, and gets the same outputs.
 
 Quantization: int8 of the dense model, all linear layers but the task head where one can choose, by the settings that
-the library's documentation begins with (ModelOpt: INT8_DEFAULT_CFG). Latency as above, beside fp32 eager. Ways that train
-get the same steps as above at a tenth of the learning rate.
+the library's documentation begins with (ModelOpt: INT8_DEFAULT_CFG). Latency as above, beside fp32 eager. Ways that
+train get the same steps as above at a tenth of the learning rate.
 
 Architectures: see ``peers/architectures.py``.
 
