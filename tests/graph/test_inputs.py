@@ -152,6 +152,7 @@ def test_image_is_left_out_with_a_warning_when_no_layout_fits() -> None:
     with pytest.warns(UserWarning, match=r"LlavaForConditionalGeneration: no layout of pixel_values worked .*image"):
         inputs = make_example_inputs(model)
     assert "pixel_values" not in inputs
+    assert not (inputs["input_ids"] == 90).any()  # no token stands for one
     model(**inputs)
 
 
