@@ -201,8 +201,9 @@ class CurrentMethod(Method):
 class AveragedMethod(Method):
     """Averages what is measured in each step: s <- decay * s + (1 - decay) * s_step, from 0.
 
-    A step with numbers that are not finite is left out, as the optimizer leaves it out. Nothing waits for the device,
-    and short tensors are averaged together: on a GPU, time goes by their number, not by their length.
+    A step in which a layer has numbers that are not finite is left out of its average, as the optimizer leaves it out.
+    Nothing waits for the device, and short tensors are averaged together: on a GPU, time goes by their number, not by
+    their length.
     """
 
     averages = True
@@ -240,9 +241,10 @@ class AveragedMethod(Method):
         decay = self.setting.score_decay
         before = [self.tensors[name] if name in self.tensors else torch.zeros_like(measured[name]) for name in measured]
         average, new = (torch.cat([each.flatten() for each in several]) for several in (before, measured.values()))
-        moved = (average * decay).add_(new, alpha=1 - decay)
-        moved = moved.where(torch.isfinite(new).all(), average)
-        parts = torch.split_with_sizes(moved, [each.numel() for each in measured.values()])
+        sizes = [each.numel() for each in measured.values()]
+        finite = [part.all().expand(len(part)) for part in torch.split_with_sizes(torch.isfinite(new), sizes)]
+        moved = (average * decay).add_(new, alpha=1 - decay).where(torch.cat(finite), average)
+        parts = torch.split_with_sizes(moved, sizes)
         for (name, each), part in zip(measured.items(), parts, strict=True):
             self.tensors[name] = part.view(each.shape)
 
