@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pruned_models import pruned
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -35,7 +36,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_compress import PruningConfig, dimension_groups, export_quantized, prune_oneshot, shrink
+from hf_compress import PruningConfig, export_quantized, prune_oneshot
 from hf_compress.latency.timing import compile_model, median, speedup, time_interleaved
 from hf_compress.report.environment import environment
 
@@ -98,15 +99,6 @@ def random_inputs(shape: str, batch_size: int) -> Inputs:
     """Return texts without padding."""
     generator = torch.Generator().manual_seed(1)
     return {"input_ids": torch.randint(1000, 2000, (batch_size, SHAPES[shape].tokens), generator=generator).to(DEVICE)}
-
-
-def pruned(model: PreTrainedModel, sparsity: float) -> PreTrainedModel:
-    """Return the model without some of its heads and feed-forward units, the same share in every layer."""
-    masks = {}
-    for group in dimension_groups(model):
-        if group.kind in ("heads", "ffn"):
-            masks[group.name] = torch.arange(group.num_units) < max(round(group.num_units * (1 - sparsity)), 1)
-    return shrink(model, masks)
 
 
 def two_of_four(model: PreTrainedModel, inputs: Inputs) -> PreTrainedModel:
@@ -205,7 +197,6 @@ def _call(model: nn.Module, inputs: Inputs) -> Tensor:
 
 def measure(shape: str, batch_size: int, rounds: int) -> dict[str, Any]:
     """Time one shape with one batch size."""
-    # Every model compiles the same code anew; beyond the limit it would run eagerly, in silence.
     torch.compiler.reset()
     inputs, skipped = random_inputs(shape, batch_size), Skipped()
     runs: dict[str, Run] = {}
@@ -273,6 +264,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
+    # Every model compiles the same code anew; beyond the limit it would run eagerly, in silence.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     settings = {name: value for name, value in vars(given).items() if name != "json"}
     data: dict[str, Any] = {"environment": environment(), "settings": settings, "results": {}}

@@ -36,6 +36,7 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_FREEZING", "1")
 
 import torch
+from pruned_models import pruned
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -44,7 +45,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from readme_results import filled  # noqa: E402
 
-from hf_compress import dimension_groups, export_quantized, shrink  # noqa: E402
+from hf_compress import export_quantized  # noqa: E402
 from hf_compress.latency.timing import compile_model, median, speedup, time_interleaved  # noqa: E402
 from hf_compress.report.environment import environment  # noqa: E402
 
@@ -81,18 +82,6 @@ def random_inputs(batch_size: int, length: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def pruned(model: BertForSequenceClassification) -> BertForSequenceClassification:
-    """Return the model without three of four heads and feed-forward units, the same number in every layer."""
-    masks = {}
-    for group in dimension_groups(model):
-        if group.kind in ("heads", "ffn"):
-            kept = torch.zeros(group.num_units, dtype=torch.bool)
-            kept[: round(group.num_units * (1 - SPARSITY))] = True
-            masks[group.name] = kept
-    small: BertForSequenceClassification = shrink(model, masks)
-    return small
-
-
 def as_int8(model: BertForSequenceClassification, folder: Path) -> nn.Module:
     """Export a model, and return what loading gives."""
     loaded: nn.Module = AutoModelForSequenceClassification.from_pretrained(
@@ -119,7 +108,7 @@ class Ways:
         self._add_torch("bf16", build(shape).to(torch.bfloat16))
         self._add_torch("int8", as_int8(model, folder / "int8"))
         self._add_torch("int8 in bf16", as_int8(build(shape).to(torch.bfloat16), folder / "bf16"), eager=False)
-        small = pruned(model)
+        small = pruned(model, SPARSITY)
         self._add_torch("pruned 75 % + int8", as_int8(small, folder / "pruned"), eager=False)
         small = small.to(torch.bfloat16)
         self._add_torch("pruned 75 % + int8 in bf16", as_int8(small, folder / "pruned-bf16"), eager=False)
