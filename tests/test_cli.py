@@ -1,4 +1,5 @@
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -134,11 +135,12 @@ def test_push_uploads_a_folder(capsys, tmp_path, monkeypatch) -> None:
         code, out, _ = run(capsys, "push", str(tmp_path / "small"), "me-too", *options)
         (commit,) = hub.commits("tester/me-too", "int8")
         assert (code, commit.title) == (0, "as text")
-        assert out == f"pushed config.json, model.safetensors\n{hub.url}/tester/me-too/commit/{commit.oid}\n"
+        assert out == f"me-too holds config.json, model.safetensors\n{hub.url}/tester/me-too/commit/{commit.oid}\n"
         assert hub.repositories["tester/me-too"].private
         tiny_models.bert(num_hidden_layers=1).save_pretrained(tmp_path / "small")
         code, out, _ = run(capsys, "push", str(tmp_path / "small"), "tester/me-too", "--create-pr")
         assert code == 0
+        assert out.startswith("the pull request holds config.json")
         assert out.endswith("/tester/me-too/discussions/1\n")
         run(capsys, "push", str(tmp_path / "small"), "me-too")
         code, out, _ = run(capsys, "push", str(tmp_path / "small"), "tester/me-too", "--create-pr")
@@ -171,6 +173,14 @@ def test_the_help_of_push_says_what_every_option_does(capsys) -> None:
 def test_every_command_of_the_parser_is_carried_out() -> None:
     commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
     assert set(commands) == set(cli.COMMANDS)
+
+
+def test_python_m_is_the_same_command(folder, capsys, monkeypatch) -> None:
+    expected = run(capsys, "inspect", folder)
+    monkeypatch.setattr("sys.argv", ["hf_compress", "inspect", folder])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hf_compress", run_name="__main__")
+    assert (ended.value.code, *capsys.readouterr()) == expected
 
 
 def test_card_is_written_again(capsys, tmp_path) -> None:

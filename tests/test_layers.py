@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
     {"recipe"},
     {"commands"},
     {"cli", "extend"},
+    {"__main__"},
 ]
 """Lowest first. A part may import from lower layers and from itself, not from its siblings."""
 
