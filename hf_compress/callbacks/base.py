@@ -68,7 +68,7 @@ class Run:
         return steps_per_epoch(self.trainer)
 
 
-class CompressionCallback(TrainerCallback):  # type: ignore[misc]
+class CompressionCallback(TrainerCallback):
     """Base of the pruning, quantization and distillation callbacks.
 
     Nothing is installed before ``on_train_begin``, which may come several times (a second ``train()``, a smaller

@@ -35,7 +35,7 @@ from hf_compress.schedule import LOTTERY_TICKET
 from hf_compress.shrinking.plan import refuse_compressed
 from hf_compress.shrinking.shrink import shrink
 
-logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
+logger = logging.get_logger(__name__)
 
 
 class PruningCallback(CompressionCallback):

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from hf_compress.errors import TrainingError
 
-logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
+logger = logging.get_logger(__name__)
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables in which launchers say how many processes there are."""

@@ -187,7 +187,7 @@ def taught_inputs(teacher: PreTrainedModel, student: PreTrainedModel, inputs: Ma
 def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
     weights = []
     for model in (teacher, student):
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        embeddings: Any = model.get_input_embeddings()
         weights.append(whole(embeddings.weight.detach()))
     return torch.equal(weights[0].to(weights[1].device), weights[1])
 

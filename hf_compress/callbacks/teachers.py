@@ -32,7 +32,7 @@ from hf_compress.instruments.features import Features, FeatureTap
 from hf_compress.teachers.inputs import in_precision_of
 from hf_compress.teachers.outputs import SparseLogits
 
-logger = logging.get_logger(__name__)  # type: ignore[no-untyped-call]
+logger = logging.get_logger(__name__)
 
 SELF = "self"
 """Teacher: a frozen copy of the student, made when the Trainer was."""

@@ -40,7 +40,7 @@ from hf_compress.shrinking.sizes import METHOD, refresh_sizes, store_too
 
 
 @register_quantization_config(METHOD)
-class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressedConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a model with uneven layers, as stored in its ``config.json``.
 
     Args:
@@ -135,7 +135,7 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             ) from error
 
 
-class _Resizing(HfQuantizer):  # type: ignore[misc]
+class _Resizing(HfQuantizer):
     """Mixin: resize the empty model, then let the next class prepare it."""
 
     def __init__(self, quantization_config: CompressedConfig, **kwargs: Any) -> None:
@@ -196,7 +196,7 @@ class CompressedTorchAoHfQuantizer(_Guarded, TorchAoHfQuantizer):  # type: ignor
     """Loads models with uneven layers and integer weights in torchao's format; they stay quantized models."""
 
 
-class CompressedTensorsHfQuantizer(_Guarded, quantizer_compressed_tensors.CompressedTensorsHfQuantizer):  # type: ignore[misc]
+class CompressedTensorsHfQuantizer(_Guarded, quantizer_compressed_tensors.CompressedTensorsHfQuantizer):
     """Loads models with uneven layers and integer weights in the compressed-tensors format."""
 
 

@@ -98,7 +98,7 @@ def can_loosen(module: nn.Module) -> bool:
 def loosen(module: nn.Module) -> None:
     """Give PyTorch's attention the forward that follows its parameters' sizes."""
     if can_loosen(module):
-        module.scaling = module.head_dim**-0.5  # type: ignore[operator, assignment]
+        module.scaling = module.head_dim**-0.5  # type: ignore[operator]
         module.__class__ = FlexibleMultiheadAttention
 
 

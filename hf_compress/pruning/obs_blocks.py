@@ -39,7 +39,7 @@ class BlockSurgeon:
         if self.wide == self.weight.shape[1]:
             weight = self.weight.double()
             rows = (weight * torch.linalg.solve(self.inverse, weight.T).T).sum(1)
-            return torch.stack([band.sum() for band in rows.split(self.high)])  # type: ignore[no-untyped-call]
+            return torch.stack([band.sum() for band in rows.split(self.high)])
         return torch.cat([self._band_losses(consumer) for consumer in self._bands()])
 
     def without(self, keep: Tensor) -> Tensor:

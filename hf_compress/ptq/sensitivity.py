@@ -107,7 +107,7 @@ class Sensitivity:
         return [
             QuantizationRule(
                 match=tuple(f"^{re.escape(name)}$" for name in names),
-                **{role: {"num_bits": each} for role in self.roles},  # type: ignore[arg-type]
+                **{role: {"num_bits": each} for role in self.roles},
             )
             for each, names in found.items()
             if names

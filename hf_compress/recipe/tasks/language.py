@@ -103,7 +103,7 @@ class Seq2SeqLm(Task):
         options = {"max_length": args.generation_max_length, "num_beams": args.generation_num_beams}
         options = {name: value for name, value in options.items() if value is not None}
         metric = load_metric("sacrebleu")
-        model.eval().to(args.device)  # type: ignore[arg-type, no-untyped-call]
+        model.eval().to(args.device)  # type: ignore[no-untyped-call]
         for batch in evaluation.on_device():
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
             written = model.generate(**inputs, **options)  # type: ignore[operator]
