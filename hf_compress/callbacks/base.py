@@ -226,15 +226,11 @@ class CompressionCallback(TrainerCallback):
             session.leave(self)
             self._take_off()
             return
-        try:
-            with fail_together(args.device):
-                if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                    self._read(Path(state.best_model_checkpoint), None)
-                self._stop(run)
-            self._check_ranks_agree(run)
-        except BaseException:
-            session.take_off()
-            raise
+        with fail_together(args.device):
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._read(Path(state.best_model_checkpoint), None)
+            self._stop(run)
+        self._check_ranks_agree(run)
         self._run = None
         session.leave(self)
 

@@ -1,6 +1,7 @@
 """The units of one dimension group while training: switched by a gate, and what is read of them in each step."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -71,9 +72,7 @@ class Readings:
     """The part of the evidence that is collected in one step."""
 
     kept = 1.0
-
-    def __init__(self) -> None:
-        self._given: dict[Reading, Tensor] = {}
+    _given: Mapping[Reading, Tensor] = MappingProxyType({})
 
     def give(self, readings: Mapping[Reading, Tensor]) -> None:
         """Make the averages the evidence of this step."""
@@ -102,7 +101,6 @@ class GroupEvidence(Readings):
     """What there is to know about the units of one dimension group."""
 
     def __init__(self, group: DimensionGroup, model: PreTrainedModel) -> None:
-        super().__init__()
         self.num_units = group.num_units
         layers = [model.get_submodule(name) for name in group.modules]
         sizes = [float(sum(parameter.numel() for parameter in layer.parameters())) for layer in layers]

@@ -36,7 +36,6 @@ class WeightEvidence(Readings):
     def __init__(
         self, name: str, parameter: nn.Parameter, kind: LeafKind, config: PruningConfig, groups: int = 1
     ) -> None:
-        super().__init__()
         self._name = name
         self._parameter = parameter
         self._kind = kind

@@ -280,6 +280,19 @@ def test_a_callback_that_fails_to_start_takes_the_others_off(train: Any, turned:
     assert not any(callback.installed for callback in callbacks)
 
 
+class EndsBadly(Diary):
+    def _stop(self, run: Run) -> None:
+        raise TrainingError("missed")
+
+
+def test_a_callback_that_fails_at_the_end_takes_the_others_off(train: Any) -> None:
+    callbacks = [EndsBadly(), SecondDiary()]
+    with pytest.raises(TrainingError, match="missed"):
+        train(callbacks)
+    assert [callback.events[-1] for callback in callbacks] == ["remove", "remove"]
+    assert not any(callback.installed for callback in callbacks)
+
+
 def test_two_callbacks_for_the_same_thing_are_refused(train: Any) -> None:
     with pytest.raises(TrainingError, match="two callbacks for diary"):
         train([Diary(), Diary()])

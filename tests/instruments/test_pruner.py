@@ -40,6 +40,14 @@ def train(model, pruner, steps=range(6), learning_rate=0.05):
         pruner.update(step + 1)
 
 
+def step_of(pruner, step, mean):
+    """One optimizer step, with what the ranks read put together by ``mean``."""
+    pruner.model.train()
+    pruner.model(**make_example_inputs(pruner.model))[0].float().square().mean().backward()
+    pruner.read(step, mean, 1.0)
+    pruner.update(step + 1)
+
+
 def logits(model):
     model.eval()
     with torch.no_grad():
@@ -226,6 +234,24 @@ def test_the_state_brings_everything_back() -> None:
     assert all(torch.equal(one.masks[name], two.masks[name]) for name in one.masks)
     with pytest.raises(TrainingError, match="belong to other groups"):
         restore(two, {"mask.x": torch.ones(1)}, {}, 3)
+
+
+def test_a_layer_that_is_dropped_first_thing_after_resuming_is_none_that_never_ran() -> None:
+    settings = {"structures": {"ffn": 0.5}, "criterion": "taylor"}
+    one = pruner_of(tiny_models.bert(), **settings)
+    train(one.model, one, steps=range(3))
+    two = pruner_of(tiny_models.bert(), **settings)
+    first = next(iter(two.masks))
+
+    def dropped(mine, like):
+        mine = {key: None if key.startswith(first) else each for key, each in mine.items()}
+        return alone(mine, like)
+
+    with pytest.raises(TrainingError, match="so far"):
+        step_of(two, 3, dropped)
+    restore(two, {name: each.clone() for name, each in state_of(one).items()}, {}, 3)
+    step_of(two, 3, dropped)
+    assert torch.equal(state_of(two)[f"score.{first}"], state_of(one)[f"score.{first}"])
 
 
 def test_no_two_tensors_of_a_state_share_memory() -> None:
