@@ -27,7 +27,16 @@ from hf_compress.recipe.lora import merged, with_adapters
 from hf_compress.recipe.measure import measure
 from hf_compress.recipe.publish import check_upload, publish
 from hf_compress.recipe.result import CHECKPOINTS, RESULT_FILE, RunResult, check_output, make_output
-from hf_compress.recipe.stages import Facts, Stage, TrackedGroup, dense_model, stages_of, track, tracked_after
+from hf_compress.recipe.stages import (
+    Facts,
+    Stage,
+    TrackedGroup,
+    dense_model,
+    stages_of,
+    track,
+    tracked_after,
+    with_what_is_left,
+)
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer, next_student, prepare, training_arguments
 from hf_compress.recipe.trial import check_stages, preview_stages
 from hf_compress.shrinking.apply import plain_copy
@@ -68,9 +77,10 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     if prepared.args.process_index == 0:
         make_output(recipe, output)
     metrics: Mapping[str, float] = {}
-    for before, stage in zip((None, *stages), stages, strict=False):
+    for number, (before, stage) in enumerate(zip((None, *stages), stages, strict=False)):
         if not stage.is_finished():
             student = prepared.student if before is None else next_student(prepared, stage.recipe)
+            stage = with_what_is_left(stage, stages[:number], student.model)
             prepared = for_run(prepared, stage.recipe, stage.checkpoints, student)
             metrics = _run_stage(stage, before, prepared, resume)
     if prepared.args.process_index != 0:

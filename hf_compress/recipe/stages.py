@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_compress.config import WEIGHTS, Recipe
 from hf_compress.config.recipe import PlainRun
 from hf_compress.errors import ConfigError
 from hf_compress.graph.groups import DimensionGroup
+from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.quantize import attached_quantizers
 from hf_compress.ptq.stored import calibration_config
 from hf_compress.reading import is_count, is_number, read_json
@@ -201,6 +203,36 @@ def stages_of(recipe: Recipe, output: Path) -> Sequence[Stage]:
         if all(isinstance(each.recipe, PlainRun) for each in found):
             dense = str(found[-1].folder)
     return found
+
+
+def with_what_is_left(stage: Stage, earlier: Iterable[Stage], model: PreTrainedModel) -> Stage:
+    """Return a stage without the structures of which earlier ones have left nothing to choose from, with a warning.
+
+    Where structures share a budget, it may take all there is of one, such as all heads but one of a layer, or those as
+    well. Structures with targets of their own stay, and so does what no earlier stage pruned.
+
+    Args:
+        stage: The stage.
+        earlier: Those before it.
+        model: What they left.
+    """
+    pruning = stage.recipe.pruning
+    if pruning is None or isinstance(pruning.structures, Mapping):
+        return stage
+    pruned = {kind for each in earlier if each.recipe.pruning is not None for kind in each.recipe.pruning.structures}
+    if not pruned.intersection(pruning.structures):
+        return stage
+    left = {WEIGHTS, *(group.kind for group in dimension_groups(model))}
+    gone = tuple(kind for kind in pruning.structures if kind in pruned and kind not in left)
+    remaining = tuple(kind for kind in pruning.structures if kind not in gone)
+    if not gone or not remaining:
+        return stage
+    warnings.warn(
+        f"{stage.name}: earlier stages have left no {', '.join(gone)} to choose from; the budget is met with "
+        f"{', '.join(remaining)} alone.",
+        stacklevel=2,
+    )
+    return replace(stage, recipe=replace(stage.recipe, pruning=replace(pruning, structures=remaining)))
 
 
 def dense_model(recipe: Recipe, stages: Sequence[Stage]) -> tuple[str, Sequence[Stage]]:

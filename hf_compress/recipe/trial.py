@@ -19,7 +19,7 @@ from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import with_adapters, without_adapters
 from hf_compress.recipe.models import Loaded
-from hf_compress.recipe.stages import Stage
+from hf_compress.recipe.stages import Stage, with_what_is_left
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer
 from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.shrink import shrink
@@ -50,7 +50,8 @@ def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Ite
     student = prepared.student
     taught_by = {name for stage in stages for name in stage.recipe.teachers()}
     to_come: dict[str, PreTrainedModel] = {}
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        stage = with_what_is_left(stage, stages[:number], student.model)
         prepared = for_run(prepared, stage.recipe, scratch, student)
         sections: dict[str, Mapping[str, Any]] = {}
         if stage.recipe.oneshot_batches is not None:
@@ -68,7 +69,7 @@ def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Ite
             student = Loaded(without_adapters(prepared.student.model), ())
         yield stage.name, replace(found, sections={**sections, **found.sections})
         trial = next((each.trial for each in callbacks if isinstance(each, PruningCallback)), None)
-        if trial is not None and stage is not stages[-1]:
+        if trial is not None and number < len(stages) - 1:
             small: PreTrainedModel = shrink(student.model, trial, **stage.shrink_options(), quantizers=False)
             student = Loaded(small, ())
         if str(stage.folder) in taught_by and not stage.is_finished():

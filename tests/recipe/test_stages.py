@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import recipe_files
 import resumable
+import tiny_models
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -28,8 +29,9 @@ from hf_compress import (
     dimension_groups,
     make_callbacks,
     run_recipe,
+    shrink,
 )
-from hf_compress.recipe.stages import Stage, track, tracked_after
+from hf_compress.recipe.stages import Stage, stages_of, track, tracked_after, with_what_is_left
 from hf_compress.report.results import Results
 
 SHORT = {**recipe_files.TRAINING, "max_steps": 4, "save_steps": 1}
@@ -44,6 +46,9 @@ STAGES = [
     {"pruning": pruning(ffn=0.5), "training": {"learning_rate": 2e-3}, "repeat": 2},
     {"pruning": pruning(heads=0.5), "distillation": {"alpha": 0.9}, "quantization": {}, "training": {"max_steps": 3}},
 ]
+
+
+SHARED = {**pruning(), "structures": ["heads", "ffn"], "criterion": "l2", "target_params": 0.8}
 
 
 def staged(root: Path, stages: Any = STAGES, **changes: Any) -> Recipe:
@@ -108,6 +113,38 @@ def test_every_stage_leaves_a_smaller_model_a_card_and_a_row(tmp_path) -> None:
     card = (result.folders["compressed"] / "README.md").read_text(encoding="utf-8")
     assert all(f"- {tag}\n" in card for tag in ("pruning", "distillation", "quantization"))
     assert run_recipe(staged(tmp_path, export="dense"), resume=True) == result
+
+
+def test_a_structure_that_shares_a_budget_may_be_used_up_by_an_earlier_stage(tmp_path, monkeypatch) -> None:
+    """Under a budget of time every head may go; the next stage has feed-forward units alone to choose from."""
+    compressed = runs._compressed
+
+    def without_heads(trainer: Any, stage: Stage) -> Any:
+        small = compressed(trainer, stage)
+        if stage.name != "stage-1":
+            return small
+        heads = [group for group in dimension_groups(small) if group.kind == "heads"]
+        return shrink(small, {group.name: torch.zeros(group.num_units, dtype=torch.bool) for group in heads})
+
+    monkeypatch.setattr(runs, "_compressed", without_heads)
+    with pytest.warns(UserWarning, match="compressed: earlier stages have left no heads .* met with ffn alone"):
+        result = run_recipe(staged(tmp_path, [{"pruning": SHARED, "repeat": 2}]))
+    first, second = (sizes(folder) for folder in result.folders.values())
+    assert first[0] == second[0] <= 8  # the last head of a layer is no choice
+    assert second[1] < first[1]
+
+
+def test_only_what_earlier_stages_pruned_is_left_out(tmp_path, recwarn) -> None:
+    """A structure that the model never had, or that has a target of its own, is an error of the stage."""
+    bare = tiny_models.bert()
+    del bare.bert.encoder.layer[:]
+    one, two = stages_of(staged(tmp_path, [{"pruning": SHARED, "repeat": 2}]), tmp_path)
+    assert with_what_is_left(two, [], bare) is two
+    assert with_what_is_left(two, [one], tiny_models.bert()) is two
+    assert with_what_is_left(two, [one], bare) is two  # nothing is left to choose from
+    own, again = stages_of(staged(tmp_path / "own", [{"pruning": pruning(heads=0.5), "repeat": 2}]), tmp_path)
+    assert with_what_is_left(again, [own], bare) is again
+    assert not recwarn
 
 
 class Straight:
