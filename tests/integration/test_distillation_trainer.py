@@ -237,6 +237,22 @@ def test_other_calls_while_training_see_the_task_loss(
     assert max(map(abs, differences)) < 1e-5
 
 
+@pytest.mark.parametrize("function", [mean_loss_func, sum_loss_func])
+def test_the_loss_is_computed_once_more_to_see_what_it_depends_on_and_then_as_always(
+    make_trainer: Any, setting: Any, function: Any
+) -> None:
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    student, teacher, data = setting("bert")
+    callback = DistillationCallback(CONFIG, teacher)
+    make_trainer(student, data, [callback], trainer_options={"compute_loss_func": counted}, max_steps=3).train()
+    assert len(calls) == 1 + 3
+
+
 def test_everything_is_given_back_after_training(make_trainer: Any, setting: Any) -> None:
     student, teacher, data = setting("bert")
     teacher.bert.encoder.eval()
