@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from thread_ranks import outcomes
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Trainer, TrainerCallback
@@ -270,6 +271,22 @@ class Fails(SecondDiary):
     def _start(self, run: Run) -> None:
         super()._start(run)
         raise TrainingError("cannot start")
+
+
+@pytest.mark.parametrize("what", ["config", "state", "callbacks"])
+def test_ranks_with_other_settings_or_states_are_an_error_on_each(what: str) -> None:
+    def work(rank: int) -> None:
+        odd = rank == 1
+        diary = Diary(alpha=0.9 if odd and what == "config" else 0.5)
+        diary.steps += odd and what == "state"
+        callbacks = [diary, *([SecondDiary()] if odd and what == "callbacks" else [])]
+        trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=callbacks))
+        diary._check_ranks_agree(SimpleNamespace(trainer=trainer, args=SimpleNamespace(device=torch.device("cpu"))))
+
+    errors = outcomes(work)
+    assert [type(each) for each in errors] == [TrainingError] * 2
+    first = f"Diary: callbacks, config or state differ between the 2 processes (first difference: {what!r})"
+    assert all(first in str(each) for each in errors)
 
 
 @pytest.mark.parametrize("turned", [False, True])
