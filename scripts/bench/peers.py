@@ -11,8 +11,8 @@ for ``--steps`` steps of ``--batch-size`` examples: AdamW, the same learning rat
 same examples in the same order. One way of ours prunes while these steps go on and has the dense model as teacher,
 which is what its README advises; the others prune at once and train on the task alone, as the peers do. All but ``all
 layers alike`` of ours let scores compete across layers (the default), so that more may stay of a layer that matters;
-the peers are asked for the same number of heads and units of every layer, though some of them can let scores compete
-as well. Importance is measured on the first batches of training data. ``before`` is the accuracy before recovery,
+the peers are asked for the same number of heads and units of every layer, but for Torch-Pruning's ``across layers``,
+where heads compete with heads and units with units. Importance is measured on the first batches of training data. ``before`` is the accuracy before recovery,
 ``latency`` the median over rounds of the dense model's time / the small one's in the same process, taking turns,
 eager, one batch of test examples: CPU time, which other processes disturb less, and which is the latency where there
 is one thread. ``step`` is the CPU time of a training step / that of a plain step of the dense model in the same

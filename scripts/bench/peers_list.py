@@ -52,7 +52,7 @@ PEERS: dict[str, Peer] = {
     ),
     "torch-pruning": Peer(
         "Torch-Pruning", "with_torch_pruning.py", (TORCH, TRANSFORMERS, "torch-pruning==1.6.1"), ("torch_pruning",),
-        prune=("magnitude", "taylor"), architectures=True,
+        prune=("magnitude", "taylor", "taylor, across layers"), architectures=True,
     ),
     "nni": Peer(
         "NNI", "with_nni.py",

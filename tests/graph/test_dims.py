@@ -57,6 +57,14 @@ def test_unify_of_concatenations_cuts_at_common_borders() -> None:
     assert [find(d) for d in segments(a)] == [find(d) for d in segments(b)]
 
 
+@pytest.mark.parametrize("make", [product, concat])
+def test_terms_with_the_same_parts_are_one_term(make) -> None:
+    """Whoever asks for one of them again, such as a group that is frozen, finds what is known of the other."""
+    a, b = make([Dim(4), Dim(6)]), make([Dim(4), Dim(6)])
+    unify(a, b)
+    assert find(a) is find(b)
+
+
 def test_rotating_half_of_a_dimension_makes_its_halves_one() -> None:
     """Rotary embeddings: x + rotate_half(x) with x = (a, b) and rotate_half(x) = (-b, a)."""
     x = Dim(8)

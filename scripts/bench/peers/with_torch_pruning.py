@@ -12,35 +12,39 @@ from transformers import PreTrainedModel
 IMPORTANCE = {
     "magnitude": lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2),
     "taylor": torch_pruning.importance.GroupTaylorImportance,
+    "taylor, across layers": torch_pruning.importance.GroupTaylorImportance,
 }
 
 
 def prune(job: Job, model: PreTrainedModel) -> Pruned:
-    """Prune as its documentation does it for BERT: the same number of heads and units of every layer.
+    """Prune as its documentation does it for BERT: the same number of heads and units of every layer, or of all.
 
-    Layers whose outputs are the hidden size are left alone; heads are those of queries, keys and values.
+    Layers whose outputs are the hidden size are left alone; heads are those of queries, keys and values. Across layers
+    heads compete with heads, and feed-forward units with feed-forward units.
     """
     heads, units = targets(job.sparsity)
-    if job.variant == "taylor":
+    across = job.variant.endswith("across layers")
+    if job.variant.startswith("taylor"):
         for batch in job.calibration():
             loss_of(model, batch).backward()
     example = unlabeled(job.calibration()[0])
     start = time.process_time()
     attention = [layer.attention.self for layer in model.bert.encoder.layer]
-    widths = {layer.intermediate.dense: 1 - units / layer.intermediate.dense.out_features
-              for layer in model.bert.encoder.layer}  # fmt: skip
+    wide = [layer.intermediate.dense for layer in model.bert.encoder.layer]
+    ratio = 1 - units / wide[0].out_features
     projections = {each: 12 for self in attention for each in (self.query, self.key, self.value)}
     pruner = torch_pruning.pruner.BasePruner(
         model,
         example,
         importance=IMPORTANCE[job.variant](),
+        global_pruning=across,
         pruning_ratio=1 - heads / 12,
-        pruning_ratio_dict=widths,
+        pruning_ratio_dict={tuple(wide): ratio} if across else dict.fromkeys(wide, ratio),
         head_pruning_ratio=1 - heads / 12,
         num_heads=projections,
         prune_num_heads=True,
         prune_head_dims=False,
-        ignored_layers=_hidden(model, [*projections, *widths]),
+        ignored_layers=_hidden(model, [*projections, *wide]),
         output_transform=lambda output: output.logits.sum(),
     )
     pruner.step()
