@@ -41,8 +41,10 @@ def label(run: Run) -> str:
 
 
 def good(data: Data, kind: str) -> list[Run]:
-    """Return the runs of a kind that came to an end."""
-    return [run for run in data["runs"] if run["kind"] == kind and "failed" not in run]
+    """Return the runs of a kind that came to an end, in the order of the peers and of their ways."""
+    order = [(name, way) for name, peer in PEERS.items() for way in (*peer.prune, *peer.quantize)]
+    found = [run for run in data["runs"] if run["kind"] == kind and "failed" not in run]
+    return sorted(found, key=lambda run: order.index(way) if (way := (run["peer"], run["variant"])) in order else -1)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -117,17 +117,25 @@ def test_it_goes_on_where_it_was_and_keeps_failures(load, tmp_path, monkeypatch,
     monkeypatch.setattr(bench, "install", lambda peer, folder: (Path("python"), ""))
     only = ("--peers", "torch-pruning", "--kinds", "prune", "--sparsities", "0.5")
     call(bench, monkeypatch, path, *only)
-    assert done == [("torch-pruning", ""), ("torch-pruning", "magnitude"), ("torch-pruning", "taylor")]
+    assert [variant for _, variant in done] == ["", *bench.PEERS["torch-pruning"].prune]
     call(bench, monkeypatch, path, *only)
-    assert len(done) == 3
+    assert len(done) == 4
     call(bench, monkeypatch, path, *only, "--retry")
-    assert done[3:] == [("torch-pruning", "taylor")]
+    assert done[4:] == [("torch-pruning", "taylor")]
     data = json.loads(path.read_text())
-    assert len(data["runs"]) == 3 and data["settings"] == SETTINGS
+    assert len(data["runs"]) == 4 and data["settings"] == SETTINGS
     assert "failed, ValueError: once" in path.with_suffix(".md").read_text(encoding="utf-8")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="results of other settings"):
         call(bench, monkeypatch, path, *only, "--steps", "7")
+
+
+def test_rows_stand_in_the_order_of_the_peers_whenever_they_were_run(load) -> None:
+    found = load("peers_report")
+    ways = [("torch-pruning", "taylor"), ("hf_compress", "l2"), ("torch-pruning", "magnitude"), ("hf_compress", "even")]
+    runs = [pruned(*way, 0.6) for way in ways]
+    ordered = [(run["peer"], run["variant"]) for run in found.good({"runs": runs}, "prune")]
+    assert ordered == [ways[3], ways[1], ways[2], ways[0]]
 
 
 def test_a_peer_that_does_not_install_is_skipped_with_the_reason(load, tmp_path, monkeypatch, capsys) -> None:
