@@ -12,14 +12,15 @@ same examples in the same order. One way of ours prunes while these steps go on 
 which is what its README advises; the others prune at once and train on the task alone, as the peers do. All but ``all
 layers alike`` of ours let scores compete across layers (the default), so that more may stay of a layer that matters;
 the peers are asked for the same number of heads and units of every layer, but for Torch-Pruning's ``across layers``,
-where heads compete with heads and units with units. Importance is measured on the first batches of training data. ``before`` is the accuracy before recovery,
-``latency`` the median over rounds of the dense model's time / the small one's in the same process, taking turns,
-eager, one batch of test examples: CPU time, which other processes disturb less, and which is the latency where there
-is one thread. ``step`` is the CPU time of a training step / that of a plain step of the dense model in the same
-process. ``memory`` is the peak of the process until recovery has ended, beyond the peak of plain training steps in
-the same environment. ``cut`` is the CPU time of finding what belongs together and removing it (without measuring
-importance, except where the library does both in one; ours includes its verification). ``from_pretrained`` says
-whether plain transformers loads what ``save_pretrained`` wrote, in a fresh process, and gets the same outputs.
+where heads compete with heads and units with units. Importance is measured on the first batches of training data.
+``before`` is the accuracy before recovery, ``latency`` the median over rounds of the dense model's time / the small
+one's in the same process, taking turns, eager, one batch of test examples: CPU time, which other processes disturb
+less, and which is the latency where there is one thread. ``step`` is the CPU time of a training step / that of a
+plain step of the dense model in the same process. ``memory`` is the peak of the process until recovery has ended,
+beyond the peak of plain training steps in the same environment. ``cut`` is the CPU time of finding what belongs
+together and removing it (without measuring importance, except where the library does both in one; ours includes its
+verification). ``from_pretrained`` says whether plain transformers loads what ``save_pretrained`` wrote, in a fresh
+process, and gets the same outputs.
 
 Quantization: int8 of the dense model, all linear layers but the task head where one can choose, by the settings that
 the library's documentation begins with (ModelOpt: INT8_DEFAULT_CFG). Latency as above, beside fp32 eager. Ways that
