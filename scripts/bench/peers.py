@@ -23,7 +23,8 @@ verification). ``from_pretrained`` says whether plain transformers loads what ``
 process, and gets the same outputs.
 
 Quantization: int8 of the dense model, all linear layers but the task head where one can choose, by the settings that
-the library's documentation begins with (ModelOpt: INT8_DEFAULT_CFG). Latency as above, beside fp32 eager. Ways that
+the library's documentation begins with (ModelOpt: INT8_DEFAULT_CFG, and
+INT8_SMOOTHQUANT_CFG beside it). Latency as above, beside fp32 eager. Ways that
 train get the same steps as above at a tenth of the learning rate.
 
 Architectures: see ``peers/architectures.py``.

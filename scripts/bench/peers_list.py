@@ -80,7 +80,7 @@ PEERS: dict[str, Peer] = {
     "modelopt": Peer(
         "ModelOpt", "with_modelopt.py",
         (TORCH, TRANSFORMERS, "nvidia-modelopt==0.47.0", "accelerate==1.15.0", "requests"),
-        ("modelopt.torch.distill", "modelopt.torch.quantization"), quantize=("ptq", "qat"),
+        ("modelopt.torch.distill", "modelopt.torch.quantization"), quantize=("ptq", "smoothquant", "qat"),
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ VARIANTS = {
     (OURS, "ptq"): "without training",
     ("modelopt", "qat"): "trained, with a teacher",
     ("modelopt", "ptq"): "without training",
+    ("modelopt", "smoothquant"): "SmoothQuant, without training",
 }
 """What the report calls a way of doing it, where its own name does not say enough."""
 

@@ -29,7 +29,8 @@ KD_WEIGHT, TEMPERATURE = 0.9, 2.0
 
 def calibrated(job: Job) -> nn.Module:
     """Return the model with quantizers whose ranges are those of training data; not of the task head."""
-    config = copy.deepcopy(quantization.INT8_DEFAULT_CFG)
+    smooth = job.variant == "smoothquant"
+    config = copy.deepcopy(quantization.INT8_SMOOTHQUANT_CFG if smooth else quantization.INT8_DEFAULT_CFG)
 
     def run(model: nn.Module) -> None:
         for batch in job.calibration():
