@@ -1,6 +1,7 @@
 """The tables of the comparison with other libraries, and what follows from them in words."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
@@ -183,9 +184,19 @@ def failures(data: Data) -> list[str]:
     return lines + [f"- `from_pretrained` of what {name} saved: {error}" for name, error in errors.items()]
 
 
-def best(runs: list[Run], score: Callable[[Run], float]) -> Run | None:
-    """Return the best run."""
-    return max(runs, key=score, default=None)
+@dataclass(frozen=True)
+class Best:
+    """The best of several ways."""
+
+    label: str
+    score: float
+    """The mean over seeds."""
+
+
+def best(runs: list[Run], score: Callable[[Run], float]) -> Best | None:
+    """Return the way with the highest mean of a score, if there is any."""
+    ways = [Best(label(each[0]), mean(map(score, each))) for each in alike(runs)]
+    return max(ways, key=lambda way: way.score, default=None)
 
 
 def accuracy_verdicts(data: Data) -> list[str]:
@@ -194,23 +205,22 @@ def accuracy_verdicts(data: Data) -> list[str]:
     noise = standard_error(data)
     for sparsity in sorted({run["sparsity"] for run in good(data, "prune")}):
         runs = [run for run in good(data, "prune") if run["sparsity"] == sparsity]
-        mine = best([run for run in runs if run["peer"] == OURS and run["variant"] == OWN], _after)
-        once = best([run for run in runs if run["peer"] == OURS and run["variant"] not in (OWN, EVEN)], _after)
-        even = best([run for run in runs if run["peer"] == OURS and run["variant"] == EVEN], _after)
-        theirs = best([run for run in runs if run["peer"] != OURS], _after)
+        mine = best([run for run in runs if run["peer"] == OURS and run["variant"] == OWN], _percent)
+        once = best([run for run in runs if run["peer"] == OURS and run["variant"] not in (OWN, EVEN)], _percent)
+        even = best([run for run in runs if run["peer"] == OURS and run["variant"] == EVEN], _percent)
+        theirs = best([run for run in runs if run["peer"] != OURS], _percent)
         for own in (mine, once, even):
             if own is None or theirs is None:
                 continue
-            lead = 100 * (own["after"] - theirs["after"])
             lines.append(
-                f"- {sparsity:.0%} sparse: {label(own)} reaches {100 * own['after']:.1f} %, the best peer "
-                f"({label(theirs)}) {100 * theirs['after']:.1f} %: {_who(lead, noise)}."
+                f"- {sparsity:.0%} sparse: {own.label} reaches {own.score:.1f} %, the best peer ({theirs.label}) "
+                f"{theirs.score:.1f} %: {_who(own.score - theirs.score, noise)}."
             )
     return lines
 
 
-def _after(run: Run) -> float:
-    return float(run["after"])
+def _percent(run: Run) -> float:
+    return 100 * float(run["after"])
 
 
 def _who(lead: float, noise: float) -> str:
@@ -240,11 +250,11 @@ def other_verdicts(data: Data) -> list[str]:
             mine = best([run for run in runs if run["peer"] == OURS], score)
             theirs = best([run for run in runs if run["peer"] != OURS], score)
             if mine is not None and theirs is not None:
-                a, b = (form.format(abs(score(run))) + unit for run in (mine, theirs))
-                won = "**the peer wins**" if score(theirs) > score(mine) else "ours is ahead"
-                if 1 / VARYING[title] < score(theirs) / score(mine) < VARYING[title]:
+                a, b = (form.format(abs(each.score)) + unit for each in (mine, theirs))
+                won = "**the peer wins**" if theirs.score > mine.score else "ours is ahead"
+                if 1 / VARYING[title] < theirs.score / mine.score < VARYING[title]:
                     won = f"**even**, the same code differs by a factor of {VARYING[title]:g} from run to run"
-                lines.append(f"- {title}, {sparsity:.0%}: {label(mine)} {a}, {label(theirs)} {b}: {won}.")
+                lines.append(f"- {title}, {sparsity:.0%}: {mine.label} {a}, {theirs.label} {b}: {won}.")
     return lines
 
 
@@ -253,7 +263,7 @@ def int8_verdicts(data: Data) -> list[str]:
     runs = good(data, "quantize")
     lines = []
     columns: tuple[tuple[str, Callable[[Run], float], str], ...] = (
-        ("accuracy in %", lambda run: 100 * _after(run), "{:.1f}"),
+        ("accuracy in %", _percent, "{:.1f}"),
         ("speed beside fp32 eager", fastest, "{:.2f}"),
         ("bytes", lambda run: -run["bytes"], "{:,.0f}"),
     )
@@ -261,11 +271,11 @@ def int8_verdicts(data: Data) -> list[str]:
         mine = best([run for run in runs if run["peer"] == OURS], score)
         theirs = best([run for run in runs if run["peer"] != OURS], score)
         if mine is not None and theirs is not None:
-            a, b = (form.format(abs(score(run))) for run in (mine, theirs))
-            won = "even" if a == b else "**the peer wins**" if score(theirs) > score(mine) else "ours is ahead"
+            a, b = (form.format(abs(each.score)) for each in (mine, theirs))
+            won = "even" if a == b else "**the peer wins**" if theirs.score > mine.score else "ours is ahead"
             if title.startswith("accuracy"):
-                won = _who(score(mine) - score(theirs), standard_error(data))
-            lines.append(f"- int8, {title}: ours {a}, {label(theirs)} {b}: {won}.")
+                won = _who(mine.score - theirs.score, standard_error(data))
+            lines.append(f"- int8, {title}: ours {a}, {theirs.label} {b}: {won}.")
     return lines
 
 
@@ -300,14 +310,17 @@ def used(data: Data) -> str:
 
 def dense_line(data: Data) -> str:
     """Return what all are compared with."""
-    for run in good(data, "plain"):
-        if run["variant"] == DENSE:
-            return (
-                f"Dense: {100 * run['before']:.1f} % on {run['examples']:,} examples (one standard error is "
-                f"{standard_error(data):.1f} points); {100 * run['after']:.1f} % when it is trained on for as many "
-                f"steps as the pruned models, {data['settings']['steps']} of {data['settings']['batch_size']} examples."
-            )
-    return ""
+    runs = [run for run in good(data, "plain") if run["variant"] == DENSE]
+    if not runs:
+        return ""
+    pruned = {run["seed"] for run in good(data, "prune")}
+    count = "one seed" if len(pruned) == 1 else f"means over {len(pruned)} seeds"
+    return (
+        f"Dense: {100 * runs[0]['before']:.1f} % on {runs[0]['examples']:,} examples (one standard error is "
+        f"{standard_error(data):.1f} points); {percent(run['after'] for run in runs)} % when it is trained on for as "
+        f"many steps as the pruned models, {data['settings']['steps']} of {data['settings']['batch_size']} examples. "
+        f"Pruned models: {count}."
+    )
 
 
 def report(data: Data, picture: str) -> str:

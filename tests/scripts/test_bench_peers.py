@@ -96,6 +96,16 @@ def test_it_says_when_a_peer_wins(load, ours, theirs, said) -> None:
     assert "- NNI: needs Python 3.10" in text
 
 
+def test_means_over_seeds_decide_and_not_the_luckiest_seed(load) -> None:
+    made, data = load("peers_report"), results(0.66, 0.60)
+    lucky = {**pruned("torch-pruning", "taylor", 0.70, prune_seconds=0.5), "seed": 1}
+    data["runs"] += [{**pruned("hf_compress", "default", 0.68), "seed": 1}, lucky]
+    text = made.compared(data)
+    assert f"{OWN} reaches 67.0 %, the best peer (Torch-Pruning: taylor) 65.0 %: ours is ahead by 2.0 points" in text
+    assert "Pruned models: means over 2 seeds." in text
+    assert "Pruned models: one seed." in made.compared(results(0.66, 0.60))
+
+
 def call(bench, monkeypatch, path, *more) -> None:
     sizes = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     monkeypatch.setattr(sys, "argv", ["peers.py", "--json", str(path), "--model", "unused", *sizes, *more])
