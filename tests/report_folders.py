@@ -120,6 +120,7 @@ def write_run(folder: Path, table: Comparison | None = None, recipe: dict[str, A
         write_json(folder / name / "stage.json", {"metrics": {}, "optimizer_steps": 4, "tracked": []})
         write_json(folder / name / "log_history.json", LOGS[name])
         results(name, table).save(folder / name / "results.json")
+        Recipe.from_dict({**RECIPE, **(recipe or {})}).save(folder / name / "recipe.yaml")
     data = {
         "folders": {name: name for name in names},
         "metrics": {},

@@ -30,6 +30,8 @@ SECTION_TAGS = {"pruning": "pruning", "quantization": "quantization", "distillat
 def write_card(directory: str | Path, results: Results | None = None) -> Path:
     """Write the model card, the picture of what every layer kept, the recipe and ``results.json`` into a model folder.
 
+    An earlier card of a compressed model is replaced, a ``README.md`` of somebody else's is not.
+
     Args:
         directory: The model's folder.
         results: What to write; read from the folder's ``results.json`` by default.
@@ -38,13 +40,16 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
         The path of the card.
 
     Raises:
-        ExportError: If there is no folder, or no ``results.json`` to write the card from.
+        ExportError: If there is no folder, no ``results.json`` to write the card from, or another card.
         ConfigError: If ``results.json`` is damaged.
     """
     directory = Path(directory)
     stored = directory / Results.FILE_NAME
     if not directory.is_dir():
         raise ExportError(f"{directory}: is no folder; give the folder of a saved model.")
+    for name in (CARD, PICTURE, RECIPE):
+        _check_no_link(directory / name)
+    _check_own(directory / CARD)
     if results is None:
         if not stored.is_file():
             raise ExportError(
@@ -54,8 +59,6 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
         results = Results.load(stored)
     else:
         results.save(stored)
-    for name in (CARD, PICTURE, RECIPE):
-        _check_no_link(directory / name)
     has_picture = any(results.kept_units().values())
     if has_picture:
         plot_kept_units(results.kept_units(), directory / PICTURE)
@@ -65,6 +68,15 @@ def write_card(directory: str | Path, results: Results | None = None) -> Path:
     path = directory / CARD
     card.save(path)
     return path
+
+
+def _check_own(path: Path) -> None:
+    """Check that a card that is there is one of a compressed model."""
+    if path.is_file() and f"- {TAGS[0]}\n".encode() not in path.read_bytes():
+        raise ExportError(
+            f"{path}: is there already, and without the tag {TAGS[0]!r}, which every card of a compressed model has, "
+            "so it is not overwritten. Give it another name, or add the tag to its metadata."
+        )
 
 
 def _check_no_link(path: Path) -> None:

@@ -71,8 +71,8 @@ def read_run(directory: Path) -> RunFolder:
     Raises:
         ConfigError: If a file is damaged.
     """
-    if not any((directory / name).is_file() for name in (RESULT_FILE, RECIPE_FILE)):
-        return _single_model(directory)
+    if (directory / Results.FILE_NAME).is_file() and not (directory / RESULT_FILE).is_file():
+        return _single_model(directory)  # a recipe lies beside the models of runs, too
     stored = directory / RECIPE_FILE
     recipe = Recipe.load(stored) if stored.is_file() else None
     comparison, folders, notes = _finished(directory)

@@ -16,6 +16,9 @@ from hf_compress.report.summary import key_facts, summary, title_of
 
 REPORT_FILE = "report.html"
 
+WRITTEN_BY = "Written by hf-compress report"
+"""In every page, which a later one may replace."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
@@ -42,13 +45,13 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         The path.
 
     Raises:
-        ConfigError: If there is nothing to report, a file is damaged, the page cannot be written, or ``path`` is a file
-            that is there and not called an HTML page.
+        ConfigError: If there is nothing to report, a file is damaged, the page cannot be written, or another file than
+            an earlier report is there.
     """
     directory = Path(directory)
     path = directory / REPORT_FILE if path is None else Path(path)
-    if path.is_file() and path.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"{path}: is there already, and no HTML page, so it is not overwritten. Give another file.")
+    if path.is_file() and WRITTEN_BY.encode() not in path.read_bytes():
+        raise ConfigError(f"{path}: is there already, and no report, so it is not overwritten. Give another file.")
     page = _page(directory)
     try:
         write_new(path, _html(page))
@@ -126,6 +129,6 @@ def _html(page: Page) -> str:
         tag("title", page.title),
         tag("style", Markup(STYLE)),
     )
-    footer = tag("footer", "Written by hf-compress report; every number is from the files of the run.")
+    footer = tag("footer", f"{WRITTEN_BY}; every number is from the files of the run.")
     body = tag("body", header, tag("main", sections), footer, tag("script", Markup(SCRIPT)))
     return f"<!DOCTYPE html>\n{text(tag('html', head, body, lang='en'))}\n"

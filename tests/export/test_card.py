@@ -101,7 +101,7 @@ def test_the_card_holds_table_recipe_picture_and_checks(results: Results, tmp_pa
 
 def test_the_card_comes_from_results_json_alone(results: Results, tmp_path) -> None:
     first = write_card(tmp_path, results).read_bytes()
-    (tmp_path / "README.md").write_text("edited by hand", encoding="utf-8")
+    (tmp_path / "README.md").write_text("---\ntags:\n- hf-compress\n---\nedited by hand", encoding="utf-8")
     (tmp_path / "kept_units.png").unlink()
     assert write_card(tmp_path).read_bytes() == first
     assert (tmp_path / "kept_units.png").exists()
@@ -114,6 +114,18 @@ def test_writing_again_changes_no_byte_of_any_file(results: Results, tmp_path) -
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert set(before) == {"README.md", "results.json", "kept_units.png", "recipe.yaml"}
     assert Recipe.load(tmp_path / "recipe.yaml") == RECIPE
+
+
+def test_a_card_that_somebody_wrote_is_not_replaced(results: Results, tmp_path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("---\ntags:\n- mine\n---\n\n# My notes\n", encoding="utf-8")
+    before = card.read_bytes()
+    with pytest.raises(ExportError, match=r"README.md: is there already.*'hf-compress'.*add the tag"):
+        write_card(tmp_path, results)
+    assert card.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    card.write_text("---\ntags:\n- hf-compress\n---\n", encoding="utf-8")
+    assert "## " in write_card(tmp_path, results).read_text(encoding="utf-8")
 
 
 def test_the_card_says_with_what_it_was_made(results: Results, tmp_path) -> None:

@@ -215,6 +215,23 @@ def test_a_folder_of_one_model_has_fewer_parts(tmp_path) -> None:
     assert "(target 0.25)" in Page(write_report(tmp_path)).text
 
 
+def test_the_folder_of_a_runs_model_is_a_model_and_no_unfinished_run(run) -> None:
+    """A recipe lies beside it as well."""
+    folder = run / "stage-1"
+    assert {"recipe.yaml", "results.json"} <= {path.name for path in folder.iterdir()}
+    page = Page(write_report(folder, run.parent / "stage-1.html"))
+    assert "not finished" not in page.text
+    assert "The result (stage-1) has 80% of the parameters" in page.text
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"schema_version": 77}', "{"])
+def test_damaged_results_of_a_single_model_are_an_error(tmp_path, content) -> None:
+    (tmp_path / "results.json").write_text(content, encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("model: x\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"results\.json"):
+        write_report(tmp_path)
+
+
 def test_a_run_that_is_not_finished_shows_what_its_checkpoints_know(tmp_path) -> None:
     run = report_folders.write_run(tmp_path / "run")
     (run / "run.json").unlink()
@@ -316,6 +333,11 @@ def test_a_file_that_is_no_page_is_not_overwritten(run, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"model.safetensors: is there already.*not overwritten"):
         write_report(run, weights)
     assert weights.read_bytes() == b"weights"
+    page = tmp_path / "mine.html"
+    page.write_text("<html>my own</html>", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine.html: is there already, and no report"):
+        write_report(run, page)
+    assert page.read_text(encoding="utf-8") == "<html>my own</html>"
 
 
 def test_several_runs_are_one_table_and_one_set_of_charts(tmp_path) -> None:
