@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
+from transformers import PreTrainedModel
 
 from hf_compress.config.lora import LoraSection
 from hf_compress.errors import ConfigError
@@ -16,10 +17,10 @@ TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
 }
-"""What PEFT knows of tasks, whose heads it trains whole."""
+"""What PEFT knows of tasks; of models for images it knows nothing."""
 
-HEAD = "classifier"
-"""The head of models for images, of which PEFT knows nothing."""
+GENERATING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+"""Their heads are output layers of the pretrained model, none that a task brings."""
 
 
 def with_adapters(prepared: Prepared, section: LoraSection) -> Prepared:
@@ -30,7 +31,6 @@ def with_adapters(prepared: Prepared, section: LoraSection) -> Prepared:
     """
     model: Any = prepared.student.model
     kind = TASK_TYPES.get(prepared.task.name)
-    head = [HEAD] if kind is None and hasattr(model, HEAD) else None
     targets = section.target_modules
     config = LoraConfig(
         task_type=kind,
@@ -38,13 +38,25 @@ def with_adapters(prepared: Prepared, section: LoraSection) -> Prepared:
         lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft scales by any number
         lora_dropout=section.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=head,
+        modules_to_save=None if kind in GENERATING else _head(model) or None,
     )
     try:
         wrapped: Any = get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"lora: PEFT refuses it: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lora: PEFT refuses target_modules={targets!r}: {' '.join(str(error).split())}") from error
     return replace(prepared, student=replace(prepared.student, model=wrapped))
+
+
+def _head(model: PreTrainedModel) -> list[str]:
+    """Return the modules outside the base model, which are trained whole.
+
+    PEFT has a list of names for that, but looks at it only after adapters were put on all linear layers, heads included.
+    """
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not model.base_model and any(True for _ in child.parameters())
+    ]
 
 
 def merged(model: Any) -> Any:
