@@ -50,7 +50,7 @@ def with_adapters(prepared: Prepared, section: LoraSection) -> Prepared:
 def _head(model: PreTrainedModel) -> list[str]:
     """Return the modules outside the base model, which are trained whole.
 
-    PEFT has a list of names for that, but looks at it only after adapters were put on all linear layers, heads included.
+    PEFT has a list of names for that, but looks at it only after adapters were put on all linear layers.
     """
     return [
         name
