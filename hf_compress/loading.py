@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -23,6 +24,9 @@ MAX_SIZE = 1 << 36
 
 MAX_MESSAGE = 1500
 """Characters of what another library said about files, which may quote them."""
+
+SAFE: Mapping[str, bool] = {"trust_remote_code": False, "use_safetensors": True}
+"""Options of ``from_pretrained`` with which a model's files cannot run anything: no scripts, no pickled weights."""
 
 MAX_NESTING = 8
 """Configs in each other."""
@@ -120,6 +124,21 @@ def config_and_class(name: str, auto_class: str | None = None) -> tuple[Any, Any
     return config, loader
 
 
+def check_weights(name: str) -> None:
+    """Check that a folder does not hold pickled weights alone, which are not loaded: unpickling may run code.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    folder = Path(name)
+    pickled = sorted(folder.glob("*_model*.bin")) if folder.is_dir() else []  # a model's or an adapter's
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{name}: its weights are pickled ({pickled[0].name}), which could run code when they are loaded; allowed: "
+            "safetensors. If you trust the file, convert it: load the model with transformers and call save_pretrained."
+        )
+
+
 def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
     """Load a model with the class that its config names, in eval mode.
 
@@ -131,6 +150,7 @@ def load_model(name: str, auto_class: str | None = None) -> PreTrainedModel:
         ConfigError: If the class is unknown or the model cannot be loaded.
     """
     _, loader = config_and_class(name, auto_class)
+    check_weights(name)
     with loading(name):
-        loaded: PreTrainedModel = loader.from_pretrained(name, trust_remote_code=False).eval()
+        loaded: PreTrainedModel = loader.from_pretrained(name, **SAFE).eval()
     return loaded

@@ -6,9 +6,12 @@ import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_compress.errors import ConfigError
+from hf_compress.callbacks.teacher import load_teacher
+from hf_compress.errors import ConfigError, TrainingError
 from hf_compress.graph.model import dimension_groups
 from hf_compress.loading import load_config, load_model
+from hf_compress.recipe.models import load_student
+from hf_compress.recipe.tasks.table import TASKS_BY_NAME
 from hf_compress.shrinking.shrink import shrink
 
 
@@ -63,3 +66,25 @@ def test_shrunk_models_with_wide_layers_load(tmp_path) -> None:
     loaded = load_model(str(tmp_path))
     assert isinstance(loaded, type(AutoModelForCausalLM.from_pretrained(tmp_path)))
     assert loaded.model.layers[1].mlp.up_proj.out_features == 11_006
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    """The folder of a model that was saved as torch does it by itself."""
+    model = tiny_models.bert()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def test_pickled_weights_are_refused(pickled, tiny_bert) -> None:
+    message = r"its weights are pickled \(pytorch_model\.bin\).*save_pretrained"
+    with pytest.raises(ConfigError, match=message):
+        load_model(str(pickled))
+    with pytest.raises(TrainingError, match=message):
+        load_teacher(str(pickled), tiny_bert())
+    with pytest.raises(ConfigError, match=message):
+        load_student(str(pickled), TASKS_BY_NAME["text-classification"], None, ())
+    tiny_bert().save_pretrained(pickled)  # safetensors beside them are taken
+    assert load_model(str(pickled)).num_parameters() > 0

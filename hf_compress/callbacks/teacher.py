@@ -19,6 +19,7 @@ from hf_compress.errors import TrainingError
 from hf_compress.instruments.attach import own_class
 from hf_compress.instruments.sharded import whole
 from hf_compress.latency.key import config_digest
+from hf_compress.loading import SAFE, check_weights
 from hf_compress.teachers.hashing import row_hashes
 from hf_compress.teachers.inputs import LABELS, named_arguments, without_own_loss
 
@@ -196,7 +197,9 @@ def _load(name: str, student: PreTrainedModel, dtype: str | None) -> tuple[PreTr
     """Return a model, its adapter included, and the names of weights that no file had."""
     adapter = _adapter_of(name)
     base = adapter.get("base_model_name_or_path", name)
-    options: dict[str, Any] = {"output_loading_info": True, "dtype": dtype or "auto"}
+    for each in {name, base}:
+        check_weights(each)
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": dtype or "auto", **SAFE}
     in_adapter = set(adapter.get("modules_to_save") or ())
     if in_adapter and student.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         # The head is in the adapter; the base model has none, or one for other labels.

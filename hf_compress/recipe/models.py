@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.errors import ConfigError
-from hf_compress.loading import loading
+from hf_compress.loading import SAFE, check_weights, loading
 
 if TYPE_CHECKING:
     from hf_compress.recipe.tasks.base import Task
@@ -63,10 +63,11 @@ def load_student(name: str, task: "Task", processor: Any, labels: Sequence[str])
         ConfigError: If it cannot be loaded for the task, or has fewer embeddings than the tokenizer has tokens.
     """
     names = dict(enumerate(labels))
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **SAFE}
     if labels:
         options |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
         options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+    check_weights(name)
     with loading(name):
         model, report = task.auto_class.from_pretrained(name, **options)
     new = tuple(sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}))
