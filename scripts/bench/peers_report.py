@@ -202,7 +202,6 @@ def best(runs: list[Run], score: Callable[[Run], float]) -> Best | None:
 def accuracy_verdicts(data: Data) -> list[str]:
     """Return, sparsity by sparsity, who is ahead in accuracy: our best against theirs, and equals against equals."""
     lines = []
-    noise = standard_error(data)
     for sparsity in sorted({run["sparsity"] for run in good(data, "prune")}):
         runs = [run for run in good(data, "prune") if run["sparsity"] == sparsity]
         mine = best([run for run in runs if run["peer"] == OURS and run["variant"] == OWN], _percent)
@@ -214,7 +213,7 @@ def accuracy_verdicts(data: Data) -> list[str]:
                 continue
             lines.append(
                 f"- {sparsity:.0%} sparse: {own.label} reaches {own.score:.1f} %, the best peer ({theirs.label}) "
-                f"{theirs.score:.1f} %: {_who(own.score - theirs.score, noise)}."
+                f"{theirs.score:.1f} %: {_who(own.score, theirs.score, data)}."
             )
     return lines
 
@@ -223,10 +222,12 @@ def _percent(run: Run) -> float:
     return 100 * float(run["after"])
 
 
-def _who(lead: float, noise: float) -> str:
-    size = f"{abs(lead):.1f} points"
+def _who(own: float, theirs: float, data: Data) -> str:
+    """Return which of two accuracies in percent is ahead, by more than the standard error of their difference."""
+    lead, size = own - theirs, f"{abs(own - theirs):.1f} points"
+    noise = sum(each * (100 - each) for each in (own, theirs)) ** 0.5 / data["settings"]["examples"] ** 0.5
     if abs(lead) <= noise:
-        return f"**even**, {size} are within one standard error of {noise:.1f}"
+        return f"**even**, {size} are within one standard error of a difference, {noise:.1f}"
     return f"ours is ahead by {size}" if lead > 0 else f"**the peer wins** by {size}"
 
 
@@ -247,9 +248,12 @@ def other_verdicts(data: Data) -> list[str]:
     for sparsity in sorted({run["sparsity"] for run in good(data, "prune")}):
         runs = [run for run in good(data, "prune") if run["sparsity"] == sparsity]
         for title, unit, score, form in columns:
-            mine = best([run for run in runs if run["peer"] == OURS], score)
+            own = [run for run in runs if run["peer"] == OURS]
             theirs = best([run for run in runs if run["peer"] != OURS], score)
-            if mine is not None and theirs is not None:
+            advised = best([run for run in own if run["variant"] == OWN], score)
+            for mine in dict.fromkeys((best(own, score), advised)):
+                if mine is None or theirs is None:
+                    continue
                 a, b = (form.format(abs(each.score)) + unit for each in (mine, theirs))
                 won = "**the peer wins**" if theirs.score > mine.score else "ours is ahead"
                 if 1 / VARYING[title] < theirs.score / mine.score < VARYING[title]:
@@ -274,7 +278,7 @@ def int8_verdicts(data: Data) -> list[str]:
             a, b = (form.format(abs(each.score)) for each in (mine, theirs))
             won = "even" if a == b else "**the peer wins**" if theirs.score > mine.score else "ours is ahead"
             if title.startswith("accuracy"):
-                won = _who(mine.score - theirs.score, standard_error(data))
+                won = _who(mine.score, theirs.score, data)
             lines.append(f"- int8, {title}: ours {a}, {theirs.label} {b}: {won}.")
     return lines
 

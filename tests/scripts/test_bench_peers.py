@@ -97,13 +97,27 @@ def test_it_says_when_a_peer_wins(load, ours, theirs, said) -> None:
 
 
 def test_means_over_seeds_decide_and_not_the_luckiest_seed(load) -> None:
-    made, data = load("peers_report"), results(0.66, 0.60)
-    lucky = {**pruned("torch-pruning", "taylor", 0.70, prune_seconds=0.5), "seed": 1}
-    data["runs"] += [{**pruned("hf_compress", "default", 0.68), "seed": 1}, lucky]
+    made, data = load("peers_report"), results(0.70, 0.60)
+    lucky = {**pruned("torch-pruning", "taylor", 0.74, prune_seconds=0.5), "seed": 1}
+    data["runs"] += [{**pruned("hf_compress", "default", 0.72), "seed": 1}, lucky]
     text = made.compared(data)
-    assert f"{OWN} reaches 67.0 %, the best peer (Torch-Pruning: taylor) 65.0 %: ours is ahead by 2.0 points" in text
+    assert f"{OWN} reaches 71.0 %, the best peer (Torch-Pruning: taylor) 67.0 %: ours is ahead by 4.0 points" in text
     assert "Pruned models: means over 2 seeds." in text
-    assert "Pruned models: one seed." in made.compared(results(0.66, 0.60))
+    assert "Pruned models: one seed." in made.compared(results(0.70, 0.60))
+
+
+def test_a_lead_has_to_be_more_than_the_standard_error_of_a_difference(load) -> None:
+    """Of two accuracies on 1,000 examples, which is 1.4 times that of one."""
+    text = load("peers_report").compared(results(0.66, 0.642))
+    assert "**even**, 1.8 points are within one standard error of a difference, 2.1" in text
+
+
+def test_the_advised_way_is_compared_even_where_another_of_ours_is_cheaper(load) -> None:
+    data = results(0.70, 0.60)
+    data["runs"].append({**pruned("hf_compress", "l2", 0.5), "step_seconds": {"method": 0.2, "plain": 1.0}})
+    text = load("peers_report").compared(data)
+    assert "cheapest training step, 50%: hf_compress: l2, at once 0.20 of a plain one" in text
+    assert f"cheapest training step, 50%: {OWN} 0.50 of a plain one" in text
 
 
 def call(bench, monkeypatch, path, *more) -> None:
