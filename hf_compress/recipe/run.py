@@ -165,7 +165,7 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     trainer = make_trainer(prepared, make_callbacks(stage.recipe))
     with warnings.catch_warnings():  # gates that weights cannot replace are gone once the model is shrunk, below
         warnings.filterwarnings("ignore", "PruningCallback: gates stay", UserWarning)
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(stage.checkpoints) if resume else None)
+        _train(trainer, last_complete_checkpoint(stage.checkpoints) if resume else None)
     metrics = trainer.evaluate()
     if stage.recipe.lora is not None:
         trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
@@ -178,6 +178,15 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
         stage.save(small, prepared.processor, facts, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _train(trainer: Trainer, checkpoint: str | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyError as error:  # known only once something was evaluated
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ConfigError(f"Recipe.training.metric_for_best_model: {error.args[0]}") from error
 
 
 def _masks_of(trainer: Trainer) -> dict[str, Tensor]:

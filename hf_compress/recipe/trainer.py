@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -143,14 +143,24 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     task = TASKS_BY_NAME.get(str(recipe.task))
     kind = TrainingArguments if task is None else task.arguments_class
     defaults = {"dataloader_pin_memory": torch.cuda.is_available(), **(task.default_arguments if task else {})}
+    given = {**defaults, **(recipe.training or {})}
+    if given.get("metric_for_best_model") is not None and given.get("eval_strategy", "no") in ("no", False):
+        raise ConfigError(
+            f"Recipe.training.metric_for_best_model: got {given['metric_for_best_model']!r}, but nothing is evaluated "
+            "while training, so it would have no effect. Set eval_strategy, or leave it out."
+        )
     try:
-        return kind(output_dir=str(checkpoints), **{**defaults, **(recipe.training or {})})
+        return kind(output_dir=str(checkpoints), **given)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"Recipe.training: transformers refuses it: {' '.join(str(error).split())}") from error
 
 
 def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> Trainer:
-    """Return a plain Trainer; the callbacks are all that sets compression apart."""
+    """Return a plain Trainer; the callbacks are all that sets compression apart.
+
+    Raises:
+        ConfigError: If the Trainer, its optimizer, its scheduler or its loader refuse a training argument.
+    """
     task = prepared.task
     try:
         trainer: Trainer = task.trainer_class(
@@ -163,11 +173,23 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> Tr
             callbacks=list(callbacks),
             **task.trainer_options(prepared.processor, prepared.splits, prepared.args),
         )
-    except (ValueError, ImportError, RuntimeError) as error:  # RuntimeErrors: loggers of report_to, not installed
+        _try_out(trainer)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # RuntimeErrors: loggers, not installed
         if isinstance(error, CompressionError | torch.OutOfMemoryError):
             raise
         raise ConfigError(f"Recipe.training: the Trainer refuses it: {' '.join(str(error).split())}") from error
     return trainer
+
+
+def _try_out(trainer: Trainer) -> None:
+    """Make what training makes of the arguments, so that what they lack shows before it; nothing of it is kept."""
+    args, data = trainer.args, cast(Any, [0])
+    DataLoader(data, num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor)
+    leaves_hooks = any(word in str(args.optim) for word in ("layerwise", "lomo"))
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or leaves_hooks:
+        return
+    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def _teacher_config(name: str) -> Any:

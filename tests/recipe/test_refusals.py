@@ -55,6 +55,10 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
         (["training.use_cpu=1"], "training.use_cpu: got 1; allowed: true or false"),
         (["training.output_dir=x"], "'output_dir' has no place in a recipe. Set the recipe's output"),
         (["training.report_to=tensorboard"], "Recipe.training: the Trainer refuses it: TensorBoardCallback requires"),
+        (["training.optim=adamw_bnb_8bit"], "Recipe.training: the Trainer refuses it: "),
+        (["training.lr_scheduler_kwargs={nope: 1}"], "Recipe.training: the Trainer refuses it: "),
+        (["training.dataloader_num_workers=-2"], "num_workers option should be non-negative"),
+        (["training.metric_for_best_model=acuracy"], "metric_for_best_model: got 'acuracy', but nothing is evaluated"),
         (["training.eval_strategy=often"], "Recipe.training: transformers refuses it"),
         (["pruning.structures={heads: 0.9}"], "sparsity 0.9 of 8 units leaves 0.8"),
         (["pruning.structures={vocab: 0.5}"], "unknown structure 'vocab'"),
@@ -84,6 +88,16 @@ def test_one_message_and_exit_code_2(settings, message, tmp_path, monkeypatch, c
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_is_not_there_is_one_message(tmp_path, capsys) -> None:
+    """Only the first evaluation knows which there are."""
+    changes = {"load_best_model_at_end": True, "metric_for_best_model": "acuracy"}
+    changes |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    recipe = recipe_files.classification(tmp_path)
+    assert hf_compress(tmp_path, {**recipe, "training": {**recipe["training"], **changes}}) == 2
+    error = capsys.readouterr().err
+    assert "error: Recipe.training.metric_for_best_model: " in error and "eval_accuracy" in error
 
 
 @pytest.mark.parametrize(
