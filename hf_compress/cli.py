@@ -190,7 +190,8 @@ def _push(given: argparse.Namespace) -> str:
     if given.create_pr and commit.pr_url is None:
         return f"nothing to propose: {given.repo_id} holds the same files already\n{commit.commit_url}"
     files = contents_of(Path(given.directory)).files
-    where = given.repo_id if commit.pr_url is None else "the pull request"
+    branch = given.repo_id if given.revision is None else f"{given.repo_id} ({given.revision})"
+    where = branch if commit.pr_url is None else "the pull request"
     return f"{where} holds {', '.join(files)}\n{commit.pr_url or commit.commit_url}"
 
 

@@ -52,7 +52,10 @@ def loading(name: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())
         text = "".join(each if each.isprintable() else "?" for each in text[:MAX_MESSAGE])
-        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {text}") from error
+        here = (
+            " There is no such folder here, either." if isinstance(error, OSError) and not Path(name).exists() else ""
+        )
+        raise ConfigError(f"{name}: cannot be loaded: {type(error).__name__}: {text}{here}") from error
 
 
 def load_config(name: str) -> Any:

@@ -204,10 +204,13 @@ def outcomes(chosen: Sequence[Mutant], options: argparse.Namespace) -> Iterator[
         yield from pool.map(tried, chosen)
 
 
-def summary(found: Sequence[Outcome]) -> Mapping[str, object]:
-    """Return the counts and all outcomes."""
+def summary(found: Sequence[Outcome], options: argparse.Namespace) -> Mapping[str, object]:
+    """Return what was tried, the counts and all outcomes."""
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     killed = sum(each.killed for each in found)
-    return {"mutants": len(found), "killed": killed, "outcomes": [asdict(each) for each in found]}
+    tried = {"parts": options.parts, "seed": options.seed, "commit": commit}
+    return {**tried, "mutants": len(found), "killed": killed, "outcomes": [asdict(each) for each in found]}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -220,7 +223,7 @@ def main(given: Sequence[str] | None = None) -> int:
         found.append(outcome)
         word = "killed" if outcome.killed else "SURVIVED"
         print(f"{word:8}  {outcome.path}:{outcome.line}  {outcome.what}  ({outcome.by})", flush=True)
-        options.output.write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
+        options.output.write_text(json.dumps(summary(found, options), indent=1) + "\n", encoding="utf-8")
     killed = sum(each.killed for each in found)
     print(f"{killed} of {len(found)} mutants killed ({killed / len(found):.0%}; wanted: {WANTED:.0%})")
     return 0 if killed >= WANTED * len(found) else 1

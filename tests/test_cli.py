@@ -135,7 +135,9 @@ def test_push_uploads_a_folder(capsys, tmp_path, monkeypatch) -> None:
         code, out, _ = run(capsys, "push", str(tmp_path / "small"), "me-too", *options)
         (commit,) = hub.commits("tester/me-too", "int8")
         assert (code, commit.title) == (0, "as text")
-        assert out == f"me-too holds config.json, model.safetensors\n{hub.url}/tester/me-too/commit/{commit.oid}\n"
+        assert (
+            out == f"me-too (int8) holds config.json, model.safetensors\n{hub.url}/tester/me-too/commit/{commit.oid}\n"
+        )
         assert hub.repositories["tester/me-too"].private
         tiny_models.bert(num_hidden_layers=1).save_pretrained(tmp_path / "small")
         code, out, _ = run(capsys, "push", str(tmp_path / "small"), "tester/me-too", "--create-pr")

@@ -43,7 +43,7 @@ def hf_compress(tmp_path: Path, recipe: dict, *arguments: str) -> int:
         (["dataset.max_length=41"], "max_length: got 41; allowed: at most 40, the model's limit"),
         (["dataset.target_column=stars"], "dataset.target_column: got 'stars'; allowed: None for text-classification"),
         (["task=causal-lm"], "dataset.label_column: got 'stars'; allowed: None for causal-lm"),
-        (["model=missing/model"], "missing/model: cannot be loaded"),
+        (["model=missing/model"], "There is no such folder here, either."),
         (["training.learning_rat=1"], "Recipe.training: unknown key 'learning_rat'; closest match: 'learning_rate'"),
         (["training.learning_rate=high"], "training.learning_rate: got 'high'; allowed: a number"),
         (["training.learning_rate=.nan"], "training.learning_rate: got nan; allowed: a finite number >= 0"),
