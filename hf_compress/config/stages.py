@@ -12,6 +12,9 @@ from hf_compress.config.quantization import QuantizationConfig
 from hf_compress.config.sections import METHODS, build_sections, check_sections
 from hf_compress.config.structures import WEIGHTS
 
+MAX_REPEATS = 1_000
+"""More are a mistake; every one is a training run, which takes memory and checks before the first begins."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(Config):
@@ -45,12 +48,14 @@ class StageConfig(Config):
 
     repeat: int = 1
     """How often the stage runs in a row. Every run removes its share of what the one before left: three times a
-    sparsity of 0.2 leaves 0.8^3 = 51%."""
+    sparsity of 0.2 leaves 0.8^3 = 51%. At most 1,000."""
 
     def _validate(self) -> None:
         build_sections(self, {**METHODS, "lora": LoraSection})
         check_sections(self)
         self._check_count("repeat")
+        if self.repeat > MAX_REPEATS:
+            raise self._error("repeat", self.repeat, f"an int in [1, {MAX_REPEATS}]", "Every repeat is a training run.")
 
     def is_plain(self) -> bool:
         """Return whether the stage trains without any of the methods."""

@@ -1,13 +1,12 @@
-"""What a run leaves behind, and the folder that it leaves it in."""
+"""What a run leaves behind."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from hf_compress.callbacks.preview import Preview
-from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
 from hf_compress.reading import are_texts, inside, read_json
 from hf_compress.report.compare import Comparison, comparison_of_runs
@@ -86,61 +85,3 @@ class RunResult:
             lines += ["", str(self.comparison), ""]
         lines += [f"{name}: {folder}" for name, folder in self.folders.items()]
         return "\n".join(lines)
-
-
-def make_output(recipe: Recipe, output: Path) -> None:
-    """Make the output folder, and write the recipe into it.
-
-    Raises:
-        ConfigError: If that is not possible.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        recipe.save(output / RECIPE_FILE)
-    except OSError as error:
-        raise ConfigError(
-            f"Recipe.output: {output} cannot be written ({error}). Choose another output, or mend its permissions."
-        ) from error
-
-
-def check_output(recipe: Recipe, resume: bool) -> Path:
-    """Check that a run may write to the recipe's output folder; nothing is written.
-
-    Raises:
-        ConfigError: If there are files that are not from this recipe, or that a new run would overwrite.
-    """
-    output = Path(str(recipe.output))
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"Recipe.output: {output} is a file; give the name of a new folder.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return output
-    stored = output / RECIPE_FILE
-    if not stored.is_file():
-        raise ConfigError(
-            f"Recipe.output: {output} holds files, but not from a recipe (no {RECIPE_FILE}), so nothing is written "
-            "there. Choose another output."
-        )
-    different = _differences(Recipe.load(stored).to_dict(), recipe.to_dict())
-    if different:
-        raise ConfigError(
-            f"Recipe.output: {output} is from another recipe, which differs in {', '.join(different)}. Choose another "
-            "output, or run the recipe that it is from."
-        )
-    if not resume:
-        raise ConfigError(
-            f"Recipe.output: {output} holds a run of this recipe already. Go on with it with --resume (resume=True), "
-            "or choose another output."
-        )
-    return output
-
-
-def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the settings that differ; where the output lies is none of them."""
-    found: list[str] = []
-    for key in dict.fromkeys([*stored, *given]):
-        old, new = stored.get(key), given.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new and prefix + key != "output":
-            found.append(prefix + key)
-    return found

@@ -25,13 +25,15 @@ from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import merged, with_adapters
 from hf_compress.recipe.measure import measure
+from hf_compress.recipe.output import check_data, check_output, make_output
 from hf_compress.recipe.publish import check_upload, publish
-from hf_compress.recipe.result import CHECKPOINTS, RESULT_FILE, RunResult, check_output, make_output
+from hf_compress.recipe.result import CHECKPOINTS, RESULT_FILE, RunResult
 from hf_compress.recipe.stages import (
     Facts,
     Stage,
     TrackedGroup,
     dense_model,
+    naming,
     stages_of,
     track,
     tracked_after,
@@ -47,8 +49,9 @@ from hf_compress.shrinking.shrink import shrink
 def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> RunResult:
     """Do what a recipe says, from loading the model to saving the compressed one.
 
-    The recipe's output folder gets ``recipe.yaml``, ``checkpoints``, ``compressed`` (model, tokenizer, model card), the
-    same for an exported format and for every stage but the last (``stage-1`` and so on), and ``run.json``. With
+    The recipe's output folder gets ``recipe.yaml`` if it does not lie there, ``hf_compress_run.json`` (the mark that a
+    run has begun, and what tells its data from others), ``checkpoints``, ``compressed`` (model, tokenizer, model card),
+    the same for an exported format and for every stage but the last (``stage-1`` and so on), and ``run.json``. With
     ``hub_model_id``, ``compressed`` and the exported format are uploaded at the end. Before the first of several stages
     trains, all are checked as in a dry run, up to one that prunes before it trains.
 
@@ -56,7 +59,8 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
         recipe: With model, task, dataset and output.
         dry_run: Stop before the first step; the result says what the run would do. Nothing is written to the output.
         resume: Go on in the first stage that is not finished, from its newest complete checkpoint, or start it if there
-            is none. A finished run returns its result.
+            is none. The data must be those that the run began with, see ``data_facts``. A finished run returns its
+            result.
 
     Raises:
         CompressionError: If the recipe cannot be carried out, or the Hub does not take the result, which is saved then.
@@ -70,15 +74,19 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     if (output / RESULT_FILE).is_file():
         return RunResult.load(output)
     prepared = prepare(recipe, output / CHECKPOINTS)
+    data = prepared.data_facts()
+    check_data(output, data)
     _check_storable(recipe, prepared)
     if len(stages) > 1 and not any(stage.is_finished() for stage in stages):
         check_stages(prepared, stages)
     notes = prepared.notes()
     if prepared.args.process_index == 0:
-        make_output(recipe, output)
+        make_output(recipe, output, data)
     metrics: Mapping[str, float] = {}
     for number, (before, stage) in enumerate(zip((None, *stages), stages, strict=False)):
-        if not stage.is_finished():
+        if stage.is_finished():
+            continue
+        with naming(recipe, stage):
             student = prepared.student if before is None else next_student(prepared, stage.recipe)
             stage = with_what_is_left(stage, stages[:number], student.model)
             prepared = for_run(prepared, stage.recipe, stage.checkpoints, student)
@@ -89,9 +97,9 @@ def run_recipe(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -
     dense, compressing = dense_model(recipe, stages)
     folders, facts = _results(compressing, prepared, output)
     table = measure(prepared, dense, folders, facts)
-    result = RunResult(
-        output=output, folders=folders, metrics=stages[-1].facts().metrics, comparison=table, notes=notes
-    )
+    finished = [stage.facts() for stage in stages]
+    notes = (*notes, *(note for each in finished for note in each.notes))
+    result = RunResult(output=output, folders=folders, metrics=finished[-1].metrics, comparison=table, notes=notes)
     result.save()
     return publish(recipe, result)
 
@@ -142,9 +150,11 @@ def _check_storable(recipe: Recipe, prepared: Prepared) -> None:
 
 def _preview(recipe: Recipe, output: Path, scratch: Path) -> RunResult:
     prepared = prepare(recipe, scratch)
+    check_data(output, prepared.data_facts())
     _check_storable(recipe, prepared)
     notes = prepared.notes()
-    found = preview_stages(prepared, stages_of(recipe, output), scratch)
+    found, changes = preview_stages(prepared, stages_of(recipe, output), scratch)
+    notes = (*notes, *changes)
     if recipe.stages is None:
         (only,) = found.values()
         return RunResult(output=output, preview=only, notes=notes)
@@ -170,11 +180,11 @@ def _run_stage(stage: Stage, before: Stage | None, prepared: Prepared, resume: b
     if stage.recipe.lora is not None:
         trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
     small = _compressed(trainer, stage)
-    _check_finite(small, stage)
+    _check_finite(small)
     if main:
         if removes:
             tracked = tracked_after(tracked or track(groups), groups, masks or _masks_of(trainer))
-        facts = Facts(metrics, trainer.state.global_step, tracked)
+        facts = Facts(metrics, trainer.state.global_step, tracked, stage.notes)
         stage.save(small, prepared.processor, facts, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
     return metrics
@@ -207,12 +217,12 @@ def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
     return on_cpu
 
 
-def _check_finite(small: PreTrainedModel, stage: Stage) -> None:
+def _check_finite(small: PreTrainedModel) -> None:
     """Check that training has not destroyed the model: classes of NaN logits have an accuracy as well."""
     for name, weight in small.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise TrainingError(
-                f"{stage.name}: {name!r} is NaN or infinite in places after training, so the model is not saved. Check "
+                f"{name!r} is NaN or infinite in places after training, so the model is not saved. Check "
                 "the learning rate, the precision and the data, and begin again with another output."
             )
 

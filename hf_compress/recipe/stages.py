@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from hf_compress.config import WEIGHTS, Recipe
 from hf_compress.config.recipe import PlainRun
-from hf_compress.errors import ConfigError
+from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.graph.groups import DimensionGroup
 from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.quantize import attached_quantizers
 from hf_compress.ptq.stored import calibration_config
-from hf_compress.reading import is_count, is_number, read_json
+from hf_compress.reading import are_texts, is_count, is_number, read_json
 from hf_compress.recipe.result import CHECKPOINTS
 from hf_compress.shrinking.depth import renamed
 
@@ -94,6 +94,9 @@ class Facts:
     tracked: tuple[TrackedGroup, ...] = field(default=())
     """Groups of the dense model, if this or an earlier run pruned."""
 
+    notes: tuple[str, ...] = ()
+    """The stage's notes."""
+
     def kept_units(self) -> dict[str, list[dict[str, Any]]]:
         """Return what is left of the groups that were pruned, as ``Results.kept`` wants it."""
         found: dict[str, list[dict[str, Any]]] = {}
@@ -112,7 +115,10 @@ class Facts:
         """
         try:
             data = read_json(path)
-            found = cls(**{**data, "tracked": tuple(TrackedGroup(**each) for each in data["tracked"])})
+            tracked, notes = tuple(TrackedGroup(**each) for each in data["tracked"]), data.get("notes", [])
+            if not are_texts(notes):
+                raise TypeError("notes are no list of texts")
+            found = cls(**{**data, "tracked": tracked, "notes": tuple(notes)})
             if not is_count(found.optimizer_steps) or not all(map(is_number, dict(found.metrics).values())):
                 raise TypeError("optimizer_steps and metrics are no numbers")
             if not all(is_count(each.total) and is_count(each.kept) for each in found.tracked):
@@ -137,6 +143,9 @@ class Stage:
     ``quantization.json`` once the run is over: a folder that exists is finished."""
 
     checkpoints: Path
+
+    notes: tuple[str, ...] = ()
+    """What the stage does that its settings do not say."""
 
     def is_finished(self) -> bool:
         """Return whether the stage's result is there."""
@@ -206,7 +215,7 @@ def stages_of(recipe: Recipe, output: Path) -> Sequence[Stage]:
 
 
 def with_what_is_left(stage: Stage, earlier: Iterable[Stage], model: PreTrainedModel) -> Stage:
-    """Return a stage without the structures of which earlier ones have left nothing to choose from, with a warning.
+    """Return a stage without the structures of which earlier ones have left nothing to choose from, with a note.
 
     Where structures share a budget, it may take all there is of one, such as all heads but one of a layer, or those as
     well. Structures with targets of their own stay, and so does what no earlier stage pruned.
@@ -227,12 +236,28 @@ def with_what_is_left(stage: Stage, earlier: Iterable[Stage], model: PreTrainedM
     remaining = tuple(kind for kind in pruning.structures if kind not in gone)
     if not gone or not remaining:
         return stage
-    warnings.warn(
+    note = (
         f"{stage.name}: earlier stages have left no {', '.join(gone)} to choose from; the budget is met with "
-        f"{', '.join(remaining)} alone.",
-        stacklevel=2,
+        f"{', '.join(remaining)} alone."
     )
-    return replace(stage, recipe=replace(stage.recipe, pruning=replace(pruning, structures=remaining)))
+    recipe = replace(stage.recipe, pruning=replace(pruning, structures=remaining))
+    return replace(stage, recipe=recipe, notes=(*stage.notes, note))
+
+
+@contextmanager
+def naming(recipe: Recipe, stage: Stage) -> Iterator[None]:
+    """Put the name of a stage before the errors inside, if the recipe has stages.
+
+    Args:
+        recipe: The whole recipe.
+        stage: One of its stages.
+    """
+    try:
+        yield
+    except CompressionError as error:
+        if recipe.stages is None:
+            raise
+        raise type(error)(f"{stage.name}: {error}") from error
 
 
 def dense_model(recipe: Recipe, stages: Sequence[Stage]) -> tuple[str, Sequence[Stage]]:

@@ -15,14 +15,8 @@ from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.recipe.result import RESULT_FILE, RunResult
 from hf_compress.recipe.run import check_run, run_recipe
 from hf_compress.recipe.stages import SMALL
-from hf_compress.recipe.sweep_plan import (
-    SWEEP_FILE,
-    PlannedRun,
-    check_sweep_output,
-    plan_run,
-    share_stages,
-    with_recipe,
-)
+from hf_compress.recipe.sweep_output import check_sweep_output, make_sweep_output, sweep_folder
+from hf_compress.recipe.sweep_plan import PlannedRun, plan_run, share_stages, with_recipe
 from hf_compress.recipe.sweep_result import FailedRun, SweepResult
 from hf_compress.recipe.trials import check_optuna, run_trials
 from hf_compress.report.sweep_chart import FRACTIONS, is_maximized
@@ -52,16 +46,14 @@ def run_sweep(
     """
     _check_one_process()
     config = with_recipe(config)
-    output = check_sweep_output(config, resume)
+    output = sweep_folder(config)
     planned = [run for name, settings in config.settings() for run in plan_run(config, output, name, settings)]
+    check_sweep_output(config, planned, resume)
     for run in [*planned, *_outermost_trials(config, output)]:
         _checked(run)
     if dry_run:
         return SweepResult(config=config, output=output, previews=_previews(planned))
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / f"partial-{SWEEP_FILE}"
-    config.save(partial)
-    os.replace(partial, output / SWEEP_FILE)
+    make_sweep_output(config, planned, output)
     sweep = _Sweep(config, output, planned, progress or (lambda line: None))
     for run in planned:
         sweep.do(run)

@@ -14,11 +14,9 @@ from hf_compress.config import Recipe, SweepConfig
 from hf_compress.config.base import read_file
 from hf_compress.config.recipe import PlainRun
 from hf_compress.errors import ConfigError
+from hf_compress.recipe.output import check_output, make_output, stored_data
 from hf_compress.recipe.overrides import change_setting, check_effect, plain_copy
-from hf_compress.recipe.result import RECIPE_FILE
 from hf_compress.recipe.stages import Stage, stages_of
-
-SWEEP_FILE = "sweep.yaml"
 
 
 @dataclass(frozen=True)
@@ -107,18 +105,18 @@ def share_stages(run: PlannedRun, others: Iterable[PlannedRun]) -> None:
     """Give a run what another one has trained for it already: leading stages that only train, by the same settings.
 
     Their folders are copied; weights are linked where the file system has links, since nothing changes them. A run that
-    is new gets its recipe file first, so that its folder is known as its own.
+    is new gets its recipe file and the mark that it has begun first, so that its folder is known as its own, and what
+    the other one knows of the data that it was trained on.
     """
     theirs = {
         settings: stage for other in others for settings, stage in _plain_stages(other).items() if stage.is_finished()
     }
+    check_output(run.recipe, resume=True)
     for settings, stage in _plain_stages(run).items():
         found = theirs.get(settings)
         if found is None or stage.is_finished():
             continue
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not (run.folder / RECIPE_FILE).is_file():
-            run.recipe.save(run.folder / RECIPE_FILE)
+        make_output(run.recipe, run.folder, stored_data(found.folder.parent))
         partial = stage.folder.with_name(f"{stage.folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(found.folder, partial, copy_function=_link_or_copy)
@@ -134,7 +132,7 @@ def _plain_stages(run: PlannedRun) -> dict[str, Stage]:
         if before:
             settings["model"] = None  # that of the stage before, whose folder has another name in every run
         before = [*before, settings]
-        found[json.dumps(before, sort_keys=True)] = stage
+        found[json.dumps([run.seed, *before], sort_keys=True)] = stage  # the recipe's own seed chooses the examples
     return found
 
 
@@ -151,47 +149,3 @@ def _link_or_copy(source: str, target: str) -> None:
         except OSError:
             pass  # another file system, or one without links
     shutil.copy2(source, target)
-
-
-def check_sweep_output(config: SweepConfig, resume: bool) -> Path:
-    """Check that a sweep may write to its output folder; nothing is written.
-
-    With ``resume``, runs may have been added or taken away: each one's own folder tells which recipe it is of.
-
-    Raises:
-        ConfigError: If there is none, if there are files that are not from a sweep, or that a new one would overwrite,
-            or if it has searched in another way.
-    """
-    if config.output is None:
-        raise ConfigError("SweepConfig.output: missing; set output, or give --output.")
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"SweepConfig.output: {output} is a file; give the name of a new folder.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return output
-    if not (output / SWEEP_FILE).is_file():
-        raise ConfigError(
-            f"SweepConfig.output: {output} holds files, but not from a sweep (no {SWEEP_FILE}), so nothing is written "
-            "there. Choose another output."
-        )
-    if not resume:
-        raise ConfigError(
-            f"SweepConfig.output: {output} holds a sweep already. Go on with it with --resume (resume=True), or choose "
-            "another output."
-        )
-    _check_search(SweepConfig.load(output / SWEEP_FILE), config, output)
-    return output
-
-
-def _check_search(stored: SweepConfig, given: SweepConfig, output: Path) -> None:
-    """Earlier trials decide on later ones, so that all have to be of one search; it may become longer."""
-    if stored.search is None or given.search is None:
-        return
-    old, new = stored.search, given.search
-    same = replace(old, trials=new.trials) == new and new.trials >= old.trials
-    judged_by = ("recipe", "seeds", "metric", "direction", *(["x"] if new.against_x else []))
-    if not same or any(getattr(stored, name) != getattr(given, name) for name in judged_by):
-        raise ConfigError(
-            f"SweepConfig.search: {output} holds trials of another search; only trials may change, to a larger number. "
-            "Choose another output."
-        )

@@ -16,6 +16,7 @@ from hf_compress.config.recipe import DENSE
 from hf_compress.config.tasks import TASK_COLUMNS
 from hf_compress.errors import CompressionError, ConfigError
 from hf_compress.loading import load_config, loading
+from hf_compress.recipe.data_facts import data_facts
 from hf_compress.recipe.labels import number_labels
 from hf_compress.recipe.models import Loaded, load_student
 from hf_compress.recipe.splits import Splits, drop_incomplete, load_splits
@@ -34,6 +35,9 @@ class Prepared:
     """Tokenizer or image processor."""
 
     splits: Splits
+    loaded: Splits
+    """The same data before they were encoded, none left out."""
+
     student: Loaded
     collator: Callable[[Any], Any]
 
@@ -53,6 +57,14 @@ class Prepared:
         """Return the whole evaluation data, whatever the number of processes."""
         data: Any = self.splits.evaluation
         return DataLoader(data, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.collator)
+
+    def data_facts(self) -> dict[str, dict[str, Any]]:
+        """Return what tells the data from others, see ``data_facts``."""
+        data = self.recipe.dataset
+        assert data is not None
+        label = data.label_column or TASK_COLUMNS[self.task.name].label
+        names = (*data.text_columns, data.target_column, data.image_column, label)
+        return data_facts(self.loaded, [name for name in names if name is not None])
 
     def notes(self) -> tuple[str, ...]:
         """Say what was loaded."""
@@ -86,7 +98,7 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Prepared:
     processor = task.load_processor(recipe.model)
     with args.main_process_first(local=False, desc="data"):
         column = recipe.dataset.label_column or TASK_COLUMNS[recipe.task].label
-        splits = load_splits(recipe.dataset, column, args.seed)
+        splits = loaded = load_splits(recipe.dataset, column, args.seed)
         labels: tuple[str, ...] = ()
         if column is not None and task.has_classes:
             splits, labels = _numbered(splits, recipe, column, model_config)
@@ -94,7 +106,7 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Prepared:
     set_seed(args.seed)  # for a new head
     student = load_student(recipe.model, task, processor, labels)
     collator = task.collator(processor, student.model)
-    return Prepared(recipe, args, processor, splits, student, collator, labels)
+    return Prepared(recipe, args, processor, splits, loaded, student, collator, labels)
 
 
 def _numbered(splits: Splits, recipe: Recipe, column: str, model_config: Any) -> tuple[Splits, tuple[str, ...]]:

@@ -14,19 +14,20 @@ from hf_compress.callbacks.distillation import Source
 from hf_compress.callbacks.preview import Preview, count_steps, preview
 from hf_compress.callbacks.pruning import PruningCallback
 from hf_compress.config import Recipe
-from hf_compress.errors import CompressionError
 from hf_compress.recipe.before import prune_before
 from hf_compress.recipe.callbacks import make_callbacks
 from hf_compress.recipe.lora import with_adapters, without_adapters
 from hf_compress.recipe.models import Loaded
-from hf_compress.recipe.stages import Stage, with_what_is_left
+from hf_compress.recipe.stages import Stage, naming, with_what_is_left
 from hf_compress.recipe.trainer import Prepared, for_run, make_trainer
 from hf_compress.shrinking.apply import plain_copy
 from hf_compress.shrinking.shrink import shrink
 
 
-def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> dict[str, Preview]:
-    """Return the name of every stage, and what it is going to do.
+def preview_stages(
+    prepared: Prepared, stages: Sequence[Stage], scratch: Path
+) -> tuple[dict[str, Preview], tuple[str, ...]]:
+    """Return the name of every stage and what it is going to do, and the notes of all.
 
     Args:
         prepared: With the dense model.
@@ -37,16 +38,16 @@ def preview_stages(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -
         CompressionError: If one cannot be carried out; with the name of the stage, if the recipe has stages.
     """
     found: dict[str, Preview] = {}
-    try:
-        found.update(_previews(prepared, stages, scratch))  # one by one: those before an error are in it
-    except CompressionError as error:
-        if prepared.recipe.stages is None:
-            raise
-        raise type(error)(f"{stages[len(found)].name}: {error}") from error
-    return found
+    notes: list[str] = []
+    previews = _previews(prepared, stages, scratch)
+    for stage in stages:
+        with naming(prepared.recipe, stage):
+            changed, found[stage.name] = next(previews)
+        notes += changed.notes
+    return found, tuple(notes)
 
 
-def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[str, Preview]]:
+def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Iterator[tuple[Stage, Preview]]:
     student = prepared.student
     taught_by = {name for stage in stages for name in stage.recipe.teachers()}
     to_come: dict[str, PreTrainedModel] = {}
@@ -67,7 +68,7 @@ def _previews(prepared: Prepared, stages: Sequence[Stage], scratch: Path) -> Ite
         found = preview(trainer) if callbacks else Preview(count_steps(trainer), {})
         if stage.recipe.lora is not None:
             student = Loaded(without_adapters(prepared.student.model), ())
-        yield stage.name, replace(found, sections={**sections, **found.sections})
+        yield stage, replace(found, sections={**sections, **found.sections})
         trial = next((each.trial for each in callbacks if isinstance(each, PruningCallback)), None)
         if trial is not None and number < len(stages) - 1:
             small: PreTrainedModel = shrink(student.model, trial, **stage.shrink_options(), quantizers=False)

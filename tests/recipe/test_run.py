@@ -331,6 +331,7 @@ def test_a_moved_folder_is_still_of_its_recipe(tmp_path) -> None:
     recipe = recipe_files.classification(tmp_path)
     (tmp_path / "moved").mkdir()
     Recipe.from_dict(recipe).save(tmp_path / "moved" / "recipe.yaml")
+    (tmp_path / "moved" / "hf_compress_run.json").write_text('{"data": null}')
     with pytest.raises(ConfigError, match="holds a run of this recipe already"):
         run({**recipe, "output": str(tmp_path / "moved")})
 

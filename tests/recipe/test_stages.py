@@ -1,6 +1,7 @@
 """Recipes with stages: prune, shrink and heal several times; interrupted anywhere, they end as if nothing happened."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_compress.callbacks.distillation as distillation
 import hf_compress.recipe.run as runs
+import hf_compress.recipe.trial as trial
 from hf_compress import (
     CompressionError,
     ConfigError,
@@ -115,7 +117,7 @@ def test_every_stage_leaves_a_smaller_model_a_card_and_a_row(tmp_path) -> None:
     assert run_recipe(staged(tmp_path, export="dense"), resume=True) == result
 
 
-def test_a_structure_that_shares_a_budget_may_be_used_up_by_an_earlier_stage(tmp_path, monkeypatch) -> None:
+def test_a_structure_that_shares_a_budget_may_be_used_up_by_an_earlier_stage(tmp_path, monkeypatch, recwarn) -> None:
     """Under a budget of time every head may go; the next stage has feed-forward units alone to choose from."""
     compressed = runs._compressed
 
@@ -127,14 +129,17 @@ def test_a_structure_that_shares_a_budget_may_be_used_up_by_an_earlier_stage(tmp
         return shrink(small, {group.name: torch.zeros(group.num_units, dtype=torch.bool) for group in heads})
 
     monkeypatch.setattr(runs, "_compressed", without_heads)
-    with pytest.warns(UserWarning, match="compressed: earlier stages have left no heads .* met with ffn alone"):
-        result = run_recipe(staged(tmp_path, [{"pruning": SHARED, "repeat": 2}]))
+    result = run_recipe(staged(tmp_path, [{"pruning": SHARED, "repeat": 2}]))
+    (note,) = [note for note in result.notes if "left no" in note]
+    assert re.match("compressed: earlier stages have left no heads .* met with ffn alone", note)
+    assert not [warning for warning in recwarn if "left no" in str(warning.message)]
+    assert run_recipe(staged(tmp_path, [{"pruning": SHARED, "repeat": 2}]), resume=True).notes == result.notes
     first, second = (sizes(folder) for folder in result.folders.values())
     assert first[0] == second[0] <= 8  # the last head of a layer is no choice
     assert second[1] < first[1]
 
 
-def test_only_what_earlier_stages_pruned_is_left_out(tmp_path, recwarn) -> None:
+def test_only_what_earlier_stages_pruned_is_left_out(tmp_path) -> None:
     """A structure that the model never had, or that has a target of its own, is an error of the stage."""
     bare = tiny_models.bert()
     del bare.bert.encoder.layer[:]
@@ -144,7 +149,34 @@ def test_only_what_earlier_stages_pruned_is_left_out(tmp_path, recwarn) -> None:
     assert with_what_is_left(two, [one], bare) is two  # nothing is left to choose from
     own, again = stages_of(staged(tmp_path / "own", [{"pruning": pruning(heads=0.5), "repeat": 2}]), tmp_path)
     assert with_what_is_left(again, [own], bare) is again
-    assert not recwarn
+
+
+def without_heads_after_the_first(monkeypatch) -> None:
+    """Let a dry run's trial masks take all heads with the first stage."""
+    shrunk = trial.shrink
+
+    def shrink_more(model: Any, masks: Any, **options: Any) -> Any:
+        small = shrunk(model, masks, **options)
+        heads = [group for group in dimension_groups(small) if group.kind == "heads"]
+        return shrink(small, {group.name: torch.zeros(group.num_units, dtype=torch.bool) for group in heads})
+
+    monkeypatch.setattr(trial, "shrink", shrink_more)
+
+
+def test_a_dry_run_notes_what_an_earlier_stage_uses_up(tmp_path, monkeypatch, recwarn) -> None:
+    without_heads_after_the_first(monkeypatch)
+    result = run_recipe(staged(tmp_path, [{"pruning": SHARED, "repeat": 2}]), dry_run=True)
+    assert str(result).count("compressed: earlier stages have left no heads to choose from") == 1
+    assert not [warning for warning in recwarn if "left no" in str(warning.message)]
+
+
+def test_an_error_after_trained_stages_has_the_name_of_its_stage(tmp_path) -> None:
+    """A stage that prunes before it trains is not checked before the first one trains."""
+    halves = {**pruning(heads=0.5), "allocation": "per_layer"}
+    too_much = {"pruning": {"structures": {"heads": 0.9}, "criterion": "l2"}, "oneshot_batches": 1}
+    with pytest.raises(TargetError, match=r"^compressed: (?!compressed).*sparsity 0\.9 of 4 units leaves 0\.4"):
+        run_recipe(staged(tmp_path, [{"pruning": halves}, too_much]))
+    assert (tmp_path / "out" / "stage-1" / "stage.json").is_file()
 
 
 class Straight:
@@ -352,7 +384,7 @@ def test_a_model_of_nan_is_not_saved(tmp_path, number) -> None:
     stages = [{}, {"quantization": {}}]
     stages[number - 1]["training"] = {"learning_rate": 1e30, "max_grad_norm": 0.0}
     name = ("stage-1", "compressed")[number - 1]
-    with pytest.raises(TrainingError, match=f"{name}: '.*' is NaN or infinite in places after training"):
+    with pytest.raises(TrainingError, match=f"^{name}: '.*' is NaN or infinite in places after training"):
         run_recipe(staged(tmp_path, stages))
     assert not (tmp_path / "out" / name).exists() and not (tmp_path / "out" / "run.json").exists()
 
@@ -430,6 +462,10 @@ def test_in_every_stage_the_model_it_begins_with_teaches_itself(tmp_path, monkey
         ),
         ({"stages": [STAGES[0], {"prunning": {}}]}, "stage 2: .*unknown key 'prunning'; closest match: 'pruning'"),
         ({"stages": [{**STAGES[0], "repeat": 0}]}, r"StageConfig\.repeat: got 0; allowed: an int >= 1"),
+        (
+            {"stages": [{**STAGES[0], "repeat": 1_001}]},
+            r"StageConfig\.repeat: got 1001; allowed: an int in \[1, 1000\]",
+        ),
         ({"stages": [{**STAGES[0], "training": {"learning_rat": 1}}]}, r"StageConfig\.training: unknown key"),
         ({"stages": [{**STAGES[0], "training": {"output_dir": "x"}}]}, "has no place in a recipe"),
         ({"stages": [{**STAGES[0], "training": [1]}]}, "a mapping of TrainingArguments fields"),
