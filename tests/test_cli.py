@@ -249,9 +249,9 @@ def test_lengths_beyond_the_models_positions_are_refused(folder, capsys, tmp_pat
     for command in (("profile", folder, "--no-latency"), ("compare", folder, folder, "--rounds", "1")):
         code, out, err = run(capsys, *command, "--length", "100000")
         assert (code, out) == (2, "")
-        assert "--length: got 100000; allowed: at most 62 for this BertForSequenceClassification" in err
-    code, out, _ = run(capsys, "profile", folder, "--no-latency", "--json", "--length", "62")
-    assert code == 0 and json.loads(out)["inputs"]["input_ids"] == [1, 62]
+        assert "--length: got 100000; allowed: at most 38 for this BertForSequenceClassification" in err
+    code, out, _ = run(capsys, "profile", folder, "--no-latency", "--json", "--length", "38")
+    assert code == 0 and json.loads(out)["inputs"]["input_ids"] == [1, 38]
     tiny_models.bert(max_position_embeddings=8).save_pretrained(tmp_path)  # less than the default, which nobody gave
     code, out, _ = run(capsys, "profile", str(tmp_path), "--no-latency", "--json")
     assert code == 0 and json.loads(out)["inputs"]["input_ids"] == [1, 6]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import is_torch_xla_available
+from transformers.utils.import_utils import is_torch_xla_available
 
 from hf_compress.callbacks.ranks import check_launched
 from hf_compress.callbacks.teacher import base_of

@@ -19,6 +19,7 @@ from hf_compress import (
     calibrate,
     shrink,
 )
+from hf_compress.instruments.finished import modules_with_final_gates
 
 WEIGHTS = QuantizationConfig(scheme="int8_weight_only", method="ptq")
 
@@ -284,3 +285,15 @@ def test_pruning_that_misses_its_target_leaves_no_quantizers(
     with pytest.raises(TargetError, match="asked for sparsity"):
         trainer.train()
     assert instrumented(trainer.model) == []
+
+
+def test_gates_of_finished_pruning_stay_if_quantization_fails(
+    make_trainer: Any, tiny_bert: Any, classification_data: Any
+) -> None:
+    config = PruningConfig(structures={"hidden": 0.25}, begin=1, end=3, update_every=1)
+    callbacks = [PruningCallback(config), Does("on_train_end", fail), *compression(["quantization"])]
+    trainer = make_trainer(tiny_bert(), classification_data(), callbacks)
+    with pytest.raises(PowerCutError), pytest.warns(UserWarning, match="gates stay"):
+        trainer.train()
+    assert modules_with_final_gates(trainer.model) == instrumented(trainer.model) != []
+    assert instrumented(shrink(trainer)) == []

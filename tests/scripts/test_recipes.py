@@ -271,7 +271,7 @@ def arguments_for(name: str, root: Path) -> tuple[list[str], dict]:
 
 
 def test_an_output_folder_that_cannot_be_is_one_message(scripts, tmp_path, capsys) -> None:
-    arguments, whole = arguments_for("run_text_classification", tmp_path)
+    arguments, _ = arguments_for("run_text_classification", tmp_path)
     arguments[arguments.index("--output_dir") + 1] = str(tmp_path / ("x" * 300))
     script, shared = scripts("run_text_classification"), scripts("recipe_script")
     with pytest.raises(SystemExit, match="2"):
