@@ -294,7 +294,8 @@ def test_a_run_killed_while_it_saves_is_finished_by_resume(tmp_path, monkeypatch
 )
 def test_recipes_use_the_cpu_where_there_is_nothing_else(tmp_path, monkeypatch, available, said, expected) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
-    assert training_arguments(Recipe(training={"seed": 1, **said}), tmp_path).use_cpu is expected
+    recipe = Recipe(pruning=recipe_files.PRUNING, training={"seed": 1, **said})
+    assert training_arguments(recipe, tmp_path).use_cpu is expected
 
 
 def test_processes_that_training_arguments_do_not_count_are_refused(tmp_path, monkeypatch) -> None:

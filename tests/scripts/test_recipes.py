@@ -274,6 +274,7 @@ def test_an_output_folder_that_cannot_be_is_one_message(scripts, tmp_path, capsy
     arguments, _ = arguments_for("run_text_classification", tmp_path)
     arguments[arguments.index("--output_dir") + 1] = str(tmp_path / ("x" * 300))
     script, shared = scripts("run_text_classification"), scripts("recipe_script")
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         shared.main("text-classification", script.TextArguments, script.columns, arguments)
     printed = capsys.readouterr().err
