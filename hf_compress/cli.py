@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
@@ -15,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from hf_compress.commands import make_parser
 from hf_compress.config import QuantizationConfig, SweepConfig
-from hf_compress.errors import CompressionError, ConfigError, ExportError, SweepError
+from hf_compress.errors import CompressionError, ConfigError, ExportError, SweepError, message_of
 from hf_compress.export.card import write_card
 from hf_compress.export.contents import contents_of
 from hf_compress.export.hub import push_to_hub
@@ -31,7 +32,7 @@ from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.run import run_recipe
 from hf_compress.recipe.sensitivity import sensitivity_on_recipe
 from hf_compress.recipe.sweep import run_sweep
-from hf_compress.report.compare import compare
+from hf_compress.report.compare import DEFAULT_LENGTH, compare
 from hf_compress.report.html import write_report
 from hf_compress.report.inspect import inspect_groups
 from hf_compress.report.profile import profile
@@ -55,18 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         sys.stdout.write(f"{COMMANDS[given.command](given)}\n")
-    except CompressionError as error:
-        return _fail(str(error))
-    except OSError as error:  # of a file or folder that was named
-        if error.filename is None:
-            raise
-        return _fail(f"{error.filename}: {error.strerror}. Name another file or folder, or mend its permissions.")
+    except (CompressionError, OSError) as error:
+        sys.stderr.write(f"error: {message_of(error)}\n")
+        return EXIT_ERROR
     return 0
-
-
-def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return EXIT_ERROR
 
 
 def _inspect(given: argparse.Namespace) -> str:
@@ -113,15 +106,29 @@ def _compressed_note(model: PreTrainedModel) -> str:
 
 def _profile(given: argparse.Namespace) -> str:
     model = load_model(given.model, given.auto_class)
-    inputs = make_example_inputs(model, given.batch_size, given.length)
+    inputs = _text_inputs(model, given.batch_size, given.length)
     directory = given.model if Path(given.model).is_dir() else None
     found = profile(model, inputs, latency=not given.no_latency, directory=directory)
     return json.dumps(found.to_dict(), indent=2) if given.json else str(found)
 
 
+def _text_inputs(model: PreTrainedModel, batch_size: int, length: int | None) -> dict[str, Any]:
+    """Return example inputs; the last positions, which some models reserve, are left free.
+
+    Raises:
+        ConfigError: If the model has fewer positions than the length that was given.
+    """
+    inputs = make_example_inputs(model, batch_size, DEFAULT_LENGTH if length is None else length)
+    longest = min((inputs[name].shape[-1] for name in ("input_ids", "decoder_input_ids") if name in inputs), default=0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if length is not None and 0 < longest < length and length > positions:
+        raise ConfigError(f"--length: got {length}; allowed: at most {positions}, the positions of this model.")
+    return inputs
+
+
 def _compare(given: argparse.Namespace) -> str:
     dense, small = (load_model(name, given.auto_class) for name in (given.dense, given.compressed))
-    inputs = {f"batch {size}": make_example_inputs(dense, size, given.length) for size in given.batch_sizes}
+    inputs = {f"batch {size}": _text_inputs(dense, size, given.length) for size in given.batch_sizes}
     names = ("dense", "compressed")
     folders = zip(names, (given.dense, given.compressed), strict=True)
     others, notes = {}, []

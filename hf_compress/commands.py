@@ -8,6 +8,7 @@ from hf_compress.latency.timing import DEFAULT_ROUNDS
 from hf_compress.report.compare import DEFAULT_LENGTH
 from hf_compress.report.html import REPORT_FILE
 
+LENGTH_HELP = f"tokens (default: {DEFAULT_LENGTH}, or as many as the model allows)"
 MODEL_HELP = "Hub name or folder of a model"
 
 
@@ -125,7 +126,7 @@ def _add_measuring(commands: Any, loading: argparse.ArgumentParser) -> None:
     measure = commands.add_parser("profile", parents=[loading], help="parameters, operations, bytes, memory, latency")
     measure.add_argument("model", help=MODEL_HELP)
     measure.add_argument("--batch-size", type=_count, default=1, help="examples per batch (default: 1)")
-    measure.add_argument("--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})")
+    measure.add_argument("--length", type=_count, help=LENGTH_HELP)
     measure.add_argument("--no-latency", action="store_true", help="count only, do not time")
     measure.add_argument("--json", action="store_true", help="print JSON")
 
@@ -133,7 +134,7 @@ def _add_measuring(commands: Any, loading: argparse.ArgumentParser) -> None:
     both.add_argument("dense", help=MODEL_HELP)
     both.add_argument("compressed", help=MODEL_HELP)
     both.add_argument("--batch-sizes", type=_count, nargs="+", default=[1, 32], help="latencies (default: 1 32)")
-    both.add_argument("--length", type=_count, default=DEFAULT_LENGTH, help=f"tokens (default: {DEFAULT_LENGTH})")
+    both.add_argument("--length", type=_count, help=LENGTH_HELP)
     both.add_argument("--rounds", type=_count, default=DEFAULT_ROUNDS, help=f"default: {DEFAULT_ROUNDS}")
     both.add_argument("--compile", action="store_true", help="also time the compressed model under torch.compile")
     both.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default: text")

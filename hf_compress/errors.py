@@ -36,6 +36,19 @@ class SweepError(CompressionError):
     """Runs of a sweep that failed; the others are finished."""
 
 
+def message_of(error: CompressionError | OSError) -> str:
+    """Return what a command says of an error that is not a fault of the program.
+
+    Raises:
+        OSError: The error itself, if it names no file or folder.
+    """
+    if isinstance(error, CompressionError):
+        return str(error)
+    if error.filename is None:
+        raise error
+    return f"{error.filename}: {error.strerror}. Name another file or folder, or mend its permissions."
+
+
 MAX_SHOWN = 300
 """Characters of a value in a message; files of others may hold megabytes."""
 

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_compress import CompressionError, ConfigError, Recipe, RunResult, run_recipe
+from hf_compress.errors import message_of
 from hf_compress.reading import read_json
 from hf_compress.recipe.overrides import load_recipe
 from hf_compress.recipe.tasks.table import TASKS_BY_NAME
@@ -119,8 +120,8 @@ def main(task: str, kind: type, columns: Columns, arguments: Sequence[str] | Non
         given = parse(task, kind, sys.argv[1:] if arguments is None else arguments)
         recipe, resume = build_recipe(task, kind, columns, given)
         result = run_recipe(recipe, dry_run=given["dry_run"], resume=resume)
-    except CompressionError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (CompressionError, OSError) as error:
+        sys.stderr.write(f"error: {message_of(error)}\n")
         sys.exit(2)
     if int(os.environ.get("RANK", "0")) == 0:
         print(result)

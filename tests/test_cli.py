@@ -238,6 +238,27 @@ def test_errors_of_the_system_name_the_file(capsys, monkeypatch) -> None:
     )
 
 
+def test_errors_of_the_system_without_a_file_are_faults_of_the_program(monkeypatch) -> None:
+    def broken(_: object) -> str:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, "card", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["card", "x"])
+
+
+def test_lengths_beyond_the_models_positions_are_refused(folder, capsys, tmp_path) -> None:
+    for command in (("profile", folder, "--no-latency"), ("compare", folder, folder, "--rounds", "1")):
+        code, out, err = run(capsys, *command, "--length", "100000")
+        assert (code, out) == (2, "")
+        assert "--length: got 100000; allowed: at most 40, the positions of this model." in err
+    code, out, _ = run(capsys, "profile", folder, "--no-latency", "--json", "--length", "38")
+    assert code == 0 and json.loads(out)["inputs"]["input_ids"] == [1, 38]
+    tiny_models.bert(max_position_embeddings=8).save_pretrained(tmp_path)  # less than the default, which nobody gave
+    code, out, _ = run(capsys, "profile", str(tmp_path), "--no-latency", "--json")
+    assert code == 0 and json.loads(out)["inputs"]["input_ids"] == [1, 6]
+
+
 def test_misspelled_commands_and_counts_end_with_usage(folder, capsys) -> None:
     for arguments in (("inspekt", folder), ("profile", folder, "--batch-size", "0"), ()):
         with pytest.raises(SystemExit) as stop:

@@ -73,7 +73,8 @@ class CompressionCallback(TrainerCallback):
 
     Nothing is installed before ``on_train_begin``, which may come several times (a second ``train()``, a smaller
     batch size after running out of memory, a new model from ``model_init``): what an earlier begin left is taken off
-    first. If anything fails while training begins or ends, all compression callbacks of the Trainer are taken off.
+    first. If anything fails while training begins or ends, all compression callbacks of the Trainer are taken off that
+    have not finished.
     """
 
     section: ClassVar[str]
@@ -256,6 +257,9 @@ class CompressionCallback(TrainerCallback):
         """Leave a run that failed, if there is one, and take off what the last one left."""
         self._run = None
         self._remove()
+
+    def _run_failed(self) -> None:
+        """Called after ``_stop`` if another compression callback does not come to its end."""
 
     def _find_trainer(self) -> Trainer:
         known = self._trainer() if self._trainer is not None else None

@@ -212,6 +212,9 @@ class QuantizationCallback(CompressionCallback):
             self._quantized.remove()
             self._installed = False
 
+    def _run_failed(self) -> None:
+        self._remove()  # they would round a model whose other compression never came about
+
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         facts = {
             "trained": self._trained,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.errors import TrainingError
@@ -152,6 +152,24 @@ def check_parallelism(trainer: Trainer) -> None:
         raise TrainingError(f"parameter {sharded!r} is a DTensor, but the Trainer does not run FSDP. {remedy}")
     if isinstance(getattr(fsdp, "cpu_offload", None), CPUOffloadPolicy):
         raise TrainingError("FSDP keeps the weights on the CPU, away from their gates. Set offload_params to false.")
+
+
+def check_launched(args: TrainingArguments) -> None:
+    """Check that the Trainer counts the processes that a launcher says it started.
+
+    Without ``use_cpu`` it starts no process group on CPUs, and every process would take itself for the first.
+
+    Raises:
+        TrainingError: If ``WORLD_SIZE`` is more than 1 and the Trainer knows of one process.
+    """
+    given = os.environ.get(_SIZES[0], "1")
+    if args.world_size == 1 and given.isdecimal() and int(given) > 1:
+        raise TrainingError(
+            f"{_SIZES[0]} is {given} in the environment: a launcher started {given} processes. But "
+            "TrainingArguments.world_size is 1: each would train alone and write the same files as the others. On CPUs "
+            "pass TrainingArguments(use_cpu=True). On GPUs start the processes with torchrun --nproc_per_node N, at "
+            f"most one per GPU. If one process is all there is to be, unset {_SIZES[0]}."
+        )
 
 
 def warn_of_lost_processes() -> None:

@@ -34,12 +34,17 @@ class Member(Protocol):
         """Leave a run that failed, with everything as it was before."""
         ...
 
+    def _run_failed(self) -> None:
+        """Take off what is of no use alone: this callback had finished, but another one of the run has not."""
+        ...
+
 
 class Session:
     """Opened by the first callback that begins, closed once the last has left.
 
     If training ends with an exception, all callbacks are taken off before it goes on its way, so that neither model
     nor teacher nor Trainer keeps anything. Exceptions that are caught inside the Trainer's loop do not end training.
+    One that comes once the last callback has left, from somebody else's ``on_train_end``, finds the work done.
 
     Args:
         trainer: The Trainer, whose training begins.
@@ -52,6 +57,7 @@ class Session:
         self.state = trainer.state
         """Every run has its own."""
         self.members: list[Member] = []
+        self._finished: list[Member] = []
         self._is_complete = self.state.global_step >= self.state.max_steps
         self._depth = 0
         self._undo = ExitStack()
@@ -81,14 +87,18 @@ class Session:
     def leave(self, member: Member) -> None:
         """Let a callback that has finished go."""
         self.members = [each for each in self.members if each is not member]
+        self._finished.append(member)
         if not self.members:
+            self._finished.clear()  # the run is complete: whatever fails now, what it made stays
             self._undo.close()
 
     def take_off(self) -> None:
-        """End the run for all callbacks, as if it had not begun."""
+        """End the run for all callbacks, as if it had not begun; finished pruning, which is in the weights, stays."""
         members, self.members = self.members, []
         for member in members:
             member._take_off()
+        for member in self._finished:
+            member._run_failed()
         self._undo.close()
 
     def check_complete(self) -> None:

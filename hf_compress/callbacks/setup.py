@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 from hf_compress.callbacks.access import plain_model
-from hf_compress.callbacks.ranks import check_parallelism, warn_of_lost_processes
+from hf_compress.callbacks.ranks import check_launched, check_parallelism, warn_of_lost_processes
 from hf_compress.errors import TrainingError
 
 
@@ -14,7 +14,8 @@ def check_setup(trainer: Trainer) -> None:
 
     Raises:
         TrainingError: For nn.DataParallel, DeepSpeed, FSDP version 1, tensor, context and sequence parallelism, a
-            quantized model, or trainable parameters that the optimizer does not have.
+            quantized model, trainable parameters that the optimizer does not have, or launched processes that the
+            Trainer does not count.
     """
     if trainer.args.n_gpu > 1:
         raise TrainingError(
@@ -26,6 +27,7 @@ def check_setup(trainer: Trainer) -> None:
     if _fsdp_version(trainer) == 1:
         raise TrainingError("FSDP version 1 flattens parameters. Set fsdp_config={'version': 2}, or use DDP.")
     check_parallelism(trainer)
+    check_launched(trainer.args)
     warn_of_lost_processes()
     given: Any = trainer.model
     model = plain_model(given)

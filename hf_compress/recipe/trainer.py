@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.import_utils import is_torch_xla_available
 
+from hf_compress.callbacks.ranks import check_launched
 from hf_compress.callbacks.teacher import base_of
 from hf_compress.callbacks.teachers import STUDENT
 from hf_compress.config import Recipe
@@ -149,12 +151,20 @@ def next_student(prepared: Prepared, recipe: Recipe) -> Loaded:
 def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
     """Return the recipe's training arguments.
 
+    Where there is no accelerator they say ``use_cpu``, unless the recipe says something: only then do several processes
+    on CPUs train together.
+
     Raises:
-        ConfigError: If transformers refuses one.
+        ConfigError: If transformers refuses one, or one has no effect.
+        TrainingError: If the recipe has them count one process where a launcher started several.
     """
     task = TASKS_BY_NAME.get(str(recipe.task))
     kind = TrainingArguments if task is None else task.arguments_class
-    defaults = {"dataloader_pin_memory": torch.cuda.is_available(), **(task.default_arguments if task else {})}
+    defaults = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not (torch.accelerator.is_available() or is_torch_xla_available()),
+        **(task.default_arguments if task else {}),
+    }
     given = {**defaults, **(recipe.training or {})}
     if given.get("metric_for_best_model") is not None and given.get("eval_strategy", "no") in ("no", False):
         raise ConfigError(
@@ -162,9 +172,11 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
             "while training, so it would have no effect. Set eval_strategy, or leave it out."
         )
     try:
-        return kind(output_dir=str(checkpoints), **given)
+        args = kind(output_dir=str(checkpoints), **given)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"Recipe.training: transformers refuses it: {' '.join(str(error).split())}") from error
+    check_launched(args)
+    return args
 
 
 def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> Trainer:

@@ -379,6 +379,33 @@ def test_setups_in_which_callbacks_cannot_work_are_refused(
         check_setup(trainer)
 
 
+@pytest.mark.parametrize(
+    ("world", "counted", "refused"), [("2", 1, True), ("1", 1, False), ("", 1, False), ("2", 2, False)]
+)
+def test_launched_processes_that_the_trainer_does_not_count_are_refused(
+    make_trainer: Any,
+    tiny_bert: Any,
+    classification_data: Any,
+    monkeypatch: Any,
+    world: str,
+    counted: int,
+    refused: bool,
+) -> None:
+    diary = Diary()
+    trainer = make_trainer(tiny_bert(), classification_data(), [diary])
+    # Set afterwards: with use_cpu, TrainingArguments would wait for the other process.
+    monkeypatch.setenv("WORLD_SIZE", world)
+    if refused:
+        with pytest.raises(
+            TrainingError, match=r"WORLD_SIZE is 2 .*\.world_size is 1.*TrainingArguments\(use_cpu=True\)"
+        ):
+            trainer.train()
+        assert "start" not in diary.events
+    else:
+        trainer.args.distributed_state = SimpleNamespace(num_processes=counted)
+        check_setup(trainer)
+
+
 @pytest.mark.parametrize(("version", "refused"), [(1, True), (2, False)])
 def test_fsdp_needs_version_2(
     make_trainer: Any, tiny_bert: Any, classification_data: Any, version: int, refused: bool

@@ -10,7 +10,18 @@ import torch
 from training_runs import METHODS, Recorder, compression, instrumented, same
 from transformers import Trainer, TrainerCallback
 
-from hf_compress import PruningCallback, PruningConfig, TrainingError, shrink
+from hf_compress import (
+    PruningCallback,
+    PruningConfig,
+    QuantizationConfig,
+    TargetError,
+    TrainingError,
+    calibrate,
+    shrink,
+)
+from hf_compress.instruments.finished import modules_with_final_gates
+
+WEIGHTS = QuantizationConfig(scheme="int8_weight_only", method="ptq")
 
 
 class PowerCutError(BaseException):
@@ -220,3 +231,69 @@ def test_gates_of_a_finished_run_are_not_taken_off(make_trainer: Any, tiny_bert:
     make_trainer(small, classification_data(), [*compression(["distillation"], tiny_bert(seed=1)), recorder]).train()
     assert len(recorder.weights) == 4
     assert torch.isfinite(recorder.weights[-1]["classifier.weight"]).all()
+
+
+def masks_made(trainer: Any) -> bool:
+    (pruning,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, PruningCallback))
+    return pruning.masked_model is trainer.model
+
+
+@pytest.mark.parametrize(
+    ("names", "position", "left", "pruned"),
+    [
+        (("quantization", "pruning"), 1, 0, False),
+        (("pruning", "quantization"), 1, 0, True),
+        (("pruning", "quantization"), 2, 13, True),
+    ],
+    ids=["before pruning ends", "before quantization ends", "after all have ended"],
+)
+def test_an_exception_of_another_callback_while_training_ends(
+    make_trainer: Any, tiny_bert: Any, classification_data: Any, names: Any, position: int, left: int, pruned: bool
+) -> None:
+    """Fake quantizers stay where all compression has finished, and pruning that has finished is in the weights."""
+    callbacks: list[Any] = compression(names)
+    callbacks.insert(position, Does("on_train_end", fail))
+    trainer = make_trainer(tiny_bert(), classification_data(), callbacks)
+    with pytest.raises(PowerCutError):
+        trainer.train()
+    assert len(instrumented(trainer.model)) == left
+    assert masks_made(trainer) == pruned
+    if pruned:
+        assert shrink(trainer).num_parameters() < trainer.model.num_parameters()
+    if left:
+        with pytest.raises(TargetError, match=r"has a fake quantizer already.*Call detach\(\) first"):
+            calibrate(trainer.model, None, WEIGHTS)
+        callbacks[1].detach()
+        assert calibrate(trainer.model, None, WEIGHTS).layers
+    trainer.remove_callback(Does)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantizers that were calibrated go
+        trainer.train()
+    assert len(instrumented(trainer.model)) == 13 and masks_made(trainer)
+
+
+def test_pruning_that_misses_its_target_leaves_no_quantizers(
+    make_trainer: Any, tiny_bert: Any, classification_data: Any
+) -> None:
+    def stop(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+    stops = TrainerCallback()
+    stops.on_step_end = stop  # type: ignore[method-assign]
+    callbacks = [*compression(["quantization", "pruning"]), stops]
+    trainer = make_trainer(tiny_bert(), classification_data(), callbacks)
+    with pytest.raises(TargetError, match="asked for sparsity"):
+        trainer.train()
+    assert instrumented(trainer.model) == []
+
+
+def test_gates_of_finished_pruning_stay_if_quantization_fails(
+    make_trainer: Any, tiny_bert: Any, classification_data: Any
+) -> None:
+    config = PruningConfig(structures={"hidden": 0.25}, begin=1, end=3, update_every=1)
+    callbacks = [PruningCallback(config), Does("on_train_end", fail), *compression(["quantization"])]
+    trainer = make_trainer(tiny_bert(), classification_data(), callbacks)
+    with pytest.raises(PowerCutError), pytest.warns(UserWarning, match="gates stay"):
+        trainer.train()
+    assert modules_with_final_gates(trainer.model) == instrumented(trainer.model) != []
+    assert instrumented(shrink(trainer)) == []

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import hf_compress.recipe.run as runs
-from hf_compress import ConfigError, Ramp, Recipe, run_recipe
+from hf_compress import ConfigError, Ramp, Recipe, TrainingError, run_recipe
+from hf_compress.recipe.trainer import training_arguments
 from hf_compress.report.results import Results
 
 
@@ -288,13 +289,33 @@ def test_a_run_killed_while_it_saves_is_finished_by_resume(tmp_path, monkeypatch
     assert ffn_units(result.folders["compressed"]) == 44
 
 
+@pytest.mark.parametrize(
+    ("available", "said", "expected"), [(False, {}, True), (True, {}, False), (False, {"use_cpu": False}, False)]
+)
+def test_recipes_use_the_cpu_where_there_is_nothing_else(tmp_path, monkeypatch, available, said, expected) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
+    recipe = Recipe(pruning=recipe_files.PRUNING, training={"seed": 1, **said})
+    assert training_arguments(recipe, tmp_path).use_cpu is expected
+
+
+def test_processes_that_training_arguments_do_not_count_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = recipe_files.classification(tmp_path, training={**recipe_files.TRAINING, "use_cpu": False})
+    with pytest.raises(TrainingError, match=r"a launcher started 2 processes.*use_cpu=True"):
+        run(recipe)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.multiprocess
 def test_two_processes_save_once(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
-    Recipe.from_dict(recipe_files.classification(tmp_path)).save(path)
+    training = {name: value for name, value in recipe_files.TRAINING.items() if name != "use_cpu"}
+    Recipe.from_dict(recipe_files.classification(tmp_path, training=training)).save(path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "hf_compress.cli", "run", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy (%)") == 1
     folder = tmp_path / "out" / "compressed"

@@ -270,6 +270,18 @@ def arguments_for(name: str, root: Path) -> tuple[list[str], dict]:
     return [text for key, value in given.items() for text in (f"--{key}", str(value))], whole
 
 
+def test_an_output_folder_that_cannot_be_is_one_message(scripts, tmp_path, capsys) -> None:
+    arguments, _ = arguments_for("run_text_classification", tmp_path)
+    arguments[arguments.index("--output_dir") + 1] = str(tmp_path / ("x" * 300))
+    script, shared = scripts("run_text_classification"), scripts("recipe_script")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        shared.main("text-classification", script.TextArguments, script.columns, arguments)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/xxx") and printed.count("\n") == 1
+    assert "File name too long. Name another file or folder" in printed
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_leaves_a_smaller_model_with_a_card(scripts, name, tmp_path, capsys, monkeypatch) -> None:
     full = measuring.compare
@@ -369,10 +381,13 @@ def test_a_file_of_arguments_that_cannot_be_read_is_one_message(scripts, tmp_pat
 @pytest.mark.slow
 def test_two_processes_run_a_script(tmp_path) -> None:
     arguments, whole = arguments_for("run_text_classification", tmp_path)
+    position = arguments.index("--use_cpu")
+    del arguments[position : position + 2]  # where there is no accelerator, recipes say it themselves
     root = Path(__file__).parents[2]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     script = str(root / "scripts" / "run_text_classification.py")
     done = subprocess.run([*launch, script, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
