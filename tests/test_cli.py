@@ -177,9 +177,10 @@ def test_every_command_of_the_parser_is_carried_out() -> None:
     assert set(commands) == set(cli.COMMANDS)
 
 
-def test_python_m_is_the_same_command(folder, capsys, monkeypatch) -> None:
-    expected = run(capsys, "inspect", folder)
-    monkeypatch.setattr("sys.argv", ["hf_compress", "inspect", folder])
+def test_python_m_is_the_same_command(capsys, monkeypatch, tmp_path) -> None:
+    expected = run(capsys, "card", str(tmp_path))
+    assert expected[0] == 2
+    monkeypatch.setattr("sys.argv", ["hf_compress", "card", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("hf_compress", run_name="__main__")
     assert (ended.value.code, *capsys.readouterr()) == expected

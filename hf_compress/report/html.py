@@ -50,7 +50,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     """
     directory = Path(directory)
     path = directory / REPORT_FILE if path is None else Path(path)
-    if path.is_file() and WRITTEN_BY.encode() not in path.read_bytes():
+    if path.is_file() and not path.is_symlink() and WRITTEN_BY.encode() not in path.read_bytes():
         raise ConfigError(f"{path}: is there already, and no report, so it is not overwritten. Give another file.")
     page = _page(directory)
     try:

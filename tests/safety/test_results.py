@@ -211,6 +211,7 @@ def test_a_report_replaces_links(name, run) -> None:
 @pytest.mark.parametrize("name", ["README.md", "kept_units.png", "recipe.yaml"])
 def test_a_card_follows_no_links(name, run) -> None:
     folder = run / "compressed"
+    (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(make_outside(run) / "secret.json")
     refused(run, lambda: write_card(folder), name, ExportError)
 
