@@ -127,6 +127,7 @@ def test_gates_keep_no_activation(work) -> None:
     assert 0 < gated["kept for backward"] - plain["kept for backward"] <= 3 * (32 + 64) * 8
 
 
+@pytest.mark.slow
 def test_measurements_are_printed_as_json() -> None:
     command = [sys.executable, str(BENCH / "overhead_work.py"), "time", "tiny", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

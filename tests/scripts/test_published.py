@@ -18,7 +18,7 @@ from hf_compress.recipe.overrides import change_setting, load_recipe
 RECIPES = sorted(published.RECIPES.glob("*.yaml"))
 SWEEPS = sorted((published.RECIPES / "sweeps").glob("*.yaml"))
 MANY_STAGES = ("bert_mnli", "bert_mnli_ziplm", "t5_wmt16", "vit_cifar10")
-LONG = ("bert_mnli", "bert_mnli_cofi", "bert_mnli_grain", "bert_mnli_ziplm", "t5_wmt16", "vit_cifar10")
+LONG = (*MANY_STAGES, "bert_mnli_cofi", "bert_mnli_grain", "bert_sst2_jpqd")
 """Runs of more than about ten seconds. The scripts' own tests run every task in seconds."""
 
 ALL = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
