@@ -31,6 +31,9 @@ SAFE: Mapping[str, bool] = {"trust_remote_code": False, "use_safetensors": True}
 MAX_NESTING = 8
 """Configs in each other."""
 
+_ALL_CONFIGS = "Model type should be one of"
+"""Before the names of all configs that a class of transformers knows, which help nobody."""
+
 _COUNTS = ("layers", "n_layer", "depth", "blocks", "experts", "stages")
 """What names of fields have in them that say how many modules there are."""
 
@@ -50,7 +53,7 @@ def loading(name: str) -> Iterator[None]:
     except CompressionError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()).partition(_ALL_CONFIGS)[0].rstrip()
         text = "".join(each if each.isprintable() else "?" for each in text[:MAX_MESSAGE])
         here = (
             " There is no such folder here, either." if isinstance(error, OSError) and not Path(name).exists() else ""

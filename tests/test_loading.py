@@ -68,6 +68,13 @@ def test_shrunk_models_with_wide_layers_load(tmp_path) -> None:
     assert loaded.model.layers[1].mlp.up_proj.out_features == 11_006
 
 
+def test_a_model_that_is_none_for_the_task_is_an_error_without_a_list_of_all_that_are(tmp_path) -> None:
+    tiny_models.bert().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        load_student(str(tmp_path), TASKS_BY_NAME["seq2seq-lm"], None, ())
+    assert str(raised.value).endswith("for this kind of AutoModel: AutoModelForSeq2SeqLM.")
+
+
 @pytest.fixture
 def pickled(tmp_path):
     """The folder of a model that was saved as torch does it by itself."""
