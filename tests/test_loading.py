@@ -4,6 +4,8 @@ import hostile
 import pytest
 import tiny_models
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compress.callbacks.teacher import load_teacher
@@ -83,6 +85,22 @@ def pickled(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     return tmp_path
+
+
+def test_adapters_that_are_pickled_alone_are_refused(tmp_path, tiny_bert, monkeypatch) -> None:
+    """Also those of the Hub, where there is no folder to look at before."""
+    student = tiny_bert()
+    student.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert load_teacher(str(tmp_path / "adapter"), student).num_parameters() > 0
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    monkeypatch.setattr("hf_compress.callbacks.teacher.check_weights", lambda name: None)
+    with pytest.raises(TrainingError, match=r"no adapter_model\.safetensors, and pickled adapters are not loaded"):
+        load_teacher(str(tmp_path / "adapter"), student)
 
 
 def test_pickled_weights_are_refused(pickled, tiny_bert) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from hf_compress.callbacks.same_task import Task, check_same_task
 from hf_compress.errors import TrainingError
@@ -199,6 +199,8 @@ def _load(name: str, student: PreTrainedModel, dtype: str | None) -> tuple[PreTr
     base = adapter.get("base_model_name_or_path", name)
     for each in {name, base}:
         check_weights(each)
+    if adapter and cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        raise ValueError(f"{name}: it has no {ADAPTER_SAFE_WEIGHTS_NAME}, and pickled adapters are not loaded.")
     options: dict[str, Any] = {"output_loading_info": True, "dtype": dtype or "auto", **SAFE}
     in_adapter = set(adapter.get("modules_to_save") or ())
     if in_adapter and student.get_output_embeddings() is None:  # type: ignore[no-untyped-call]

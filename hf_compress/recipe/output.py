@@ -1,7 +1,6 @@
 """The output folder of a run: whose it is, what a run would replace there, and what the run began with."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_compress.callbacks.state import JSON_FILE as STATE_FILE
 from hf_compress.config import Recipe
 from hf_compress.errors import ConfigError
-from hf_compress.reading import read_json
+from hf_compress.reading import read_json, write_new
 from hf_compress.recipe.result import CHECKPOINTS, RECIPE_FILE, RESULT_FILE, RunResult
 from hf_compress.recipe.stages import FACTS_FILE, SMALL, stages_of
 
@@ -40,7 +39,7 @@ def make_output(recipe: Recipe, output: Path, data: DataFacts | None) -> None:
         if not (output / RECIPE_FILE).is_file():
             recipe.save(output / RECIPE_FILE)
         if not (output / BEGUN_FILE).is_file() or stored_data(output) is None:
-            write_json(output / BEGUN_FILE, {"data": data})
+            write_new(output / BEGUN_FILE, json.dumps({"data": data}, indent=2))
     except OSError as error:
         raise ConfigError(
             f"Recipe.output: {output} cannot be written ({error}). Choose another output, or mend its permissions."
@@ -163,13 +162,6 @@ def stored_data(output: Path) -> DataFacts | None:
         raise ConfigError(
             f"{path}: is damaged ({error!r}). Restore it, or choose another output to begin again."
         ) from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a file under another name first: other processes, and those after a kill, find a whole one or none."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _written(recipe: Recipe, output: Path) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
@@ -19,6 +18,7 @@ from hf_compress.export.formats.table import find_format
 from hf_compress.export.quantized import check_format, check_storable, export_quantized
 from hf_compress.graph.model import dimension_groups
 from hf_compress.instruments.quantize import attached_quantizers
+from hf_compress.instruments.sharded import first_not_finite
 from hf_compress.loading import loading
 from hf_compress.ptq.stored import apply_calibration_config
 from hf_compress.recipe.before import prune_before
@@ -219,12 +219,12 @@ def _compressed(trainer: Trainer, stage: Stage) -> PreTrainedModel:
 
 def _check_finite(small: PreTrainedModel) -> None:
     """Check that training has not destroyed the model: classes of NaN logits have an accuracy as well."""
-    for name, weight in small.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise TrainingError(
-                f"{name!r} is NaN or infinite in places after training, so the model is not saved. Check "
-                "the learning rate, the precision and the data, and begin again with another output."
-            )
+    name = first_not_finite(small)
+    if name is not None:
+        raise TrainingError(
+            f"{name!r} is NaN or infinite in places after training, so the model is not saved. Check the learning "
+            "rate, the precision and the data, and begin again with another output."
+        )
 
 
 def _results(stages: Sequence[Stage], prepared: Prepared, output: Path) -> tuple[dict[str, Path], dict[str, Facts]]:

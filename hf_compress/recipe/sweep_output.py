@@ -1,5 +1,6 @@
 """The output folder of a sweep: whose it is, and what a sweep would replace there."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,8 +10,8 @@ from typing import Any
 from hf_compress.config import SweepConfig
 from hf_compress.config.sweep import TRIAL
 from hf_compress.errors import ConfigError
-from hf_compress.reading import read_json
-from hf_compress.recipe.output import has_begun, refuse_taken, write_json
+from hf_compress.reading import read_json, write_new
+from hf_compress.recipe.output import has_begun, refuse_taken
 from hf_compress.recipe.result import RECIPE_FILE
 from hf_compress.recipe.sweep_plan import PlannedRun, with_recipe
 from hf_compress.recipe.sweep_result import CHART_FILE, JSON_FILE, TABLE_FILE
@@ -87,7 +88,7 @@ def make_sweep_output(config: SweepConfig, planned: Sequence[PlannedRun], output
     output.mkdir(parents=True, exist_ok=True)
     path, begun = output / SWEEP_FILE, output / BEGUN_FILE
     is_own = path.is_file() and (not _has_begun(config, planned, output) or _stored(output)[1])
-    write_json(begun, {"sweep": config.to_dict(), "own_file": is_own})
+    write_new(begun, json.dumps({"sweep": config.to_dict(), "own_file": is_own}, indent=2))
     if not is_own:
         partial = output / f"partial-{SWEEP_FILE}"
         config.save(partial)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_compress.config import SweepConfig
 from hf_compress.config.sweep import SIZES
+from hf_compress.reading import write_new
 from hf_compress.recipe.result import RunResult
 from hf_compress.recipe.stages import SMALL
 from hf_compress.recipe.sweep_plan import PlannedRun
@@ -106,13 +107,8 @@ class SweepResult:
             }
             picture = self.output / CHART_FILE
             os.replace(plot_pareto(chart, picture.with_name(f"partial-{picture.name}")), picture)
-            self._write(TABLE_FILE, f"{self._markdown(table)}\n")
-        self._write(JSON_FILE, json.dumps(data, indent=2))
-
-    def _write(self, name: str, text: str) -> None:
-        partial = self.output / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.output / name)
+            write_new(self.output / TABLE_FILE, f"{self._markdown(table)}\n")
+        write_new(self.output / JSON_FILE, json.dumps(data, indent=2))
 
     def _markdown(self, table: SweepTable) -> str:
         lines = [table.to_markdown(), "", *(f"- best trial: {name}" for name in self.best)]

@@ -1,14 +1,13 @@
 """Runs whose settings optuna chooses."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_compress.config import ParameterSpace, SearchConfig
 from hf_compress.errors import ConfigError
-from hf_compress.reading import read_json
+from hf_compress.reading import read_json, write_new
 
 TRIALS_FILE = "trials.json"
 
@@ -60,7 +59,7 @@ def run_trials(search: SearchConfig, num_values: int, output: Path, judge: Judge
             settings = {name: _suggest(trial, name, space) for name, space in search.space.items()}
             if number >= len(known):
                 known.append(settings)
-                _write(output / TRIALS_FILE, known)
+                write_new(output / TRIALS_FILE, json.dumps(known, indent=2))
             values = judge(number, settings)
             if values is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -85,9 +84,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [dict(each) for each in read_json(path)]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: is damaged ({error!r}). Choose another output to search again.") from error
-
-
-def _write(path: Path, trials: Sequence[Mapping[str, Any]]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(list(trials), indent=2), encoding="utf-8")
-    os.replace(partial, path)
